@@ -1,0 +1,100 @@
+#ifndef ADAATTN_KERNELS_CUDA_PROGRESSIVE_H_
+#define ADAATTN_KERNELS_CUDA_PROGRESSIVE_H_
+
+// Progressive decode on the device: what backend.cc fills in and calls. A step is
+//
+//   rotate   q to the rank frame of each basis, in MMA fragment order; q.mu; counters cleared
+//   scan     4 bits of every sealed page's keys -> scores, page log mass; the dense tail exactly
+//   refine   two-stage sequences only: the rest of the rank where the coarse page log mass asks
+//   budget   kBudget sequences only: theta per kv head from the predicted error
+//   attend   depths from the global LSE, finer key planes, value planes, means of skipped pages
+//   merge    partial results -> out, lse, decision
+//
+// Each is one launch with a grid that depends on shapes only, so a captured graph stays valid while
+// lengths grow inside the planned table size.
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "kernels/format/page_layout.h"
+#include "kernels/policy/decision.h"
+#include "kernels/shape.h"
+
+namespace adaattn {
+
+inline constexpr int32_t kMaxDeviceBasisRuns = 4;
+
+// One sequence of a progressive batch, in device memory.
+struct ProgressiveSequence {
+  int32_t table_begin = 0;  // first entry in the page table
+  int32_t num_sealed = 0;   // pages; the dense ones follow in the table
+  int32_t kv_len = 0;       // tokens, appended ones included
+  int32_t q_begin = 0;      // first row of q
+  int32_t q_len = 0;
+  int32_t q_start = 0;      // cache position of the first row
+  int32_t window = 0;       // 0 = all
+  float softmax_scale = 0;
+  float softcap = 0;        // 0 = none
+  int32_t num_bases = 0;
+  int32_t basis_end[kMaxDeviceBasisRuns] = {};  // first page after each run
+  uint32_t basis[kMaxDeviceBasisRuns] = {};     // PageId of its block
+  DecisionParams decision;
+};
+
+struct ProgressiveParams {
+  // Shapes; the grid and the workspace depend on these alone.
+  AttentionShape shape;
+  int32_t stored_bits = 8;
+  int32_t num_sequences = 0;
+  int32_t max_q_len = 1;
+  int32_t max_sealed = 0;      // pages of the longest sequence
+  bool two_stage = false;      // some sequence scans in two stages
+  bool budget = false;         // some sequence's policy is kBudget
+  int32_t scan_chunk = 0;      // pages of one scan CTA
+  int32_t attend_chunk = 0;    // pages of one attend CTA
+  DType in_type = DType::kBf16;
+  DType out_type = DType::kBf16;
+  // Device memory.
+  std::byte* pool = nullptr;
+  const ProgressiveSequence* sequences = nullptr;
+  const uint32_t* table = nullptr;
+  const void* q = nullptr;     // [rows, num_q_heads, head_dim] in_type
+  void* out = nullptr;         // likewise, out_type
+  float* lse = nullptr;        // [rows, num_q_heads]
+  HeadDecision* decisions = nullptr;  // [num_sequences, num_kv_heads]
+  std::byte* workspace = nullptr;
+};
+
+// Fills scan_chunk and attend_chunk for a device with `num_sms` multiprocessors. Pure: one wave of
+// two scan CTAs a multiprocessor, and at least two attend CTAs, where the pages suffice.
+void PlanProgressive(int32_t num_sms, ProgressiveParams* params);
+
+// Bytes of workspace that params' shapes need.
+int64_t ProgressiveWorkspaceBytes(const ProgressiveParams& params);
+
+// Enqueues a step. kUnimplemented for a shape without a kernel.
+absl::Status RunProgressive(const ProgressiveParams& params, cudaStream_t stream);
+
+// Re-encodes BF16 pages; all pointers device memory. drift [num_tasks, num_kv_heads] receives each
+// page's energy outside the leading half of the rank over what the basis had there when fitted.
+struct SealParams {
+  AttentionShape shape;
+  int32_t stored_bits = 8;
+  int32_t num_tasks = 0;
+  std::byte* pool = nullptr;
+  const uint32_t* source = nullptr;  // [num_tasks] PageId of BF16 pages
+  const uint32_t* target = nullptr;  // [num_tasks] PageId of sealed pages
+  const uint32_t* basis = nullptr;   // [num_tasks] PageId of basis blocks
+  float* drift = nullptr;
+};
+absl::Status LaunchSeal(const SealParams& params, cudaStream_t stream);
+
+// Decodes sealed pages at their stored depth into BF16 pages: SealParams with source sealed and
+// target dense; drift is not used.
+absl::Status LaunchReopen(const SealParams& params, cudaStream_t stream);
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_KERNELS_CUDA_PROGRESSIVE_H_
