@@ -1,0 +1,57 @@
+#ifndef ADAATTN_SERVER_SEALER_H_
+#define ADAATTN_SERVER_SEALER_H_
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "server/engine_observer.h"
+#include "server/kv_cache.h"
+
+namespace adaattn {
+
+struct SealOptions {
+  // Tokens of a session that its basis is fitted on; a multiple of 64, >= 64.
+  int32_t fit_tokens = 1024;
+  // Pages sealed in one go between two batches: the longest that a step may wait for sealing.
+  int32_t pages_per_slice = 8;
+  // Above this many sealable pages, sealing goes on before the next batch until it is below:
+  // bounds the memory that waits in BF16.
+  int64_t max_backlog_pages = 4096;
+  // Mean drift (SealResult::drift_ratio) of a layer above which a new basis is fitted on its next
+  // fit_tokens, at most kMaxBasisRuns in all. 0 = never.
+  float refit_drift_ratio = 0;
+};
+
+// Seals the pages that are due and fits the bases they need, a slice at a time. Threads: the
+// engine's only.
+class Sealer {
+ public:
+  Sealer(const SealOptions& options, KvCache* cache) : options_(options), cache_(cache) {}
+
+  // Remembers a layer whose length has changed; cheap.
+  void Notice(const std::shared_ptr<Session>& session, int32_t layer);
+  // Does at most one slice of work. OK with pages_sealed 0 and bases_fitted 0: nothing was due, or
+  // (pages_deferred > 0) there was no room. Errors: kUnavailable, the device is lost.
+  absl::StatusOr<SealReport> RunSlice();
+
+  bool idle() const { return queue_.empty(); }
+  int64_t backlog_pages() const { return backlog_pages_; }
+  bool over_limit() const { return backlog_pages_ > options_.max_backlog_pages; }
+
+ private:
+  struct Entry {
+    std::weak_ptr<Session> session;
+    int32_t layer = 0;
+  };
+
+  const SealOptions options_;
+  KvCache* const cache_;
+  std::deque<Entry> queue_;
+  int64_t backlog_pages_ = 0;
+};
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_SERVER_SEALER_H_
