@@ -24,7 +24,8 @@ ADAATTN_HD constexpr int64_t AlignPage(int64_t bytes) {
   return (bytes + kPageAlignment - 1) / kPageAlignment * kPageAlignment;
 }
 
-// --- Dense pages: K [num_kv_heads, 64, head_dim], then V likewise, in DenseDType(format). ---------
+// --- Dense pages: K [num_kv_heads, 64, head_dim], then V likewise, in DenseDType(format).
+// ---------
 
 ADAATTN_HD constexpr int64_t DenseHeadBytes(int32_t head_dim, DType type) {
   return int64_t{kPageTokens} * head_dim * DTypeBytes(type);
@@ -92,13 +93,13 @@ struct PageLayout {
     int64_t offset = 0;  // from the start of the page
     int64_t bytes = 0;   // of one kv head
   };
-  Section key_scales;               // [head_dim] u8: a channel's range, quarter octaves
-  Section value_summary;            // ValueSummary, then int8 mean [head_dim]
-  Section key_base[kMaxRankChunks]; // 4 bits: tiles of one rank chunk, 512 bytes a tile
-  Section key_fine[2];              // bits 5-6 and 7-8: all tiles, 256 bytes a tile
-  Section value_scales;             // [64, ValueGroups] u8: a token's range by group
-  Section value_plane[4];           // 2 bits each: all tiles, 256 bytes a tile
-  int64_t page_bytes = 0;           // of all heads, aligned; the pool's allocation unit
+  Section key_scales;                // [head_dim] u8: a channel's range, quarter octaves
+  Section value_summary;             // ValueSummary, then int8 mean [head_dim]
+  Section key_base[kMaxRankChunks];  // 4 bits: tiles of one rank chunk, 512 bytes a tile
+  Section key_fine[2];               // bits 5-6 and 7-8: all tiles, 256 bytes a tile
+  Section value_scales;              // [64, ValueGroups] u8: a token's range by group
+  Section value_plane[4];            // 2 bits each: all tiles, 256 bytes a tile
+  int64_t page_bytes = 0;            // of all heads, aligned; the pool's allocation unit
   int32_t num_chunks = 0;
   int32_t stored_bits = 8;
 };

@@ -19,17 +19,17 @@ enum class Policy : uint8_t { kFullDepth = 0, kStatic = 1, kThreshold = 2, kBudg
 // How one sequence's sealed pages are to be read. Plain data: host and device share it.
 struct DecisionParams {
   Policy policy = Policy::kThreshold;
-  float theta = 0.004f;                  // kThreshold: (0, 1]
-  float target_relative_error = 0.05f;   // kBudget: (0, 1]; what the predicted error aims at
-  int32_t static_key_bits = 8;           // kStatic: 4, 6, 8
-  int32_t static_rank = 0;               // kStatic: leading channels of K, rounded up to chunks;
-                                         // 0 = all
-  int32_t static_value_bits = 8;         // kStatic: 2, 4, 6, 8
-  int32_t floor_key_bits = 4;            // never fewer key bits on a page that is attended
-  int32_t floor_value_bits = 0;          // never fewer value bits; 0 allows skipping
-  int32_t coarse_rank = 0;               // two-stage scan: leading channels read first, rounded up
-                                         // to chunks; 0 = one stage
-  float coarse_z = 2.0f;                 // two-stage scan: margin in standard deviations
+  float theta = 0.004f;                 // kThreshold: (0, 1]
+  float target_relative_error = 0.05f;  // kBudget: (0, 1]; what the predicted error aims at
+  int32_t static_key_bits = 8;          // kStatic: 4, 6, 8
+  int32_t static_rank = 0;              // kStatic: leading channels of K, rounded up to chunks;
+                                        // 0 = all
+  int32_t static_value_bits = 8;        // kStatic: 2, 4, 6, 8
+  int32_t floor_key_bits = 4;           // never fewer key bits on a page that is attended
+  int32_t floor_value_bits = 0;         // never fewer value bits; 0 allows skipping
+  int32_t coarse_rank = 0;              // two-stage scan: leading channels read first, rounded up
+                                        // to chunks; 0 = one stage
+  float coarse_z = 2.0f;                // two-stage scan: margin in standard deviations
 };
 
 // Key reads of a page: `bits` of the leading `chunks` rank chunks. chunks == 0: not read.
@@ -65,7 +65,7 @@ struct HeadDecision {
   float predicted_error;  // relative, root mean square over q heads and rows; see policy/budget.h
   int64_t key_bytes;      // loaded, counted by the kernel where it loads; sealed and dense
   int64_t value_bytes;
-  int64_t basis_bytes;    // Q and mu, read once per step and kv head
+  int64_t basis_bytes;  // Q and mu, read once per step and kv head
 };
 
 // The bytes that `decision`'s page counts imply. The kernels count on their own; tests hold the two
