@@ -13,6 +13,7 @@
 #include <memory>
 #include <vector>
 
+#include "absl/container/inlined_vector.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "adaattn/v1/attention.pb.h"
@@ -22,7 +23,7 @@ namespace adaattn {
 // The bytes of one tensor, in order, in as many pieces as the transport delivered. Pieces point
 // into the slices of their message and are never empty.
 struct WireBytes {
-  std::vector<absl::Span<const std::byte>> pieces;
+  absl::InlinedVector<absl::Span<const std::byte>, 2> pieces;
   int64_t size = 0;
 };
 
