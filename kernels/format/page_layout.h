@@ -172,6 +172,11 @@ ADAATTN_HD constexpr BasisLayout MakeBasisLayout(const AttentionShape& shape) {
   return layout;
 }
 
+// Bytes of one basis that a step reads for one kv head: Q and mu.
+ADAATTN_HD constexpr int64_t BasisReadBytes(int32_t head_dim) {
+  return 2 * int64_t{head_dim} * head_dim + 4 * int64_t{head_dim};
+}
+
 }  // namespace adaattn
 
 #endif  // ADAATTN_KERNELS_FORMAT_PAGE_LAYOUT_H_

@@ -37,9 +37,9 @@ struct PageBudget {
   float error[kNumValueDepths] = {};
 };
 
-// Adds one row and q head to `page`: raises its share, adds the error of each depth. The keys are
-// taken at the depth that LadderDepth pairs with these value bits; `inputs.score_variance` is that
-// of the 4-bit scan.
+// Adds one row and q head to `page`, whose facts are set already: raises its share, adds the error
+// of each depth. The keys are taken at the depth that LadderDepth pairs with these value bits;
+// `inputs.score_variance` is that of the 4-bit scan.
 //
 //   weight  1 / (|o|^2 * number of rows * number of q heads); 0 where o is 0
 ADAATTN_HD constexpr void AddToBudget(const DecisionParams& params, const PageErrorInputs& inputs,

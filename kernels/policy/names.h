@@ -15,7 +15,8 @@ const char* PolicyName(Policy policy);
 // The policy of that name; nothing for any other text.
 std::optional<Policy> ParsePolicy(absl::string_view name);
 
-// "theta=0.004 coarse_rank=64 z=2": the fields that matter to the policy, for logs and plans.
+// "threshold theta=0.004 coarse_rank=64 z=2 ...": the fields that matter to the policy, for logs
+// and plans.
 std::string DebugString(const DecisionParams& params);
 
 }  // namespace adaattn
