@@ -1,0 +1,68 @@
+# The two commands are `make demo` and `make test`; both install what is missing on Debian and Ubuntu.
+# `make help` lists the rest.
+JOBS ?= $(shell nproc)
+TEST_JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo serve test bench test-asan test-tsan cuda lint format format-check docs-check \
+        gpu-bundle setup setup-check clean
+
+help:  ## Lists these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: setup build/release/build.ninja  ## Replays real model traces through a server and prints what was saved
+	@ninja -C build/release -j$(JOBS) adaattn_server adaattn_cli
+	@scripts/demo build/release
+
+serve: setup build/release/build.ninja  ## Runs a server in the foreground
+	@ninja -C build/release -j$(JOBS) adaattn_server
+	@scripts/serve build/release
+
+test: setup build/release/build.ninja  ## Builds everything and runs every test
+	@ninja -C build/release -j$(JOBS)
+	@ctest --preset release -j$(TEST_JOBS)
+
+test-asan: setup-check build/asan/build.ninja  ## Every test under the address and undefined behaviour sanitizers (clang)
+	@ninja -C build/asan -j$(JOBS)
+	@ctest --preset asan -j$(TEST_JOBS)
+
+test-tsan: setup-check build/tsan/build.ninja  ## The tests of the gRPC-free core under the thread sanitizer (clang)
+	@ninja -C build/tsan -j$(JOBS)
+	@ctest --preset tsan -j$(TEST_JOBS)
+
+bench: setup build/release/build.ninja  ## Times the kernels
+	@ninja -C build/release -j$(JOBS) adaattn_bench
+	@build/release/loadtest/adaattn-bench
+
+cuda: setup build/cuda/build.ninja  ## Compiles the CUDA backend (needs nvcc, no GPU)
+	@ninja -C build/cuda -j$(JOBS)
+
+lint: setup-check build/release/build.ninja  ## clang-tidy over every source; findings are errors
+	@ninja -C build/release -j$(JOBS) adaattn_proto
+	@scripts/lint
+
+format: setup-check  ## Formats every source
+	@scripts/format
+
+format-check: setup-check  ## Fails when `make format` would change a file
+	@scripts/format --check
+
+docs-check: setup  ## Fails when a document names a file, target or flag that does not exist
+	@scripts/docs_check
+
+gpu-bundle: setup  ## Packs what a GPU machine without this build environment needs to run the CUDA tests
+	@scripts/gpu_bundle.sh
+
+clean:  ## Removes build outputs
+	rm -rf build
+
+setup:
+	@scripts/setup build
+
+setup-check:
+	@scripts/setup build check
+
+# CMake runs again by itself when its inputs change.
+build/%/build.ninja: | setup
+	@cmake --preset $* -Wno-dev --log-level=WARNING
