@@ -1,0 +1,153 @@
+// Vector helpers that every CPU kernel shares. Compiled once per target: include it after
+// hwy/highway.h, outside of any namespace.
+
+#if defined(ADAATTN_KERNELS_CPU_SIMD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ADAATTN_KERNELS_CPU_SIMD_INL_H_
+#undef ADAATTN_KERNELS_CPU_SIMD_INL_H_
+#else
+#define ADAATTN_KERNELS_CPU_SIMD_INL_H_
+#endif
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "hwy/highway.h"
+#include "kernels/format/float_types.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace adaattn {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using F32 = hn::CappedTag<float, 8>;
+using I32 = hn::RebindToSigned<F32>;
+using U32 = hn::RebindToUnsigned<F32>;
+using U16Half = hn::Rebind<uint16_t, F32>;
+using VF = hn::Vec<F32>;
+using VI = hn::Vec<I32>;
+inline constexpr int kLanes = static_cast<int>(hn::MaxLanes(F32()));
+
+// Loads 2 * kLanes neighbouring elements as two vectors of floats. Which elements go where is the
+// type's own affair (kInterleaved): a sum over all of them does not care as long as its other
+// factor was permuted alike, and accumulators are put in order once at the end.
+template <class T>
+struct Elements;
+
+template <>
+struct Elements<float> {
+  static constexpr bool kInterleaved = false;
+  static HWY_INLINE void Load(const float* at, VF& a, VF& b) {
+    a = hn::LoadU(F32(), at);
+    b = hn::LoadU(F32(), at + kLanes);
+  }
+};
+
+template <>
+struct Elements<Bf16> {
+  // A pair in one 32-bit lane is split by a shift and a mask: no shuffle.
+  static constexpr bool kInterleaved = true;
+  static HWY_INLINE void Load(const Bf16* at, VF& a, VF& b) {
+    const auto raw = hn::LoadU(U32(), reinterpret_cast<const uint32_t*>(at));
+    a = hn::BitCast(F32(), hn::ShiftLeft<16>(raw));
+    b = hn::BitCast(F32(), hn::And(raw, hn::Set(U32(), 0xffff0000u)));
+  }
+};
+
+template <>
+struct Elements<Fp16> {
+  static constexpr bool kInterleaved = false;
+  static HWY_INLINE void Load(const Fp16* at, VF& a, VF& b) {
+    const hn::Rebind<hwy::float16_t, F32> half;
+    const auto* halves = reinterpret_cast<const hwy::float16_t*>(at);
+    a = hn::PromoteTo(F32(), hn::LoadU(half, halves));
+    b = hn::PromoteTo(F32(), hn::LoadU(half, halves + kLanes));
+  }
+};
+
+// e4m3 read as FP16 of 2^-8 of its value: kScale makes up for it. Subnormals come out right, NaN
+// does not (append never writes one).
+template <>
+struct Elements<Fp8E4m3> {
+  static constexpr bool kInterleaved = false;
+  static HWY_INLINE VF LoadOne(const uint8_t* at) {
+    const U16Half wide;
+    const hn::Rebind<int16_t, F32> wide_signed;
+    const auto raw = hn::PromoteTo(wide, hn::LoadU(hn::Rebind<uint8_t, F32>(), at));
+    const auto shifted = hn::ShiftRight<1>(hn::BitCast(wide_signed, hn::ShiftLeft<8>(raw)));
+    const auto bits = hn::And(hn::BitCast(wide, shifted), hn::Set(wide, uint16_t{0xbf80}));
+    return hn::PromoteTo(F32(), hn::BitCast(hn::Rebind<hwy::float16_t, F32>(), bits));
+  }
+  static HWY_INLINE void Load(const Fp8E4m3* at, VF& a, VF& b) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(at);
+    a = LoadOne(bytes);
+    b = LoadOne(bytes + kLanes);
+  }
+};
+
+// exp(x) for x <= 88 to about 1 ulp; exactly 0 below -87 and for -inf. NaN stays no number.
+HWY_INLINE VF Exp(VF x) {
+  const F32 d;
+  const I32 di;
+  const VF n = hn::Round(hn::Mul(x, hn::Set(d, 1.44269504088896341f)));
+  const VF clamped = hn::Max(n, hn::Set(d, -126.0f));
+  VF r = hn::NegMulAdd(clamped, hn::Set(d, 0.693145751953125f), x);
+  r = hn::NegMulAdd(clamped, hn::Set(d, 1.42860682030941723e-6f), r);
+  VF p = hn::Set(d, 1.9875691500e-4f);
+  p = hn::MulAdd(p, r, hn::Set(d, 1.3981999507e-3f));
+  p = hn::MulAdd(p, r, hn::Set(d, 8.3334519073e-3f));
+  p = hn::MulAdd(p, r, hn::Set(d, 4.1665795894e-2f));
+  p = hn::MulAdd(p, r, hn::Set(d, 1.6666665459e-1f));
+  p = hn::MulAdd(p, r, hn::Set(d, 5.0000001201e-1f));
+  p = hn::MulAdd(hn::Mul(p, r), r, hn::Add(r, hn::Set(d, 1.0f)));
+  const auto exponent = hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(di, clamped), hn::Set(di, 127)));
+  const VF result = hn::Mul(p, hn::BitCast(d, exponent));
+  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -87.0f)), result);
+}
+
+// cap * tanh(s / cap). The absolute error is a few ulps of cap, which is what a score needs.
+HWY_INLINE VF SoftCap(VF s, float cap) {
+  const F32 d;
+  const VF one = hn::Set(d, 1.0f);
+  const VF x = hn::Min(hn::Abs(hn::Mul(s, hn::Set(d, 2.0f / cap))), hn::Set(d, 40.0f));
+  const VF tail = Exp(hn::Neg(x));
+  const VF t = hn::Div(hn::Sub(one, tail), hn::Add(one, tail));
+  return hn::CopySign(hn::Mul(t, hn::Set(d, cap)), s);
+}
+
+HWY_INLINE float HorizontalSum(VF v) { return hn::GetLane(hn::SumOfLanes(F32(), v)); }
+HWY_INLINE float HorizontalMax(VF v) { return hn::GetLane(hn::MaxOfLanes(F32(), v)); }
+
+// One vector [sum a, sum b, sum c, sum d] repeated by 128-bit block, each block a part of the sum.
+HWY_INLINE VF SumBlocks(VF a, VF b, VF c, VF e) {
+  const F32 d;
+  const hn::Repartition<uint64_t, F32> d64;
+  const VF ab = hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
+  const VF ce = hn::Add(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e));
+  const auto low = hn::InterleaveLower(d64, hn::BitCast(d64, ab), hn::BitCast(d64, ce));
+  const auto high = hn::InterleaveUpper(d64, hn::BitCast(d64, ab), hn::BitCast(d64, ce));
+  return hn::Add(hn::BitCast(d, low), hn::BitCast(d, high));
+}
+
+// out[i] = sum of the kLanes floats at vectors + i * kLanes, for i in [0, 8).
+HWY_INLINE void SumEight(const float* vectors, float* out) {
+  const F32 d;
+  const auto at = [&](int i) HWY_ATTR { return hn::Load(d, vectors + i * kLanes); };
+  const VF low = SumBlocks(at(0), at(1), at(2), at(3));
+  const VF high = SumBlocks(at(4), at(5), at(6), at(7));
+  if constexpr (kLanes == 8) {
+    hn::StoreU(hn::Add(hn::ConcatLowerLower(d, high, low), hn::ConcatUpperUpper(d, high, low)), d,
+               out);
+  } else {
+    static_assert(kLanes == 8 || kLanes == 4, "SumBlocks works on 128-bit blocks");
+    hn::StoreU(low, d, out);
+    hn::StoreU(high, d, out + 4);
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace adaattn
+HWY_AFTER_NAMESPACE();
+
+#endif  // toggle
