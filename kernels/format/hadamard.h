@@ -12,6 +12,8 @@ namespace adaattn {
 // a power of two. Arithmetic: float butterflies of distance 1, 2, 4, ... in this order, then one
 // multiplication by the rounded 1 / sqrt(block).
 void RotateHadamard(float* vector, int32_t head_dim);
+// The same in double precision, for references.
+void RotateHadamard(double* vector, int32_t head_dim);
 
 // Channels of the first block of RotateHadamard: head_dim where that is a power of two, else 64.
 constexpr int32_t HadamardBlock(int32_t head_dim) {
