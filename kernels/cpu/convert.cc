@@ -31,9 +31,11 @@ HWY_INLINE VF LoadInOrder(const T* at) {
   }
 }
 
+// NaN stays NaN: what should not be read must be seen when it is.
 HWY_INLINE VF ClampTo(VF v, float limit) {
   const F32 d;
-  return hn::Clamp(v, hn::Set(d, -limit), hn::Set(d, limit));
+  const VF clamped = hn::Clamp(v, hn::Set(d, -limit), hn::Set(d, limit));
+  return hn::IfThenElse(hn::IsNaN(v), v, clamped);
 }
 
 HWY_INLINE void StoreInOrder(VF v, float* at) { hn::StoreU(v, F32(), at); }
