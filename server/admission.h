@@ -2,6 +2,7 @@
 #define ADAATTN_SERVER_ADMISSION_H_
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -64,6 +65,7 @@ class Admission {
   std::atomic<bool> draining_{false};
   std::atomic<int64_t> inflight_bytes_{0};
   Mutex mutex_;
+  size_t sweep_above_ ABSL_GUARDED_BY(mutex_) = 64;  // clients in the map
   absl::flat_hash_map<std::string, std::weak_ptr<AdmissionTicket::Client>> clients_
       ABSL_GUARDED_BY(mutex_);
 };

@@ -121,7 +121,15 @@ struct AttentionTask {
 
   // The type in which q, k, v reach the backend.
   DType in_type() const;
+  int64_t q_rows() const;         // tokens
+  int64_t appended_rows() const;  // tokens, over layers
 };
+
+// Ends the task: reports `reply` through done. The last thing that happens to a scheduled task.
+void FinishTask(std::unique_ptr<AttentionTask> task);
+// The same with nothing but a status.
+void FailTask(std::unique_ptr<AttentionTask> task, const absl::Status& status,
+              absl::Duration retry_after);
 
 }  // namespace adaattn
 

@@ -8,7 +8,6 @@
 #include <memory>
 #include <vector>
 
-#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "kernels/mutex.h"
@@ -25,8 +24,9 @@ struct BatcherOptions {
   // One batch; a task above these never fits.
   int32_t max_batch_sequences = 1024;  // (sequence, layer) pairs
   int64_t max_batch_tokens = 65536;
-  int64_t max_batch_q_bytes = int64_t{64} << 20;   // of q, and of o, in the backend's types
-  int64_t max_batch_kv_bytes = int64_t{64} << 20;  // of k, and of v, likewise
+  int64_t max_batch_decisions = 65536;             // (sequence, layer, kv head) triples
+  int64_t max_batch_q_bytes = int64_t{32} << 20;   // of q, and of o, in the backend's types
+  int64_t max_batch_kv_bytes = int64_t{32} << 20;  // of k, and of v, likewise
   // How long a batch that has fewer sequences than the one before waits for the rest: closed-loop
   // clients answered together come back together. 0 = never. A single stream never waits.
   absl::Duration max_delay = absl::Microseconds(100);
@@ -40,6 +40,8 @@ struct Batch {
   std::vector<std::unique_ptr<AttentionTask>> tasks;
   int64_t tokens = 0;
   int32_t num_sequences = 0;  // (sequence, layer) pairs
+  int64_t q_bytes = 0;        // of q, and of o
+  int64_t kv_bytes = 0;       // of k, and of v
 };
 
 struct BatcherLoad {
@@ -94,8 +96,12 @@ class Batcher {
 
  private:
   absl::Status CheckFits(const AttentionTask& task) const;
+  absl::Status CheckRoomLocked(const AttentionTask& task) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  bool Add(std::unique_ptr<AttentionTask>* task, Batch* batch) const;
   absl::Duration HoldLeftLocked(absl::Time now) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   std::unique_ptr<Batch> FormBatchLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // What is due, and if nothing is, how long until a held batch will be.
   Work PollLocked(absl::Time now, absl::Duration* hold) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void AccountLocked(const AttentionTask& task, int sign) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 

@@ -11,6 +11,8 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "kernels/attention.h"
+#include "server/auditor.h"
+#include "server/batch_runner.h"
 #include "server/batcher.h"
 #include "server/clock.h"
 #include "server/engine_observer.h"
@@ -23,7 +25,7 @@ namespace adaattn {
 
 struct EngineOptions {
   BatcherOptions batcher;
-  PageAllocatorOptions pages;  // pool_bytes 0 = the backend's
+  PageAllocatorOptions pages;  // pool_bytes 0 = the backend's; max_tenant_bytes 0 = all of it
   SealOptions seal;
   // Share of statistical (sequence, layer) steps that are recomputed after their reply, in [0, 1].
   double audit_share = 0.001;
@@ -76,8 +78,12 @@ class Engine {
  private:
   void Run();
   void RunBatch(Batch* batch);
-  void BetweenBatches(bool idle);
+  // True when sealing made progress: more may be due.
+  bool BetweenBatches(bool idle);
+  bool SealSlice();
   void Tick();
+  void ReportGauges();
+  void LoseDevice(const absl::Status& status);
   void FailAll(const absl::Status& status);
 
   const EngineOptions options_;
@@ -90,9 +96,13 @@ class Engine {
   KvCache cache_;
   SessionControl control_;
   Sealer sealer_;
+  Auditor auditor_;
+  BatchRunner runner_;
   std::function<void(const absl::Status&)> on_device_lost_;
   std::atomic<int64_t> stop_deadline_ns_;
   absl::Time next_tick_;
+  absl::Status device_or_drain_;  // why every batch is refused; engine thread only
+  bool stopped_ = false;          // of the thread that calls Stop
   std::thread thread_;
 };
 

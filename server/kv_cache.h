@@ -50,6 +50,13 @@ class KvCache {
   // A basis for pages sealed from here on.
   absl::Status LoadBasis(Session* session, int32_t layer, absl::Span<const float> mean,
                          absl::Span<const float> basis);
+  // A block for a new basis of the session's shape, and its adoption as the newest one of a layer.
+  absl::StatusOr<PageLease> ReserveBasis(const Session& session);
+  void CommitBasis(PageLease lease, LayerState* state);
+  // The runs that have pages.
+  static absl::Span<const BasisRun> SealedRuns(const LayerState& state);
+  // Gives pages that this lease took from another tenant zeros.
+  absl::Status ZeroPages(const PageLease& lease);
   // Gives all pages back.
   void Release(Session* session);
 
@@ -57,8 +64,6 @@ class KvCache {
   PageAllocator* allocator() { return allocator_; }
 
  private:
-  absl::Status ZeroPages(const PageLease& lease);
-
   Backend* const backend_;
   PageAllocator* const allocator_;
 };

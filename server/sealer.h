@@ -16,9 +16,10 @@ struct SealOptions {
   int32_t fit_tokens = 1024;
   // Pages sealed in one go between two batches: the longest that a step may wait for sealing.
   int32_t pages_per_slice = 8;
-  // Above this many sealable pages, sealing goes on before the next batch until it is below:
-  // bounds the memory that waits in BF16.
-  int64_t max_backlog_pages = 4096;
+  // Sealing waits until the queue is empty. Above this many sealable pages one slice is sealed
+  // between any two batches. When the pool is full, sealing goes first until a batch fits: memory
+  // that waits in BF16 never refuses a step.
+  int64_t max_backlog_pages = 64;
   // Mean drift (SealResult::drift_ratio) of a layer above which a new basis is fitted on its next
   // fit_tokens, at most kMaxBasisRuns in all. 0 = never.
   float refit_drift_ratio = 0;
@@ -42,9 +43,15 @@ class Sealer {
 
  private:
   struct Entry {
-    std::weak_ptr<Session> session;
+    std::shared_ptr<Session> session;
     int32_t layer = 0;
   };
+
+  // Pages of the layer that can be sealed now, or once a basis has been fitted on what is there.
+  int32_t Due(const Session& session, int32_t layer) const;
+  void Account(int32_t due, LayerState* state);
+  absl::Status FitBasis(Session* session, int32_t layer);
+  absl::Status SealSome(Session* session, int32_t layer, int32_t due, SealReport* report);
 
   const SealOptions options_;
   KvCache* const cache_;

@@ -98,6 +98,8 @@ struct LayerState {
   bool refit_wanted = false;        // keys drifted: the next pages wait for a new basis
   QuerySample queries;              // empty once a basis stands
   float drift_ratio = 0;            // running mean of SealResult::drift_ratio; 0 = nothing sealed
+  int32_t seal_backlog = 0;         // the sealer's: pages it has queued
+  uint64_t batch_serial = 0;        // the runner's: the last batch that this layer was part of
 };
 
 // One growing KV history over all layers of a model. Made by SessionTable.
@@ -123,7 +125,9 @@ class Session {
   }
   absl::Duration LeaseLeft(absl::Time now) const;
   // Tasks in the queue or running: their session does not expire.
-  std::atomic<int32_t>& tasks_in_flight() { return tasks_in_flight_; }
+  void TaskBegins() { tasks_in_flight_.fetch_add(1, std::memory_order_relaxed); }
+  void TaskEnds() { tasks_in_flight_.fetch_sub(1, std::memory_order_relaxed); }
+  bool in_use() const { return tasks_in_flight_.load(std::memory_order_relaxed) > 0; }
 
   bool closed() const { return closed_.load(std::memory_order_acquire); }
   void SetClosed() { closed_.store(true, std::memory_order_release); }

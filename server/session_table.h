@@ -44,7 +44,8 @@ class SessionTable {
                                                 absl::string_view tenant);
 
   // Takes the session out and marks it closed; its pages go with KvCache::Release on the engine
-  // thread (SessionControl::Close does both). Null without error when it was closed before.
+  // thread (SessionControl::Close does both). Null without error when it was closed or expired
+  // before; else Find's errors.
   absl::StatusOr<std::shared_ptr<Session>> Remove(absl::string_view id, uint64_t epoch,
                                                   absl::string_view tenant);
 
@@ -61,9 +62,8 @@ class SessionTable {
   const std::string& instance() const { return options_.instance; }
 
  private:
-  absl::StatusOr<std::shared_ptr<Session>> FindLocked(absl::string_view id, uint64_t epoch,
-                                                      absl::string_view tenant)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  static absl::Status CheckOwner(const Session& session, uint64_t epoch, absl::string_view tenant);
+  static bool IsOver(const Session& session, absl::Time now);
   absl::Status WhyNotHere(absl::string_view id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void EraseLocked(const Session& session) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void RememberExpiryLocked(const Session& session) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

@@ -1,0 +1,67 @@
+#include "server/attend_options.h"
+
+namespace adaattn {
+namespace {
+
+template <typename T>
+T FirstOf(const std::optional<T>& message, const std::optional<T>& session, T otherwise) {
+  return message ? *message : session ? *session : otherwise;
+}
+
+}  // namespace
+
+const char* AttendModeName(AttendMode mode) {
+  switch (mode) {
+    case AttendMode::kExact:
+      return "exact";
+    case AttendMode::kFullDepth:
+      return "full_depth";
+    case AttendMode::kStatistical:
+      return "statistical";
+    case AttendMode::kStatic:
+      return "static";
+  }
+  return "unknown";
+}
+
+absl::StatusOr<ResolvedOptions> ResolveOptions(const AttendOptions& message,
+                                               const AttendOptions& session, PageFormat format,
+                                               bool exact_tier, int32_t head_dim) {
+  const bool progressive = format == PageFormat::kProgressive;
+  ResolvedOptions resolved;
+  resolved.mode = FirstOf(message.mode, session.mode,
+                          progressive ? AttendMode::kStatistical : AttendMode::kExact);
+  resolved.detail = FirstOf(message.detail, session.detail, DecisionDetail::kSummary);
+  if (progressive && resolved.mode == AttendMode::kExact && !exact_tier) {
+    return absl::FailedPreconditionError(
+        "options.mode: EXACT needs an exact tier, which this progressive session does not keep; "
+        "the nearest mode is FULL_DEPTH");
+  }
+  DecisionParams& decision = resolved.decision;
+  switch (resolved.mode) {
+    case AttendMode::kExact:
+    case AttendMode::kFullDepth:
+      decision.policy = Policy::kFullDepth;
+      break;
+    case AttendMode::kStatic:
+      decision.policy = Policy::kStatic;
+      break;
+    case AttendMode::kStatistical:
+      decision.policy = FirstOf(message.policy, session.policy, Policy::kBudget);
+  }
+  decision.theta = FirstOf(message.theta, session.theta, decision.theta);
+  decision.target_relative_error = FirstOf(
+      message.target_relative_error, session.target_relative_error, decision.target_relative_error);
+  decision.static_key_bits = FirstOf(message.static_key_bits, session.static_key_bits, 8);
+  decision.static_rank = FirstOf(message.static_rank, session.static_rank, 0);
+  decision.static_value_bits = FirstOf(message.static_value_bits, session.static_value_bits, 8);
+  decision.floor_key_bits = FirstOf(message.floor_key_bits, session.floor_key_bits, 4);
+  decision.floor_value_bits = FirstOf(message.floor_value_bits, session.floor_value_bits, 0);
+  decision.coarse_rank = FirstOf(message.coarse_rank, session.coarse_rank, head_dim / 2);
+  decision.coarse_z = FirstOf(message.coarse_z, session.coarse_z, 2.0f);
+  resolved.max_relative_error =
+      FirstOf(message.max_relative_error, session.max_relative_error, 0.0f);
+  return resolved;
+}
+
+}  // namespace adaattn

@@ -1,0 +1,284 @@
+#include "server/page_allocator.h"
+
+#include <algorithm>
+#include <cassert>
+
+#include "absl/strings/str_cat.h"
+
+namespace adaattn {
+namespace {
+
+// Bytes written by more than one tenant: every next one gets them zeroed.
+constexpr TenantId kManyTenants{0xffffffffu};
+constexpr TenantId kNobody{0};
+
+// Slabs of one run: at least one page, and at most an eighth of the run lost behind the last one.
+int32_t SlabsPerRun(int64_t page_bytes, int64_t slab_bytes) {
+  const int64_t least = (page_bytes + slab_bytes - 1) / slab_bytes;
+  for (int64_t slabs = least; slabs < least + 8; ++slabs) {
+    if (slabs * slab_bytes % page_bytes * 8 <= slabs * slab_bytes) {
+      return static_cast<int32_t>(slabs);
+    }
+  }
+  return static_cast<int32_t>(least);
+}
+
+TenantId MergeTenants(TenantId a, TenantId b) {
+  if (a == kNobody) return b;
+  return b == kNobody || a == b ? a : kManyTenants;
+}
+
+}  // namespace
+
+const char* PageStateName(PageState state) {
+  switch (state) {
+    case PageState::kDense:
+      return "dense";
+    case PageState::kSealed:
+      return "sealed";
+    case PageState::kBasis:
+      return "basis";
+  }
+  return "unknown";
+}
+
+// Slabs in a row, cut into pages of one size class.
+struct PageAllocator::Run {
+  SizeClass* size_class = nullptr;
+  int32_t first_slab = 0;
+  int32_t num_slabs = 0;
+  int32_t num_used = 0;
+  std::vector<int32_t> refs;      // by page; 0 = free
+  std::vector<TenantId> tenants;  // by page: who had it last
+  std::vector<int32_t> free;      // page numbers, the next one last
+};
+
+struct PageAllocator::SizeClass {
+  int64_t page_bytes = 0;
+  PageState state = PageState::kDense;
+  int32_t slabs_per_run = 0;
+  std::vector<std::unique_ptr<Run>> runs;
+  std::vector<Run*> open;  // runs with a free page
+};
+
+PageLease::PageLease(PageLease&& other) noexcept
+    : allocator_(std::exchange(other.allocator_, nullptr)),
+      pages_(std::move(other.pages_)),
+      pages_to_zero_(std::move(other.pages_to_zero_)) {
+  other.pages_.clear();
+}
+
+PageLease& PageLease::operator=(PageLease&& other) noexcept {
+  if (this != &other) {
+    Release();
+    allocator_ = std::exchange(other.allocator_, nullptr);
+    pages_ = std::move(other.pages_);
+    pages_to_zero_ = std::move(other.pages_to_zero_);
+    other.pages_.clear();
+  }
+  return *this;
+}
+
+void PageLease::Release() {
+  for (PageId page : pages_) allocator_->Release(page);
+  pages_.clear();
+}
+
+std::vector<PageId> PageLease::Take() {
+  std::vector<PageId> pages;
+  pages.swap(pages_);
+  return pages;
+}
+
+PageAllocator::PageAllocator(const PageAllocatorOptions& options)
+    : options_(options),
+      num_slabs_(static_cast<int32_t>(options.pool_bytes / options.slab_bytes)),
+      reserved_slabs_(std::min(options.reserved_slabs, num_slabs_ / 4)),
+      free_slabs_(num_slabs_),
+      slab_runs_(static_cast<size_t>(num_slabs_), nullptr),
+      slab_tenants_(static_cast<size_t>(num_slabs_), kNobody) {
+  free_bytes_ = num_slabs_ * options_.slab_bytes;
+}
+
+PageAllocator::~PageAllocator() = default;
+
+PageAllocator::SizeClass& PageAllocator::FindClass(int64_t bytes, PageState state) {
+  for (const auto& size_class : classes_) {
+    if (size_class->page_bytes == bytes && size_class->state == state) return *size_class;
+  }
+  auto size_class = std::make_unique<SizeClass>();
+  size_class->page_bytes = bytes;
+  size_class->state = state;
+  size_class->slabs_per_run = SlabsPerRun(bytes, options_.slab_bytes);
+  classes_.push_back(std::move(size_class));
+  return *classes_.back();
+}
+
+int32_t PageAllocator::FindFreeSlabs(int32_t count) const {
+  int32_t length = 0;
+  for (int32_t slab = 0; slab < num_slabs_; ++slab) {
+    length = slab_runs_[slab] == nullptr ? length + 1 : 0;
+    if (length == count) return slab - count + 1;
+  }
+  return -1;
+}
+
+bool PageAllocator::AddRun(SizeClass& size_class, bool may_use_reserve) {
+  const int32_t count = size_class.slabs_per_run;
+  if (free_slabs_ - (may_use_reserve ? 0 : reserved_slabs_) < count) return false;
+  const int32_t first = FindFreeSlabs(count);
+  if (first < 0) return false;
+  auto run = std::make_unique<Run>();
+  run->size_class = &size_class;
+  run->first_slab = first;
+  run->num_slabs = count;
+  const auto num_pages = static_cast<int32_t>(count * options_.slab_bytes / size_class.page_bytes);
+  run->refs.assign(num_pages, 0);
+  run->tenants.resize(num_pages);
+  for (int32_t page = 0; page < num_pages; ++page) {
+    const int64_t begin = page * size_class.page_bytes;
+    TenantId tenant = kNobody;
+    for (int64_t slab = begin / options_.slab_bytes;
+         slab <= (begin + size_class.page_bytes - 1) / options_.slab_bytes; ++slab) {
+      tenant = MergeTenants(tenant, slab_tenants_[first + slab]);
+    }
+    run->tenants[page] = tenant;
+  }
+  for (int32_t page = num_pages - 1; page >= 0; --page) run->free.push_back(page);
+  for (int32_t slab = first; slab < first + count; ++slab) slab_runs_[slab] = run.get();
+  free_slabs_ -= count;
+  free_bytes_ = free_slabs_ * options_.slab_bytes;
+  size_class.open.push_back(run.get());
+  size_class.runs.push_back(std::move(run));
+  return true;
+}
+
+void PageAllocator::DropRun(SizeClass& size_class, Run* run) {
+  TenantId tenant = kNobody;
+  for (TenantId of_page : run->tenants) tenant = MergeTenants(tenant, of_page);
+  for (int32_t slab = run->first_slab; slab < run->first_slab + run->num_slabs; ++slab) {
+    slab_runs_[slab] = nullptr;
+    // What lies behind the last page of a run keeps its former owner.
+    slab_tenants_[slab] = MergeTenants(slab_tenants_[slab], tenant);
+  }
+  free_slabs_ += run->num_slabs;
+  free_bytes_ = free_slabs_ * options_.slab_bytes;
+  auto& open = size_class.open;
+  open.erase(std::remove(open.begin(), open.end(), run), open.end());
+  auto& runs = size_class.runs;
+  runs.erase(std::find_if(runs.begin(), runs.end(),
+                          [run](const std::unique_ptr<Run>& r) { return r.get() == run; }));
+}
+
+bool PageAllocator::AllocateOne(const PageRequest& request, PageLease* lease) {
+  SizeClass& size_class = FindClass(request.bytes, request.state);
+  if (size_class.open.empty() && !AddRun(size_class, request.may_use_reserve)) return false;
+  Run* const run = size_class.open.back();
+  const int32_t page = run->free.back();
+  run->free.pop_back();
+  if (run->free.empty()) size_class.open.pop_back();
+  ++run->num_used;
+  run->refs[page] = 1;
+  const int64_t offset = run->first_slab * options_.slab_bytes + page * request.bytes;
+  const PageId id{static_cast<uint32_t>(offset / kPageAlignment)};
+  lease->pages_.push_back(id);
+  const TenantId last = run->tenants[page];
+  if (last != kNobody && last != request.tenant) {
+    lease->pages_to_zero_.emplace_back(id, request.bytes);
+  }
+  run->tenants[page] = request.tenant;
+  const auto state = static_cast<size_t>(request.state);
+  pages_[state].fetch_add(1, std::memory_order_relaxed);
+  bytes_[state].fetch_add(request.bytes, std::memory_order_relaxed);
+  tenant_bytes_[static_cast<size_t>(request.tenant)] += request.bytes;
+  return true;
+}
+
+absl::StatusOr<PageLease> PageAllocator::Reserve(absl::Span<const PageRequest> requests) {
+  PageLease lease;
+  lease.allocator_ = this;
+  int64_t wanted = 0;
+  for (const PageRequest& request : requests) wanted += request.bytes * request.count;
+  for (const PageRequest& request : requests) {
+    assert(request.bytes > 0 && request.bytes % kPageAlignment == 0);
+    const auto tenant = static_cast<size_t>(request.tenant);
+    if (tenant >= tenant_bytes_.size()) tenant_bytes_.resize(tenant + 1, 0);
+    if (!request.may_use_reserve &&
+        tenant_bytes_[tenant] + request.bytes * request.count > options_.max_tenant_bytes) {
+      return absl::ResourceExhaustedError(absl::StrCat(
+          "KV quota: the tenant holds ", tenant_bytes_[tenant], " of ", options_.max_tenant_bytes,
+          " bytes, this needs ", wanted, " more; close or truncate sessions"));
+    }
+    for (int32_t i = 0; i < request.count; ++i) {
+      if (AllocateOne(request, &lease)) continue;
+      return absl::ResourceExhaustedError(absl::StrCat(
+          "page pool: ", wanted, " bytes are needed and ", free_bytes(), " of ",
+          num_slabs_ * options_.slab_bytes, " are free; close or truncate sessions, or ask later"));
+    }
+  }
+  return lease;
+}
+
+PageAllocator::Run* PageAllocator::FindRun(PageId page) const {
+  const int64_t slab = PageOffset(page) / options_.slab_bytes;
+  assert(slab < num_slabs_ && slab_runs_[slab] != nullptr);
+  return slab_runs_[slab];
+}
+
+namespace {
+
+template <typename Run>
+int32_t PageNumber(const Run& run, PageId page, int64_t slab_bytes, int64_t page_bytes) {
+  return static_cast<int32_t>((PageOffset(page) - run.first_slab * slab_bytes) / page_bytes);
+}
+
+}  // namespace
+
+void PageAllocator::AddRef(PageId page) {
+  Run* const run = FindRun(page);
+  int32_t& refs = run->refs[PageNumber(*run, page, options_.slab_bytes, page_bytes(page))];
+  assert(refs > 0);
+  ++refs;
+}
+
+void PageAllocator::Release(PageId page) {
+  Run* const run = FindRun(page);
+  SizeClass& size_class = *run->size_class;
+  const int32_t number = PageNumber(*run, page, options_.slab_bytes, size_class.page_bytes);
+  assert(run->refs[number] > 0);
+  if (--run->refs[number] > 0) return;
+  const auto state = static_cast<size_t>(size_class.state);
+  pages_[state].fetch_sub(1, std::memory_order_relaxed);
+  bytes_[state].fetch_sub(size_class.page_bytes, std::memory_order_relaxed);
+  tenant_bytes_[static_cast<size_t>(run->tenants[number])] -= size_class.page_bytes;
+  if (run->free.empty()) size_class.open.push_back(run);
+  run->free.push_back(number);
+  if (--run->num_used == 0) DropRun(size_class, run);
+}
+
+int32_t PageAllocator::ref_count(PageId page) const {
+  const Run* const run = FindRun(page);
+  return run->refs[PageNumber(*run, page, options_.slab_bytes, page_bytes(page))];
+}
+
+int64_t PageAllocator::page_bytes(PageId page) const {
+  return FindRun(page)->size_class->page_bytes;
+}
+
+int64_t PageAllocator::tenant_bytes(TenantId tenant) const {
+  const auto index = static_cast<size_t>(tenant);
+  return index < tenant_bytes_.size() ? tenant_bytes_[index] : 0;
+}
+
+PageStats PageAllocator::stats() const {
+  PageStats stats;
+  for (int state = 0; state < kNumPageStates; ++state) {
+    stats.pages[state] = pages_[state].load(std::memory_order_relaxed);
+    stats.bytes[state] = bytes_[state].load(std::memory_order_relaxed);
+  }
+  stats.free_bytes = free_bytes();
+  stats.pool_bytes = num_slabs_ * options_.slab_bytes;
+  return stats;
+}
+
+}  // namespace adaattn

@@ -1,0 +1,150 @@
+#include "server/sealer.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+namespace adaattn {
+namespace {
+
+// Weight of a new page in a layer's running mean of drift: about the last 8 pages count.
+constexpr float kDriftWeight = 0.125f;
+
+bool HasProfileBasis(const SessionConfig& config) {
+  return config.profile != nullptr && !config.profile->basis.empty();
+}
+
+}  // namespace
+
+int32_t Sealer::Due(const Session& session, int32_t layer) const {
+  const SessionConfig& config = session.config();
+  if (config.format != PageFormat::kProgressive || session.closed()) return 0;
+  const LayerState& state = session.layers()[layer];
+  const auto full = static_cast<int32_t>(state.length / kPageTokens);
+  const int32_t due = full - 1 - state.num_sealed;  // The successor must be full, too.
+  const int32_t fit_pages = options_.fit_tokens / kPageTokens;
+  if (due <= 0) return 0;
+  if (state.bases.empty() && !HasProfileBasis(config) && full < fit_pages) return 0;
+  if (state.refit_wanted && due < fit_pages) return 0;
+  return due;
+}
+
+void Sealer::Account(int32_t due, LayerState* state) {
+  backlog_pages_ += due - state->seal_backlog;
+  state->seal_backlog = due;
+}
+
+void Sealer::Notice(const std::shared_ptr<Session>& session, int32_t layer) {
+  const int32_t due = Due(*session, layer);
+  LayerState& state = session->layers()[layer];
+  if (due == state.seal_backlog || due == 0) return;
+  if (state.seal_backlog == 0) queue_.push_back({session, layer});
+  Account(due, &state);
+}
+
+absl::StatusOr<SealReport> Sealer::RunSlice() {
+  SealReport report;
+  while (!queue_.empty()) {
+    const Entry entry = queue_.front();
+    LayerState& state = entry.session->layers()[entry.layer];
+    const int32_t due = Due(*entry.session, entry.layer);
+    Account(due, &state);
+    if (due == 0) {
+      queue_.pop_front();
+      continue;
+    }
+    const bool fits = state.bases.empty() || state.refit_wanted;
+    absl::Status status = fits ? FitBasis(entry.session.get(), entry.layer)
+                               : SealSome(entry.session.get(), entry.layer, due, &report);
+    if (absl::IsResourceExhausted(status)) {
+      report.pages_deferred = due;
+      // Others may find room in the runs of their own size classes.
+      std::rotate(queue_.begin(), queue_.begin() + 1, queue_.end());
+      return report;
+    }
+    if (!status.ok()) return status;
+    if (fits) report.bases_fitted = 1;
+    return report;
+  }
+  return report;
+}
+
+absl::Status Sealer::FitBasis(Session* session, int32_t layer) {
+  const SessionConfig& config = session->config();
+  LayerState& state = session->layers()[layer];
+  if (state.bases.empty() && HasProfileBasis(config)) {
+    const auto mean_size = static_cast<size_t>(config.shape.num_kv_heads) * config.shape.head_dim;
+    const size_t basis_size = mean_size * config.shape.head_dim;
+    const ModelProfile& profile = *config.profile;
+    return cache_->LoadBasis(
+        session, layer,
+        absl::MakeConstSpan(profile.basis_mean).subspan(layer * mean_size, mean_size),
+        absl::MakeConstSpan(profile.basis).subspan(layer * basis_size, basis_size));
+  }
+  absl::StatusOr<PageLease> lease = cache_->ReserveBasis(*session);
+  if (!lease.ok()) return lease.status();
+  FitBasisTask task;
+  task.shape = config.shape;
+  task.pages =
+      absl::MakeConstSpan(state.pages).subspan(state.num_sealed, options_.fit_tokens / kPageTokens);
+  task.query_sample = state.queries.rows();
+  task.target = lease->pages().front();
+  absl::Status status = cache_->backend()->FitBasis(task);
+  if (status.ok()) cache_->CommitBasis(*std::move(lease), &state);
+  return status;
+}
+
+absl::Status Sealer::SealSome(Session* session, int32_t layer, int32_t due, SealReport* report) {
+  const SessionConfig& config = session->config();
+  LayerState& state = session->layers()[layer];
+  PageRequest request;
+  request.bytes = session->sealed_page_bytes();
+  request.state = PageState::kSealed;
+  request.tenant = session->tenant_id();
+  request.count = std::min(due, options_.pages_per_slice);
+  request.may_use_reserve = true;
+  absl::StatusOr<PageLease> lease = cache_->allocator()->Reserve({&request, 1});
+  if (!lease.ok() && request.count > 1) {
+    request.count = 1;  // One page in the place of another may fit where a slice does not.
+    lease = cache_->allocator()->Reserve({&request, 1});
+  }
+  if (!lease.ok()) return lease.status();
+  absl::Status status = cache_->ZeroPages(*lease);
+  if (!status.ok()) return status;
+  std::vector<SealTask> tasks(request.count);
+  std::vector<SealResult> results(request.count);
+  for (int32_t i = 0; i < request.count; ++i) {
+    tasks[i].shape = config.shape;
+    tasks[i].source = state.pages[state.num_sealed + i];
+    tasks[i].target = lease->pages()[i];
+    tasks[i].basis = state.bases.back().basis;
+    tasks[i].stored_bits = config.stored_bits;
+  }
+  status = cache_->backend()->SealPages(tasks, absl::MakeSpan(results));
+  if (!status.ok()) return status;
+  const std::vector<PageId> sealed = lease->Take();
+  for (int32_t i = 0; i < request.count; ++i) {
+    PageId& page = state.pages[state.num_sealed + i];
+    if (config.exact_tier) {
+      state.exact_pages.push_back(page);
+    } else {
+      cache_->allocator()->Release(page);
+    }
+    page = sealed[i];
+    const float drift = results[i].drift_ratio;
+    state.drift_ratio = state.drift_ratio == 0
+                            ? drift
+                            : state.drift_ratio + kDriftWeight * (drift - state.drift_ratio);
+    report->drift_ratio = std::max(report->drift_ratio, drift);
+  }
+  state.num_sealed += request.count;
+  state.bases.back().num_pages += request.count;
+  report->pages_sealed = request.count;
+  state.refit_wanted = options_.refit_drift_ratio > 0 &&
+                       state.drift_ratio > options_.refit_drift_ratio &&
+                       state.bases.size() < kMaxBasisRuns;
+  Account(Due(*session, layer), &state);
+  return absl::OkStatus();
+}
+
+}  // namespace adaattn
