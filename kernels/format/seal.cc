@@ -181,8 +181,27 @@ void DecodeRotatedKeys(const SealedHead& head, const std::byte* page, int32_t bi
   }
 }
 
-void DecodeRotatedValues(const SealedHead& head, const std::byte* page, int32_t bits, float* out) {
+namespace {
+// Decodes one token's value, [head_dim], at `bits` >= 2.
+void DecodeValueToken(const SealedHead& head, const std::byte* page, int32_t token, int32_t bits,
+                      float* out) {
   const int32_t d = head.head_dim, groups = ValueGroups(d), width = d / groups;
+  const uint8_t* const scales = ValueScales(head, page) + token * groups;
+  for (int32_t c = 0; c < d; ++c) {
+    const BitPosition at = ValuePlanePosition(head.order, token, c % kTileChannels);
+    uint32_t prefix = 0;
+    for (int32_t p = 0; p < bits / 2; ++p) {
+      const std::byte* const plane =
+          At(head, head.layout.value_plane[p], page) + PlaneTileOffset(c);
+      prefix = prefix << 2 | GetBits(plane, at, 3u);
+    }
+    out[c] = DecodeNested(prefix, bits, RangeFromScale(scales[c / width]));
+  }
+}
+}  // namespace
+
+void DecodeRotatedValues(const SealedHead& head, const std::byte* page, int32_t bits, float* out) {
+  const int32_t d = head.head_dim;
   if (bits == 0) {
     const float mean_scale = ReadValueSummary(head, page).mean_scale;
     const int8_t* const mean = ValueMean(head, page);
@@ -191,20 +210,21 @@ void DecodeRotatedValues(const SealedHead& head, const std::byte* page, int32_t 
     }
     return;
   }
-  const uint8_t* const scales = ValueScales(head, page);
   for (int32_t t = 0; t < kPageTokens; ++t) {
-    for (int32_t c = 0; c < d; ++c) {
-      const BitPosition at = ValuePlanePosition(head.order, t, c % kTileChannels);
-      uint32_t prefix = 0;
-      for (int32_t p = 0; p < bits / 2; ++p) {
-        const std::byte* const plane =
-            At(head, head.layout.value_plane[p], page) + PlaneTileOffset(c);
-        prefix = prefix << 2 | GetBits(plane, at, 3u);
-      }
-      out[int64_t{t} * d + c] =
-          DecodeNested(prefix, bits, RangeFromScale(scales[t * groups + c / width]));
-    }
+    DecodeValueToken(head, page, t, bits, out + int64_t{t} * d);
   }
+}
+
+float DecodeFirstRotatedValue(const SealedHead& head, const std::byte* page, int32_t bits,
+                              float* out) {
+  const int32_t groups = ValueGroups(head.head_dim);
+  DecodeValueToken(head, page, 0, bits, out);
+  double range2 = 0.0;
+  for (int32_t g = 0; g < groups; ++g) {
+    const double range = RangeFromScale(ValueScales(head, page)[g]);
+    range2 += range * range;
+  }
+  return static_cast<float>(std::sqrt(range2 / groups));
 }
 
 void DecodeKeys(const SealedHead& head, const BasisView& basis, const std::byte* page, int32_t bits,

@@ -40,8 +40,13 @@ void DecodeRotatedKeys(const SealedHead& head, const std::byte* page, int32_t bi
 // the Hadamard frame. 0 bits: every token is the page's mean.
 void DecodeRotatedValues(const SealedHead& head, const std::byte* page, int32_t bits, float* out);
 
-// The same, brought back to the model's frame: keys through RestoreKey, values through the Hadamard
-// rotation.
+// Decodes the value of the page's first token alone, [head_dim] in the Hadamard frame, at `bits` (2
+// to 8), and returns the root mean square of its ranges; see kSinkConcentration.
+float DecodeFirstRotatedValue(const SealedHead& head, const std::byte* page, int32_t bits,
+                              float* out);
+
+// Keys and values brought back to the model's frame: keys through RestoreKey, values through the
+// Hadamard rotation.
 void DecodeKeys(const SealedHead& head, const BasisView& basis, const std::byte* page, int32_t bits,
                 int32_t chunks, float* out);
 void DecodeValues(const SealedHead& head, const std::byte* page, int32_t bits, float* out);

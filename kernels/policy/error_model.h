@@ -57,6 +57,19 @@ ADAATTN_HD constexpr float ScoreVarianceAt(float scan_variance, int32_t bits) {
   return scan_variance * (bits <= 4 ? 1.0f : bits <= 6 ? 1.0f / 16 : 1.0f / 256);
 }
 
+// The sink page's mass usually sits on its first token, whose value is unlike the page's mean (near
+// zero in many models). Taking the page by its mean there overstates the error two- to fourfold, so
+// where a row sees that token and the page's concentration is above this, the token stands for the
+// page: in the estimate of o its value replaces the mean; in PageErrorInputs mean_distance2 is
+// |v_0 - o|^2, spread is 0 and scale_rms is the root mean square of the token's own ranges. v_0 is
+// decoded at the depth at which the page's values are read, and is counted with them.
+inline constexpr float kSinkConcentration = 0.5f;
+
+ADAATTN_HD constexpr bool FirstTokenStandsForPage(bool sink, bool sees_first_token,
+                                                  float concentration) {
+  return sink && sees_first_token && concentration > kSinkConcentration;
+}
+
 // One page as one row of one q head sees it.
 struct PageErrorInputs {
   float share = 0;           // fraction of the row's softmax mass

@@ -60,6 +60,7 @@ class ProgressiveHeadF64 {
     std::vector<float> values[5];     // [64, head_dim] in the Hadamard frame, by bits / 2
     std::vector<uint8_t> key_scales;  // [head_dim]
     ValueSummary summary = {};
+    float first_scale_rms = 0;  // of the first token's ranges
   };
   struct HeldBasis {
     const float* identity = nullptr;
