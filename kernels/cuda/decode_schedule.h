@@ -1,0 +1,42 @@
+#ifndef ADAATTN_KERNELS_CUDA_DECODE_SCHEDULE_H_
+#define ADAATTN_KERNELS_CUDA_DECODE_SCHEDULE_H_
+
+// Which CTA of a persistent decode kernel reads which pages. A pure function of shapes.
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "kernels/cuda/params.h"
+
+namespace adaattn {
+
+// Rows of q that a CTA carries, in blocks of 8 (1, 2 or 4): the fewest that hold the group size
+// times the longest q, so that K and V are read once; larger groups are cut into row blocks that
+// read them again. head_dim 256 has no room for 4.
+int32_t ChooseRowTiles(int32_t head_dim, int32_t group_size, int32_t max_q_len);
+
+struct DecodeSchedule {
+  std::vector<DecodeItem> items;
+  std::vector<int32_t> cta_items;  // [num_ctas + 1]
+  int32_t num_groups = 0;          // counters that the kernel needs
+  int32_t num_slots = 0;           // partial slots
+};
+
+// Deals the pages of all (sequence, kv head, row block) groups to `num_ctas` CTAs, in order, in
+// equal runs. A run that would end or start close to a group's edge ends there instead: a part
+// costs a merge, and a short one costs more than the imbalance.
+//
+// Example: 64 sequences of 32 pages, 8 kv heads, 264 CTAs: 16384 pages, 62.06 a CTA. The first CTA
+// would leave 1.94 pages of its second group and takes them; so do all after it, and 256 CTAs read
+// two whole groups each with nothing to merge. One sequence of 512 pages, 8 kv heads: 15.5 pages a
+// CTA, 33 parts a kv head.
+//
+// Sequences without q rows get no item; those that see no key get one empty item, which writes
+// out = 0, lse = -inf. Requires: num_ctas > 0, row_tiles as from ChooseRowTiles.
+DecodeSchedule ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_t num_kv_heads,
+                              int32_t group_size, int32_t row_tiles, int32_t num_ctas);
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_KERNELS_CUDA_DECODE_SCHEDULE_H_

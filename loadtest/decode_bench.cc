@@ -1,0 +1,215 @@
+// Checks exact decode against float64 and times it.
+//
+//   adaattn_decode_bench [--check] [--time] [--json=FILE] [--runs=N]
+//
+// Without --check or --time it does both. L2 is flushed before every timed run; times are medians
+// of device events around one step's launch.
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/strip.h"
+#include "kernels/cuda/status.h"
+#include "loadtest/decode_case.h"
+
+namespace adaattn {
+namespace {
+
+constexpr size_t kFlushBytes = size_t{256} << 20;  // five times the L2 of an H100
+
+struct Settings {
+  bool check = true;
+  bool time = true;
+  int runs = 31;
+  std::string json_file;
+};
+
+struct TimedCase {
+  AttentionShape shape;
+  std::vector<int32_t> kv_lens;
+  int32_t q_len = 1;
+};
+
+std::vector<int32_t> Same(int32_t count, int32_t length) {
+  return std::vector<int32_t>(count, length);
+}
+
+// Largest relative L2 error of a row that passes: P is rounded to the operand type (half a unit in
+// the last place each, averaging out over keys), and out to its own.
+double Tolerance(const DecodeCaseOptions& options) {
+  const bool coarse = options.kv_type == DType::kBf16 || options.out_type == DType::kBf16;
+  const bool rounds_q = options.kv_type == DType::kBf16 && options.in_type != DType::kBf16;
+  return rounds_q ? 1.2e-2 : coarse ? 5e-3 : 1.5e-3;
+}
+
+std::vector<DecodeCaseOptions> CheckedCases() {
+  std::vector<DecodeCaseOptions> cases;
+  auto add = [&cases](AttentionShape shape, DType kv_type, std::vector<int32_t> lens,
+                      int32_t q_len = 1) -> DecodeCaseOptions& {
+    DecodeCaseOptions options;
+    options.shape = shape;
+    options.kv_type = kv_type;
+    options.kv_lens = std::move(lens);
+    options.q_len = q_len;
+    options.seed = cases.size() + 1;
+    cases.push_back(options);
+    return cases.back();
+  };
+  const std::vector<int32_t> edges = {0, 1, 15, 16, 31, 32, 33, 63, 64, 65, 200, 1000};
+  for (const DType type : {DType::kBf16, DType::kF16, DType::kF8E4m3}) {
+    for (const int32_t d : {64, 80, 96, 128, 256}) {
+      add({8, 2, d}, type, edges).scales = type == DType::kF8E4m3;
+      add({14, 2, d}, type, {700, 64, 129}, 4).out_type = DType::kF32;
+      add({4, 4, d}, type, {4000, 3}, 1).out_type = DType::kF32;
+    }
+    add({32, 2, 128}, type, {500, 6000}, 8);  // group size 16
+    add({32, 8, 128}, type, {3000, 100}, 1).window = 130;
+    add({32, 8, 128}, type, {3000, 100, 5}, 8).window = 77;
+    add({32, 8, 128}, type, {2000, 10}, 2).softcap = 20;
+    add({28, 4, 128}, type, {5000, 2500}, 3).in_type = DType::kF32;
+    add({32, 8, 128}, type, {1000, 513}, 2).in_type = DType::kF16;
+    add({32, 8, 128}, type, {4096, 4095}, 1).q_sigma = 6;               // sharp softmax
+    add({32, 8, 128}, type, Same(3, 20000), 1).out_type = DType::kF32;  // many splits
+  }
+  return cases;
+}
+
+absl::StatusOr<bool> CheckAll(int32_t num_ctas) {
+  bool all_good = true;
+  int index = 0;
+  for (const DecodeCaseOptions& options : CheckedCases()) {
+    // Few CTAs make long runs and mixed groups, many make short ones.
+    const int32_t ctas = index++ % 3 == 0 ? 7 : num_ctas;
+    ADAATTN_ASSIGN_OR_RETURN(auto test, DecodeCase::Create(options, ctas));
+    const int32_t stride = options.kv_lens[0] > 10000 ? 3 : 1;
+    ADAATTN_ASSIGN_OR_RETURN(const DecodeError error, test->Check(stride));
+    const bool good = error.worst_out <= Tolerance(options) && error.worst_lse <= 5e-3 &&
+                      error.worst_entropy <= 5e-3 &&
+                      error.counted_tokens == error.expected_tokens &&
+                      error.counted_bytes == error.expected_bytes;
+    all_good = all_good && good;
+    std::printf("%s %-44s out %.2e (mean %.2e) lse %.1e entropy %.1e tokens %ld/%ld slots %d\n",
+                good ? "ok  " : "FAIL", options.Name().c_str(), error.worst_out, error.mean_out,
+                error.worst_lse, error.worst_entropy, static_cast<long>(error.counted_tokens),
+                static_cast<long>(error.expected_tokens), test->num_slots());
+  }
+  return all_good;
+}
+
+absl::StatusOr<std::vector<double>> TimeRuns(const DecodeCase& test, int runs, void* flush) {
+  cudaEvent_t start, stop;
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventCreate(&start));
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventCreate(&stop));
+  std::vector<double> times;
+  for (int i = -3; i < runs; ++i) {
+    ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(flush, i & 0xff, kFlushBytes, nullptr));
+    ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventRecord(start, nullptr));
+    ADAATTN_RETURN_IF_ERROR(test.Run(nullptr));
+    ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventRecord(stop, nullptr));
+    ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(stop));
+    float milliseconds = 0;
+    ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventElapsedTime(&milliseconds, start, stop));
+    if (i >= 0) times.push_back(milliseconds * 1e3);
+  }
+  (void)cudaEventDestroy(start);
+  (void)cudaEventDestroy(stop);
+  std::sort(times.begin(), times.end());
+  return times;
+}
+
+absl::Status TimeAll(const Settings& settings, int32_t num_ctas, nlohmann::json* report) {
+  const AttentionShape usual{32, 8, 128};
+  const std::vector<TimedCase> cases = {
+      {usual, Same(1, 8192)},          {usual, Same(1, 32768)},
+      {usual, Same(1, 131072)},        {usual, Same(8, 32768)},
+      {usual, Same(32, 8192)},         {usual, Same(64, 2048)},
+      {usual, Same(32, 8192), 4},      {usual, Same(32, 8192), 8},
+      {{28, 4, 128}, Same(16, 32768)}, {{32, 8, 64}, Same(32, 16384)},
+      {{16, 4, 256}, Same(32, 8192)},
+  };
+  void* flush = nullptr;
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaMalloc(&flush, kFlushBytes));
+  for (const DType type : {DType::kBf16, DType::kF8E4m3}) {
+    for (const TimedCase& timed : cases) {
+      DecodeCaseOptions options;
+      options.shape = timed.shape;
+      options.kv_type = type;
+      options.kv_lens = timed.kv_lens;
+      options.q_len = timed.q_len;
+      ADAATTN_ASSIGN_OR_RETURN(auto test, DecodeCase::Create(options, num_ctas));
+      ADAATTN_ASSIGN_OR_RETURN(const auto times, TimeRuns(*test, settings.runs, flush));
+      const double median = times[times.size() / 2];
+      const double rate = test->kv_bytes() / median * 1e-6;
+      std::printf("%-36s median %8.2f us  min %8.2f  %5.2f TB/s read  %5.2f as BF16  parts %d\n",
+                  options.Name().c_str(), median, times.front(), rate,
+                  test->kv_bytes_as_bf16() / median * 1e-6, test->num_slots());
+      report->push_back({{"case", options.Name()},
+                         {"median_us", median},
+                         {"min_us", times.front()},
+                         {"kv_bytes", test->kv_bytes()},
+                         {"terabytes_per_second", rate}});
+    }
+  }
+  return FromCuda(cudaFree(flush), "cudaFree");
+}
+
+absl::StatusOr<int> Run(const Settings& settings) {
+  cudaDeviceProp properties;
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaGetDeviceProperties(&properties, 0));
+  const int32_t num_ctas = 2 * properties.multiProcessorCount;
+  std::printf("%s, %d multiprocessors\n", properties.name, properties.multiProcessorCount);
+  bool good = true;
+  if (settings.check) {
+    ADAATTN_ASSIGN_OR_RETURN(good, CheckAll(num_ctas));
+    std::printf("check: %s\n", good ? "passed" : "FAILED");
+  }
+  nlohmann::json report = {{"device", properties.name}, {"decode", nlohmann::json::array()}};
+  if (settings.time) ADAATTN_RETURN_IF_ERROR(TimeAll(settings, num_ctas, &report["decode"]));
+  if (!settings.json_file.empty()) std::ofstream(settings.json_file) << report.dump(2) << "\n";
+  return good ? 0 : 1;
+}
+
+bool ParseFlags(int argc, char** argv, Settings* settings) {
+  bool check = false, time = false;
+  for (int i = 1; i < argc; ++i) {
+    absl::string_view flag = argv[i];
+    if (flag == "--check") {
+      check = true;
+    } else if (flag == "--time") {
+      time = true;
+    } else if (absl::ConsumePrefix(&flag, "--json=")) {
+      settings->json_file = std::string(flag);
+    } else if (!absl::ConsumePrefix(&flag, "--runs=") || !absl::SimpleAtoi(flag, &settings->runs) ||
+               settings->runs < 1) {
+      return false;
+    }
+  }
+  if (check || time) settings->check = check, settings->time = time;
+  return true;
+}
+
+}  // namespace
+}  // namespace adaattn
+
+int main(int argc, char** argv) {
+  adaattn::Settings settings;
+  if (!adaattn::ParseFlags(argc, argv, &settings)) {
+    std::fprintf(stderr, "usage: %s [--check] [--time] [--json=FILE] [--runs=N >= 1]\n", argv[0]);
+    return 2;
+  }
+  const absl::StatusOr<int> result = adaattn::Run(settings);
+  if (!result.ok()) {
+    std::fprintf(stderr, "%s\n", result.status().ToString().c_str());
+    return 1;
+  }
+  return *result;
+}
