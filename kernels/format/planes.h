@@ -17,10 +17,12 @@
 namespace adaattn {
 
 enum class TileOrder : uint8_t {
-  // A row per channel for keys, a word per token for values:
-  //   key nibbles      channel c owns bytes 32c..32c+31; byte j holds token j low, token j+32 high
-  //   key refinements  channel c owns bytes 16c..16c+15; byte j holds token j+16s at bit 2s
-  //   value planes     token t owns bytes 4t..4t+3, a little-endian word with channel c at bit 2c
+  // Little-endian words of 32 bits, one per token (keys) or channel (values), that pair neighbours
+  // of the summed dimension 16 bits apart: shift and mask give both factors of a 16-bit multiply
+  // and add (pmaddwd), a lane per token or channel.
+  //   key nibbles      word 64*(c/8) + token: channel c at bit 16*(c&1) + 4*(c%8/2)
+  //   key refinements  word token: channel c at bit 16*(c&1) + 2*(c/2)
+  //   value planes     word 16*(token/16) + c: token t at bit 16*(t&1) + 2*(t%16/2)
   kLanes = 0,
   // The A fragments of mma.m16n8k16 (lane = 4g + q; element a_e at row g + 8*(e>>1 & 1), column
   // 2q + (e & 1) + 8*(e >> 2)); the two elements of one register stand 16 bits apart.
@@ -47,6 +49,10 @@ ADAATTN_HD constexpr FragmentPosition FragmentOf(int32_t row, int32_t column) {
   return FragmentPosition{(row % 8) * 4 + (column % 8) / 2,
                           (column / 8) * 4 + (row / 8) * 2 + column % 2};
 }
+// Bit `bit` of word `word`.
+ADAATTN_HD constexpr BitPosition WordPosition(int32_t word, int32_t bit) {
+  return BitPosition{4 * word + bit / 8, bit % 8};
+}
 ADAATTN_HD constexpr BitPosition MmaPlanePosition(int32_t row, int32_t column, int32_t step) {
   const FragmentPosition at = FragmentOf(row, column);
   const int32_t bit = 8 * (step % 2) + 2 * (at.element / 2) + 16 * (at.element % 2);
@@ -57,20 +63,28 @@ ADAATTN_HD constexpr BitPosition MmaPlanePosition(int32_t row, int32_t column, i
 // `token` is in [0, 64), `channel` in [0, 16) of the tile.
 ADAATTN_HD constexpr BitPosition KeyNibblePosition(TileOrder order, int32_t token,
                                                    int32_t channel) {
-  if (order == TileOrder::kLanes) return BitPosition{32 * channel + token % 32, 4 * (token / 32)};
+  if (order == TileOrder::kLanes) {
+    return internal::WordPosition(64 * (channel / 8) + token,
+                                  16 * (channel % 2) + 4 * (channel % 8 / 2));
+  }
   const internal::FragmentPosition at = internal::FragmentOf(token % 16, channel);
   const int32_t bit = 4 * (at.element / 2) + 16 * (at.element % 2);
   return BitPosition{16 * at.lane + 4 * (token / 16) + bit / 8, bit % 8};
 }
 
 ADAATTN_HD constexpr BitPosition KeyFinePosition(TileOrder order, int32_t token, int32_t channel) {
-  if (order == TileOrder::kLanes) return BitPosition{16 * channel + token % 16, 2 * (token / 16)};
+  if (order == TileOrder::kLanes) {
+    return internal::WordPosition(token, 16 * (channel % 2) + 2 * (channel / 2));
+  }
   return internal::MmaPlanePosition(token % 16, channel, token / 16);
 }
 
 ADAATTN_HD constexpr BitPosition ValuePlanePosition(TileOrder order, int32_t token,
                                                     int32_t channel) {
-  if (order == TileOrder::kLanes) return BitPosition{4 * token + channel / 4, 2 * (channel % 4)};
+  if (order == TileOrder::kLanes) {
+    return internal::WordPosition(16 * (token / 16) + channel,
+                                  16 * (token % 2) + 2 * (token % 16 / 2));
+  }
   return internal::MmaPlanePosition(channel, token % 16, token / 16);
 }
 
