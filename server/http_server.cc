@@ -35,7 +35,7 @@ void Send(mg_connection* connection, const HttpReply& reply, bool with_body) {
       "\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n",
       reply.status == 405 ? "Allow: GET, HEAD\r\n" : "",
       // The page is self-contained and must stay so.
-      "Content-Security-Policy: default-src 'self' 'unsafe-inline'\r\nConnection: close\r\n\r\n");
+      "Content-Security-Policy: default-src 'self'\r\nConnection: close\r\n\r\n");
   mg_write(connection, head.data(), head.size());
   if (with_body) mg_write(connection, reply.body.data(), reply.body.size());
 }
