@@ -36,7 +36,7 @@ bench: setup build/release/build.ninja  ## Times the kernels
 	@build/release/loadtest/adaattn-bench
 
 cuda: setup build/cuda/build.ninja  ## Compiles the CUDA backend (needs nvcc, no GPU)
-	@ninja -C build/cuda -j$(JOBS)
+	@ninja -C build/cuda -j$(JOBS) adaattn_kernels adaattn_decode_bench adaattn_cuda_host_tests
 
 lint: setup-check build/release/build.ninja  ## clang-tidy over every source; findings are errors
 	@ninja -C build/release -j$(JOBS) adaattn_proto
