@@ -53,7 +53,10 @@ class CpuPlan final : public AttendPlan {
 class CpuBackend final : public Backend {
  public:
   CpuBackend(HostMemory pool, int32_t num_threads)
-      : pool_(std::move(pool)), scratch_(num_threads), workers_(num_threads) {
+      : pool_(std::move(pool)),
+        scratch_(num_threads),
+        sealed_scratch_(num_threads),
+        workers_(num_threads) {
     info_.name = "cpu";
     info_.device = ProcessorName();
     info_.kernels = CpuKernelTarget();
@@ -76,7 +79,8 @@ class CpuBackend final : public Backend {
 
   absl::StatusOr<StepTicket> RunAttend(const AttendPlan& plan, const AttendBatch& batch) override {
     (void)plan;
-    RunStep(CpuContext{pool_.data(), &workers_, &arena_, &scratch_}, batch);
+    RunStep(CpuContext{pool_.data(), &workers_, &arena_, &wave_arena_, &scratch_, &sealed_scratch_},
+            batch);
     return StepTicket{++last_ticket_};
   }
 
@@ -123,7 +127,9 @@ class CpuBackend final : public Backend {
   HostMemory pool_;
   std::map<PlanKey, std::unique_ptr<CpuPlan>> plans_;
   Arena arena_;
+  Arena wave_arena_;
   std::vector<DenseScratch> scratch_;
+  std::vector<SealedWorker> sealed_scratch_;
   int64_t last_ticket_ = 0;
   WorkerPool workers_;
 };

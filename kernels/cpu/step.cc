@@ -7,6 +7,9 @@
 #include "kernels/cpu/append.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/merge.h"
+#include "kernels/cpu/sealed_job.h"
+#include "kernels/cpu/sealed_step.h"
+#include "kernels/format/basis.h"
 
 namespace adaattn {
 namespace {
@@ -42,12 +45,13 @@ class Step {
     Append();
     const absl::Time appended = absl::Now();
     AttendDensePages();
-    const absl::Time attended = absl::Now();
-    Merge();
     StageTimes* times = batch_.buffers->stage_times();
     *times = StageTimes();
     times->append = appended - start;
-    times->attend = attended - appended;
+    times->attend = absl::Now() - appended;
+    AttendSealed(context_, batch_, absl::MakeSpan(jobs_), times);
+    const absl::Time attended = absl::Now();
+    Merge();
     times->merge = absl::Now() - attended;
   }
 
@@ -59,6 +63,7 @@ class Step {
   PartialRows NewPartial(int32_t rows);
   void Append();
   void PrepareQueries(const HeadJob& job);
+  void RotateToBases(const HeadJob& job);
   void AttendDensePages();
   void RunDenseSplit(const DenseSplit& split, int32_t worker);
   void Merge();
@@ -113,6 +118,10 @@ void Step::LayoutHead(int32_t sequence_idx, int32_t kv_head, int64_t first_q_row
   job.q = context_.arena->Get<float>(int64_t{job.rows} * batch_.shape.head_dim);
   job.ranges = ranges;
   job.decision = decision;
+  const int64_t runs = static_cast<int64_t>(sequence.bases.size());
+  job.rotated = context_.arena->Get<float>(runs * job.rows * batch_.shape.head_dim);
+  job.mean_scores = context_.arena->Get<float>(runs * job.rows);
+  multiplies_ += runs * job.rows * batch_.shape.head_dim * batch_.shape.head_dim;
   jobs_.push_back(job);
   LayoutDense(&jobs_.back());
 }
@@ -127,14 +136,15 @@ void Step::LayoutDense(HeadJob* job) {
     end = std::max(end, range.end);
   }
   begin = std::max(begin, int64_t{sequence.num_sealed_pages} * kPageTokens);
-  if (begin >= end) return;
+  if (begin >= end) begin = end;
   job->dense_begin = begin;
   job->dense_end = end;
   const int64_t first_page = begin / kPageTokens;
-  const int64_t num_pages = (end - 1) / kPageTokens - first_page + 1;
+  const int64_t num_pages = begin < end ? (end - 1) / kPageTokens - first_page + 1 : 0;
   const int64_t split_pages = SplitPages(num_pages);
   job->num_splits = static_cast<int32_t>((num_pages + split_pages - 1) / split_pages);
-  job->splits = context_.arena->Get<WeightedPartial>(job->num_splits);
+  job->splits = context_.arena->Get<WeightedPartial>(job->num_splits + 1);
+  job->splits[job->num_splits] = {NewPartial(job->rows), 1.0f, 0};
   const DType type = DenseDType(batch_.format);
   const float value_scale = type == DType::kF8E4m3 && !sequence.value_scales.empty()
                                 ? sequence.value_scales[job->kv_head]
@@ -168,7 +178,27 @@ void Step::PrepareQueries(const HeadJob& job) {
         ToFloats(batch_.in_type, batch_.buffers->q() + first * row_bytes,
                  int64_t{group} * shape.head_dim, job.q + int64_t{i} * group * shape.head_dim);
   }
+  RotateToBases(job);
   if (!finite) flags_[job.sequence_idx].nonfinite_q.store(true, std::memory_order_relaxed);
+}
+
+// Runs without a page that some row sees are left alone.
+void Step::RotateToBases(const HeadJob& job) {
+  const int32_t head_dim = batch_.shape.head_dim;
+  const PageRange visible = VisibleSealedPages(job);
+  int32_t first_page = 0;
+  for (size_t run = 0; run < job.sequence->bases.size(); ++run) {
+    const BasisRun& pages = job.sequence->bases[run];
+    const bool seen = first_page < visible.end && first_page + pages.num_pages > visible.first;
+    first_page += pages.num_pages;
+    if (!seen) continue;
+    const BasisView basis =
+        ViewBasis(context_.pool + PageOffset(pages.basis), batch_.shape, job.kv_head);
+    const int64_t row = static_cast<int64_t>(run) * job.rows;
+    RotateQueries(&basis.query_basis->bits, basis.mean, job.q, job.rows, head_dim,
+                  job.rotated + row * head_dim, job.mean_scores + row);
+    job.decision->basis_bytes += BasisReadBytes(head_dim);
+  }
 }
 
 void Step::Append() {
@@ -226,7 +256,9 @@ void Step::Merge() {
       job.decision->key_bytes += job.splits[i].key_bytes;
       job.decision->value_bytes += job.splits[i].key_bytes;
     }
-    job.decision->entropy = MergeHead(batch_, job);
+    const float entropy = MergeHead(batch_, job);
+    // With sealed pages the selection has it, from the page shares.
+    if (VisibleSealedPages(job).end == 0) job.decision->entropy = entropy;
   });
 }
 

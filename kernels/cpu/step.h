@@ -10,16 +10,26 @@
 #include "kernels/attention.h"
 #include "kernels/cpu/arena.h"
 #include "kernels/cpu/dense_attend.h"
+#include "kernels/cpu/sealed_kernels.h"
 #include "kernels/cpu/worker_pool.h"
 
 namespace adaattn {
+
+// Working memory of one thread on sealed pages.
+struct SealedWorker {
+  SealedScratch scratch;
+  std::vector<KeyRange> visible;
+  std::vector<float> floats;
+};
 
 // What the backend owns and lends to each step.
 struct CpuContext {
   std::byte* pool = nullptr;
   WorkerPool* workers = nullptr;
   Arena* arena = nullptr;
+  Arena* wave_arena = nullptr;                   // taken back several times a step
   std::vector<DenseScratch>* scratch = nullptr;  // one a worker
+  std::vector<SealedWorker>* sealed_scratch = nullptr;
 };
 
 // A softmax state and what its acc is still to be multiplied by.
@@ -38,11 +48,13 @@ struct HeadJob {
   int32_t rows = 0;
   int64_t first_q_row = 0;           // of the sequence, in the batch's q
   float* q = nullptr;                // [rows, head_dim]
+  float* rotated = nullptr;          // [basis runs, rows, head_dim] q Q
+  float* mean_scores = nullptr;      // [basis runs, rows] q.mu
   const KeyRange* ranges = nullptr;  // [q_len]
   int64_t dense_begin = 0;           // cache positions read from dense pages
   int64_t dense_end = 0;
   int32_t num_splits = 0;
-  WeightedPartial* splits = nullptr;
+  WeightedPartial* splits = nullptr;  // dense, in order; then one for all sealed pages
   HeadDecision* decision = nullptr;
 };
 

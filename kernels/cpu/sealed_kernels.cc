@@ -1,0 +1,493 @@
+#include "kernels/cpu/sealed_kernels.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "kernels/cpu/simd_targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/sealed_kernels.cc"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+#include "kernels/cpu/pair_dot-inl.h"
+#include "kernels/cpu/simd-inl.h"
+#include "kernels/cpu/softmax-inl.h"
+#include "kernels/format/nested_code.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace adaattn {
+namespace HWY_NAMESPACE {
+namespace {
+
+constexpr int kMaxBlockRows = 6;
+constexpr float kMaxWeight = 32767.0f;
+
+// RangeFromScale of kLanes scale bytes.
+HWY_INLINE VF LoadRanges(const uint8_t* at) {
+  const I32 d;
+  const VI scale = hn::PromoteTo(d, hn::LoadU(hn::Rebind<uint8_t, I32>(), at));
+  const VI exponent =
+      hn::ShiftLeft<23>(hn::Add(hn::ShiftRight<2>(scale), hn::Set(d, 127 - kRangeOffset / 4)));
+  const VI quarter = hn::And(scale, hn::Set(d, 3));
+  const auto mantissa = [&](int q) HWY_ATTR {
+    return hn::IfThenElseZero(hn::Eq(quarter, hn::Set(d, q)),
+                              hn::Set(d, static_cast<int32_t>(internal::QuarterOctaveMantissa(q))));
+  };
+  const VI bits = hn::Or(hn::Or(exponent, mantissa(1)), hn::Or(mantissa(2), mantissa(3)));
+  return hn::BitCast(F32(), bits);
+}
+
+// Rounds `count` products to 16 bits relative to the largest magnitude; returns a unit's worth.
+HWY_INLINE float QuantizeWeights(const float* HWY_RESTRICT products, float max_abs, int32_t count,
+                                 int16_t* HWY_RESTRICT weights) {
+  const F32 d;
+  const hn::Rebind<int16_t, F32> narrow;
+  // A range that underflows the inverse carries no weight worth having.
+  const bool empty = !(max_abs > 1e-30f);
+  const VF inverse = hn::Set(d, empty ? 0.0f : kMaxWeight / max_abs);
+  for (int32_t c = 0; c < count; c += kLanes) {
+    const VI rounded = hn::NearestInt(hn::Mul(hn::LoadU(d, products + c), inverse));
+    hn::StoreU(hn::DemoteTo(narrow, rounded), narrow, weights + c);
+  }
+  return empty ? 0.0f : max_abs / kMaxWeight;
+}
+
+// Sum of int16 weights [begin, end).
+HWY_INLINE int32_t SumWeights(const int16_t* weights, int32_t begin, int32_t end) {
+  const I32 d;
+  VI sum = hn::Zero(d);
+  for (int32_t c = begin; c < end; c += kLanes) {
+    sum = hn::Add(sum, hn::PromoteTo(d, hn::LoadU(hn::Rebind<int16_t, I32>(), weights + c)));
+  }
+  return hn::GetLane(hn::SumOfLanes(d, sum));
+}
+
+// Weights q_c r_c of all rows; sums over channels [begin, end).
+void PrepareKeyWeights(const SealedPage& page, const RotatedRows& rows, int32_t begin, int32_t end,
+                       SealedScratch* scratch, const RowEnergy* energy) {
+  const F32 d;
+  const int32_t head_dim = rows.head_dim;
+  HWY_ALIGN float ranges[256];
+  HWY_ALIGN float products[256];
+  for (int32_t c = 0; c < head_dim; c += kLanes) {
+    hn::Store(LoadRanges(page.key_scales + c), d, ranges + c);
+  }
+  for (int32_t row = 0; row < rows.rows; ++row) {
+    const float* q = rows.q + int64_t{row} * head_dim;
+    int16_t* weights = scratch->weights() + int64_t{row} * head_dim;
+    VF max = hn::Zero(d), read = hn::Zero(d), unread = hn::Zero(d);
+    for (int32_t c = 0; c < head_dim; c += kLanes) {
+      const VF product = hn::Mul(hn::LoadU(d, q + c), hn::Load(d, ranges + c));
+      hn::Store(product, d, products + c);
+      max = hn::Max(max, hn::Abs(product));
+      if (c < end) {
+        read = hn::MulAdd(product, product, read);
+      } else {
+        unread = hn::MulAdd(product, product, unread);
+      }
+    }
+    scratch->steps()[row] = QuantizeWeights(products, HorizontalMax(max), head_dim, weights);
+    scratch->sums()[row] = SumWeights(weights, begin, end);
+    if (energy != nullptr) {
+      energy->read[row] = HorizontalSum(read);
+      energy->total[row] = energy->read[row] + HorizontalSum(unread);
+    }
+  }
+}
+
+// What a block of rows multiplies: weights and what they are worth.
+struct WeightBlock {
+  const int16_t* weights = nullptr;  // of the block's first row
+  int64_t stride = 0;                // from row to row
+  const float* steps = nullptr;
+  const int32_t* sums = nullptr;
+};
+
+template <int kRows>
+void ScanBlock(const SealedPage& page, const WeightBlock& block, int32_t tile_begin,
+               int32_t tile_end, float* HWY_RESTRICT raw) {
+  const F32 d;
+  for (int t = 0; t < kPageTokens; t += kLanes) {
+    VI acc[kRows];
+    for (int m = 0; m < kRows; ++m) acc[m] = hn::Zero(I32());
+    for (int32_t tile = tile_begin; tile < tile_end; ++tile) {
+      const std::byte* words = page.key_tiles[tile] + 4 * t;
+      const int16_t* weights = block.weights + tile * kTileChannels;
+      VI16 codes[8];
+      UnpackNibbles(LoadWords(words), codes[0], codes[1], codes[2], codes[3]);
+      UnpackNibbles(LoadWords(words + 4 * kPageTokens), codes[4], codes[5], codes[6], codes[7]);
+      MultiplyPairs<kRows, 8>(codes, weights, block.stride, acc);
+    }
+    for (int m = 0; m < kRows; ++m) {
+      float* at = raw + m * kPageTokens + t;
+      VF sum = CenteredSum(acc[m], 15, block.sums[m], block.steps[m] / 16);
+      if (tile_begin > 0) sum = hn::Add(sum, hn::LoadU(d, at));
+      hn::StoreU(sum, d, at);
+    }
+  }
+}
+
+template <int kRows, int kPlanes>
+void RefineBlock(const SealedPage& page, const WeightBlock& block, int32_t num_tiles,
+                 float* HWY_RESTRICT raw) {
+  constexpr int kBits = 2 * kPlanes;
+  const F32 d;
+  for (int t = 0; t < kPageTokens; t += kLanes) {
+    VI acc[kRows];
+    for (int m = 0; m < kRows; ++m) acc[m] = hn::Zero(I32());
+    for (int32_t tile = 0; tile < num_tiles; ++tile) {
+      const int64_t offset = int64_t{tile} * kPlaneTileBytes + 4 * t;
+      VU16 planes[kPlanes];
+      for (int p = 0; p < kPlanes; ++p) planes[p] = LoadWords(page.key_fine[p] + offset);
+      VI16 codes[8];
+      Unpack<kBits>::Run(planes, codes);
+      MultiplyPairs<kRows, 8>(codes, block.weights + tile * kTileChannels, block.stride, acc);
+    }
+    for (int m = 0; m < kRows; ++m) {
+      float* at = raw + m * kPageTokens + t;
+      const float step = block.steps[m] / static_cast<float>(16 << kBits);
+      const VF sum = CenteredSum(acc[m], (1 << kBits) - 1, block.sums[m], step);
+      hn::StoreU(hn::Add(sum, hn::LoadU(d, at)), d, at);
+    }
+  }
+}
+
+// acc[m][channels of one tile] += sum_t p r x_b.
+template <int kRows, int kBits>
+void ValueTile(const SealedPage& page, const WeightBlock& block, int32_t tile, int32_t head_dim,
+               float* HWY_RESTRICT out) {
+  constexpr int kPlanes = kBits / 2;
+  const F32 d;
+  for (int c = 0; c < kTileChannels; c += kLanes) {
+    VI acc[kRows];
+    for (int m = 0; m < kRows; ++m) acc[m] = hn::Zero(I32());
+    for (int tokens = 0; tokens < kPageTokens; tokens += 16) {
+      const int64_t offset = int64_t{tile} * kPlaneTileBytes + 4 * (tokens + c);
+      VU16 planes[kPlanes];
+      for (int p = 0; p < kPlanes; ++p) planes[p] = LoadWords(page.value_plane[p] + offset);
+      VI16 codes[8];
+      Unpack<kBits>::Run(planes, codes);
+      MultiplyPairs<kRows, 8>(codes, block.weights + tokens, block.stride, acc);
+    }
+    for (int m = 0; m < kRows; ++m) {
+      float* at = out + int64_t{m} * head_dim + tile * kTileChannels + c;
+      const float step = block.steps[m] / static_cast<float>(1 << kBits);
+      const VF sum = CenteredSum(acc[m], (1 << kBits) - 1, block.sums[m], step);
+      hn::StoreU(hn::Add(sum, hn::LoadU(d, at)), d, at);
+    }
+  }
+}
+
+// Calls run(integral_constant rows, first row) for blocks of at most six rows, evenly sized.
+template <class Run>
+HWY_INLINE void ForRowBlocks(int32_t rows, const Run& run) {
+  const int32_t blocks = (rows + kMaxBlockRows - 1) / kMaxBlockRows;
+  for (int32_t block = 0, row = 0; block < blocks; ++block) {
+    const int32_t count = rows / blocks + (block < rows % blocks ? 1 : 0);
+    switch (count) {
+      case 1:
+        run(std::integral_constant<int, 1>(), row);
+        break;
+      case 2:
+        run(std::integral_constant<int, 2>(), row);
+        break;
+      case 3:
+        run(std::integral_constant<int, 3>(), row);
+        break;
+      case 4:
+        run(std::integral_constant<int, 4>(), row);
+        break;
+      case 5:
+        run(std::integral_constant<int, 5>(), row);
+        break;
+      default:
+        run(std::integral_constant<int, 6>(), row);
+        break;
+    }
+    row += count;
+  }
+}
+
+WeightBlock KeyBlock(SealedScratch* scratch, int32_t row, int32_t head_dim) {
+  return {scratch->weights() + int64_t{row} * head_dim, head_dim, scratch->steps() + row,
+          scratch->sums() + row};
+}
+
+// p r of one group of channels, as 16-bit weights [rows, 64].
+void PrepareValueWeights(const SealedPage& page, int32_t rows, int32_t groups, int32_t group,
+                         SealedScratch* scratch) {
+  const F32 d;
+  HWY_ALIGN float ranges[kPageTokens];
+  HWY_ALIGN float products[kPageTokens];
+  HWY_ALIGN uint8_t scales[kPageTokens];
+  for (int t = 0; t < kPageTokens; ++t) scales[t] = page.value_scales[t * groups + group];
+  for (int t = 0; t < kPageTokens; t += kLanes) hn::Store(LoadRanges(scales + t), d, ranges + t);
+  for (int32_t row = 0; row < rows; ++row) {
+    const float* p = scratch->p() + int64_t{row} * kPageTokens;
+    int16_t* weights = scratch->weights() + int64_t{row} * kPageTokens;
+    VF max = hn::Zero(d);
+    for (int t = 0; t < kPageTokens; t += kLanes) {
+      const VF product = hn::Mul(hn::LoadU(d, p + t), hn::Load(d, ranges + t));
+      hn::Store(product, d, products + t);
+      max = hn::Max(max, product);
+    }
+    scratch->steps()[row] = QuantizeWeights(products, HorizontalMax(max), kPageTokens, weights);
+    scratch->sums()[row] = SumWeights(weights, 0, kPageTokens);
+  }
+}
+
+template <int kBits>
+void AccumulateSealedValues(const SealedPage& page, int32_t rows, int32_t head_dim,
+                            SealedScratch* scratch, float* acc) {
+  const int32_t groups = ValueGroups(head_dim);
+  const int32_t tiles = head_dim / groups / kTileChannels;
+  for (int32_t group = 0; group < groups; ++group) {
+    PrepareValueWeights(page, rows, groups, group, scratch);
+    ForRowBlocks(rows, [&](auto count, int32_t row) HWY_ATTR {
+      const WeightBlock block = {scratch->weights() + int64_t{row} * kPageTokens, kPageTokens,
+                                 scratch->steps() + row, scratch->sums() + row};
+      for (int32_t tile = group * tiles; tile < (group + 1) * tiles; ++tile) {
+        ValueTile<decltype(count)::value, kBits>(page, block, tile, head_dim,
+                                                 acc + int64_t{row} * head_dim);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void ScanKeysImpl(const SealedPage& page, const RotatedRows& rows, int32_t chunk_begin,
+                  int32_t chunk_end, SealedScratch* scratch, float* raw, const RowEnergy& energy) {
+  const int32_t head_dim = rows.head_dim;
+  const int32_t begin = ChunkedRank(head_dim, chunk_begin), end = ChunkedRank(head_dim, chunk_end);
+  PrepareKeyWeights(page, rows, begin, end, scratch, &energy);
+  ForRowBlocks(rows.rows, [&](auto count, int32_t row) HWY_ATTR {
+    ScanBlock<decltype(count)::value>(page, KeyBlock(scratch, row, head_dim), begin / kTileChannels,
+                                      end / kTileChannels, raw + int64_t{row} * kPageTokens);
+  });
+}
+
+void RefineKeysImpl(const SealedPage& page, const RotatedRows& rows, int32_t bits, int32_t chunks,
+                    SealedScratch* scratch, float* raw) {
+  const int32_t rank = ChunkedRank(rows.head_dim, chunks), tiles = rank / kTileChannels;
+  PrepareKeyWeights(page, rows, 0, rank, scratch, nullptr);
+  ForRowBlocks(rows.rows, [&](auto count, int32_t row) HWY_ATTR {
+    const WeightBlock block = KeyBlock(scratch, row, rows.head_dim);
+    float* at = raw + int64_t{row} * kPageTokens;
+    if (bits == 6) {
+      RefineBlock<decltype(count)::value, 1>(page, block, tiles, at);
+    } else {
+      RefineBlock<decltype(count)::value, 2>(page, block, tiles, at);
+    }
+  });
+}
+
+void PageStatisticsImpl(const RotatedRows& rows, const ScoreParams& params, const KeyRange* visible,
+                        const float* raw, float* lse, float* concentration) {
+  const F32 d;
+  HWY_ALIGN float s[kPageTokens];
+  for (int32_t row = 0; row < rows.rows; ++row) {
+    const ScoreMap map{params.softmax_scale, params.softmax_scale * rows.mean[row], params.softcap};
+    std::copy_n(raw + int64_t{row} * kPageTokens, kPageTokens, s);
+    MaskOutside(static_cast<int>(visible[row].begin), static_cast<int>(visible[row].end), s);
+    VF top = hn::Set(d, -std::numeric_limits<float>::infinity());
+    for (int t = 0; t < kPageTokens; t += kLanes) {
+      const VF score = MapMasked(map, hn::Load(d, s + t));
+      hn::Store(score, d, s + t);
+      top = hn::Max(top, score);
+    }
+    const float max = HorizontalMax(top);
+    lse[row] = -std::numeric_limits<float>::infinity();
+    concentration[row] = 1.0f;
+    if (max == lse[row]) continue;
+    VF sum = hn::Zero(d), squares = hn::Zero(d);
+    for (int t = 0; t < kPageTokens; t += kLanes) {
+      const VF p = Exp(hn::Sub(hn::Load(d, s + t), hn::Set(d, max)));
+      sum = hn::Add(sum, p);
+      squares = hn::MulAdd(p, p, squares);
+    }
+    const float total = HorizontalSum(sum);
+    lse[row] = max + std::log(total);
+    concentration[row] = HorizontalSum(squares) / (total * total);
+  }
+}
+
+void AttendSealedPageImpl(const SealedPage& page, const RotatedRows& rows,
+                          const ScoreParams& params, const KeyRange* visible, const float* raw,
+                          int32_t bits, SealedScratch* scratch, const PartialRows& state) {
+  const int32_t head_dim = rows.head_dim;
+  for (int32_t row = 0; row < rows.rows; ++row) {
+    float* p = scratch->p() + int64_t{row} * kPageTokens;
+    std::copy_n(raw + int64_t{row} * kPageTokens, kPageTokens, p);
+    MaskOutside(static_cast<int>(visible[row].begin), static_cast<int>(visible[row].end), p);
+    const ScoreMap map{params.softmax_scale, params.softmax_scale * rows.mean[row], params.softcap};
+    const float alpha = OnlineSoftmax(map, p, &state.max[row], &state.sum[row], nullptr);
+    if (alpha == 1.0f) continue;
+    float* acc = state.acc + int64_t{row} * head_dim;
+    for (int32_t c = 0; c < head_dim; ++c) acc[c] *= alpha;
+  }
+  switch (bits) {
+    case 2:
+      return AccumulateSealedValues<2>(page, rows.rows, head_dim, scratch, state.acc);
+    case 4:
+      return AccumulateSealedValues<4>(page, rows.rows, head_dim, scratch, state.acc);
+    case 6:
+      return AccumulateSealedValues<6>(page, rows.rows, head_dim, scratch, state.acc);
+    default:
+      return AccumulateSealedValues<8>(page, rows.rows, head_dim, scratch, state.acc);
+  }
+}
+
+void AddValueMeanImpl(const int8_t* mean, int32_t head_dim, float factor, float* acc) {
+  const F32 d;
+  const hn::Rebind<int8_t, I32> narrow;
+  for (int32_t c = 0; c < head_dim; c += kLanes) {
+    const VF value = hn::ConvertTo(d, hn::PromoteTo(I32(), hn::LoadU(narrow, mean + c)));
+    hn::StoreU(hn::MulAdd(value, hn::Set(d, factor), hn::LoadU(d, acc + c)), d, acc + c);
+  }
+}
+
+float ValueMeanDistance2Impl(const int8_t* mean, float mean_scale, int32_t head_dim,
+                             const float* o) {
+  const F32 d;
+  const hn::Rebind<int8_t, I32> narrow;
+  VF sum = hn::Zero(d);
+  for (int32_t c = 0; c < head_dim; c += kLanes) {
+    const VF value = hn::ConvertTo(d, hn::PromoteTo(I32(), hn::LoadU(narrow, mean + c)));
+    const VF off = hn::MulSub(value, hn::Set(d, mean_scale), hn::LoadU(d, o + c));
+    sum = hn::MulAdd(off, off, sum);
+  }
+  return HorizontalSum(sum);
+}
+
+void RotateQueriesImpl(const uint16_t* query_basis, const float* mean, const float* q, int32_t rows,
+                       int32_t head_dim, float* out, float* mean_score) {
+  const F32 d;
+  const hn::Rebind<hwy::float16_t, F32> half;
+  const auto* basis = reinterpret_cast<const hwy::float16_t*>(query_basis);
+  std::fill_n(out, int64_t{rows} * head_dim, 0.0f);
+  for (int32_t row = 0; row < rows; ++row) {
+    double score = 0;
+    for (int32_t c = 0; c < head_dim; ++c) {
+      score += double{q[int64_t{row} * head_dim + c]} * mean[c];
+    }
+    mean_score[row] = static_cast<float>(score);
+  }
+  ForRowBlocks(rows, [&](auto count, int32_t row) HWY_ATTR {
+    constexpr int kRows = decltype(count)::value;
+    for (int32_t rank = 0; rank < head_dim; rank += 2 * kLanes) {
+      VF acc[kRows][2];
+      for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = hn::Zero(d);
+      for (int32_t c = 0; c < head_dim; ++c) {
+        const auto* at = basis + int64_t{c} * head_dim + rank;
+        const VF low = hn::PromoteTo(d, hn::LoadU(half, at));
+        const VF high = hn::PromoteTo(d, hn::LoadU(half, at + kLanes));
+        for (int m = 0; m < kRows; ++m) {
+          const VF x = hn::Set(d, q[int64_t{row + m} * head_dim + c]);
+          acc[m][0] = hn::MulAdd(x, low, acc[m][0]);
+          acc[m][1] = hn::MulAdd(x, high, acc[m][1]);
+        }
+      }
+      for (int m = 0; m < kRows; ++m) {
+        float* at = out + int64_t{row + m} * head_dim + rank;
+        hn::StoreU(acc[m][0], d, at);
+        hn::StoreU(acc[m][1], d, at + kLanes);
+      }
+    }
+  });
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace adaattn
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace adaattn {
+
+HWY_EXPORT(ScanKeysImpl);
+HWY_EXPORT(RefineKeysImpl);
+HWY_EXPORT(PageStatisticsImpl);
+HWY_EXPORT(AttendSealedPageImpl);
+HWY_EXPORT(AddValueMeanImpl);
+HWY_EXPORT(ValueMeanDistance2Impl);
+HWY_EXPORT(RotateQueriesImpl);
+
+ValueSummary SealedPage::summary() const {
+  ValueSummary summary;
+  std::memcpy(&summary, value_summary, sizeof(summary));
+  return summary;
+}
+
+SealedPage ViewSealedPage(const PageLayout& layout, int32_t head_dim, int32_t kv_head,
+                          const std::byte* page) {
+  const auto at = [&](const PageLayout::Section& section) {
+    return page + section.offset + kv_head * section.bytes;
+  };
+  SealedPage view;
+  view.key_scales = reinterpret_cast<const uint8_t*>(at(layout.key_scales));
+  const int32_t chunk_tiles = ChunkChannels(head_dim) / kTileChannels;
+  for (int32_t tile = 0; tile < head_dim / kTileChannels; ++tile) {
+    view.key_tiles[tile] =
+        at(layout.key_base[tile / chunk_tiles]) + tile % chunk_tiles * int64_t{kKeyTileBytes};
+  }
+  for (int32_t p = 0; p < 2; ++p) view.key_fine[p] = at(layout.key_fine[p]);
+  view.value_summary = at(layout.value_summary);
+  view.value_scales = reinterpret_cast<const uint8_t*>(at(layout.value_scales));
+  for (int32_t p = 0; p < 4; ++p) view.value_plane[p] = at(layout.value_plane[p]);
+  return view;
+}
+
+void SealedScratch::Reserve(int32_t rows, int32_t head_dim) {
+  const int64_t size = int64_t{rows} * std::max(head_dim, kPageTokens);
+  if (size <= size_) return;
+  weights_ = hwy::AllocateAligned<int16_t>(static_cast<size_t>(size));
+  p_ = hwy::AllocateAligned<float>(static_cast<size_t>(rows) * kPageTokens);
+  floats_.resize(static_cast<size_t>(rows));
+  sums_.resize(static_cast<size_t>(rows));
+  size_ = size;
+}
+
+void ScanKeys(const SealedPage& page, const RotatedRows& rows, int32_t chunk_begin,
+              int32_t chunk_end, SealedScratch* scratch, float* raw, const RowEnergy& energy) {
+  scratch->Reserve(rows.rows, rows.head_dim);
+  HWY_DYNAMIC_DISPATCH(ScanKeysImpl)(page, rows, chunk_begin, chunk_end, scratch, raw, energy);
+}
+
+void RefineKeys(const SealedPage& page, const RotatedRows& rows, int32_t bits, int32_t chunks,
+                SealedScratch* scratch, float* raw) {
+  scratch->Reserve(rows.rows, rows.head_dim);
+  HWY_DYNAMIC_DISPATCH(RefineKeysImpl)(page, rows, bits, chunks, scratch, raw);
+}
+
+void PageStatistics(const RotatedRows& rows, const ScoreParams& params, const KeyRange* visible,
+                    const float* raw, float* lse, float* concentration) {
+  HWY_DYNAMIC_DISPATCH(PageStatisticsImpl)(rows, params, visible, raw, lse, concentration);
+}
+
+void AttendSealedPage(const SealedPage& page, const RotatedRows& rows, const ScoreParams& params,
+                      const KeyRange* visible, const float* raw, int32_t bits,
+                      SealedScratch* scratch, const PartialRows& state) {
+  scratch->Reserve(rows.rows, rows.head_dim);
+  HWY_DYNAMIC_DISPATCH(AttendSealedPageImpl)
+  (page, rows, params, visible, raw, bits, scratch, state);
+}
+
+void AddValueMean(const SealedPage& page, int32_t head_dim, float weight, float* acc) {
+  HWY_DYNAMIC_DISPATCH(AddValueMeanImpl)
+  (page.value_mean(), head_dim, weight * page.summary().mean_scale, acc);
+}
+
+float ValueMeanDistance2(const SealedPage& page, int32_t head_dim, const float* o) {
+  return HWY_DYNAMIC_DISPATCH(ValueMeanDistance2Impl)(page.value_mean(), page.summary().mean_scale,
+                                                      head_dim, o);
+}
+
+void RotateQueries(const uint16_t* query_basis, const float* mean, const float* q, int32_t rows,
+                   int32_t head_dim, float* out, float* mean_score) {
+  HWY_DYNAMIC_DISPATCH(RotateQueriesImpl)
+  (query_basis, mean, q, rows, head_dim, out, mean_score);
+}
+
+}  // namespace adaattn
+#endif  // HWY_ONCE

@@ -1,0 +1,321 @@
+#include "kernels/cpu/sealed_step.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "absl/time/clock.h"
+#include "kernels/cpu/convert.h"
+#include "kernels/cpu/sealed_job.h"
+#include "kernels/format/hadamard.h"
+#include "kernels/policy/error_model.h"
+
+namespace adaattn {
+namespace {
+
+// Scores kept from scan to attend, of all heads that go through the stages together. More would
+// fall out of the caches between the stages.
+constexpr int64_t kWaveScoreBytes = int64_t{16} << 20;
+
+struct SplitItem {
+  SealedJob* job = nullptr;
+  int32_t split = 0;
+};
+
+// Some heads of the batch, stage by stage.
+class Wave {
+ public:
+  Wave(const CpuContext& context, const AttendBatch& batch)
+      : context_(context),
+        head_dim_(batch.shape.head_dim),
+        group_(batch.shape.group_size()),
+        shape_(batch.shape) {}
+
+  void Add(HeadJob* head, PageRange pages);
+  void Run(StageTimes* times);
+
+ private:
+  template <class Stage>
+  void ForSplits(Stage stage) {
+    context_.workers->ParallelFor(
+        static_cast<int64_t>(items_.size()), false, [&](int64_t item, int32_t worker) {
+          SealedJob* job = items_[item].job;
+          const int32_t first = items_[item].split * job->split_pages;
+          const int32_t end = std::min(job->num_pages, first + job->split_pages);
+          (this->*stage)(job, items_[item].split, first, end, worker);
+        });
+  }
+  template <class Stage>
+  void ForJobs(Stage stage) {
+    context_.workers->ParallelFor(static_cast<int64_t>(jobs_.size()), false,
+                                  [&](int64_t item, int32_t) { stage(&jobs_[item]); });
+  }
+
+  RotatedRows RowsFor(const SealedJob& job, int32_t page) const;
+  void ScanPages(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker);
+  void ScanRest(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker);
+  void ScanPage(SealedJob* job, int32_t page, int32_t chunk_begin, KeyDepth depth, int32_t worker,
+                int64_t* bytes);
+  void AttendPages(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker);
+  void AttendPage(SealedJob* job, int32_t split, int32_t page, int32_t worker);
+  void Finish(SealedJob* job);
+
+  KeyRange* Visible(const SealedJob& job, int32_t page, int32_t worker);
+  int32_t all_chunks() const { return NumRankChunks(head_dim_); }
+
+  const CpuContext context_;
+  const int32_t head_dim_;
+  const int32_t group_;
+  const AttentionShape shape_;
+  std::vector<SealedJob> jobs_;
+  std::vector<SplitItem> items_;
+  bool two_stage_ = false;
+};
+
+void Wave::Add(HeadJob* head, PageRange pages) {
+  const SequenceStep& sequence = *head->sequence;
+  const DecisionParams& params = sequence.decision;
+  Arena* arena = context_.wave_arena;
+  SealedJob job;
+  job.head = head;
+  job.layout = MakePageLayout(shape_, sequence.stored_bits);
+  job.first_page = pages.first;
+  job.num_pages = pages.end - pages.first;
+  job.ladder = params.policy == Policy::kThreshold || params.policy == Policy::kBudget;
+  job.fixed = params.policy == Policy::kStatic
+                  ? StaticDepth(params, head_dim_, sequence.stored_bits)
+                  : FullDepth(head_dim_, sequence.stored_bits);
+  const int32_t coarse = job.ladder ? CoarseChunks(params, head_dim_) : 0;
+  job.first_chunks = coarse > 0 ? coarse : all_chunks();
+  two_stage_ |= coarse > 0;
+  const int64_t cells = int64_t{job.num_pages} * head->rows;
+  job.raw = arena->Get<float>(cells * kPageTokens);
+  job.scans = arena->Get<RowScan>(cells);
+  job.facts = arena->Get<PageFacts>(job.num_pages);
+  job.depths = arena->Get<PageDepth>(job.num_pages);
+  job.row_lse = arena->Get<float>(head->rows);
+  job.split_pages = static_cast<int32_t>(SplitPages(job.num_pages));
+  job.num_splits = (job.num_pages + job.split_pages - 1) / job.split_pages;
+  job.splits = arena->Get<PartialRows>(job.num_splits);
+  job.split_key_bytes = arena->GetZeroed<int64_t>(job.num_splits);
+  job.split_value_bytes = arena->GetZeroed<int64_t>(job.num_splits);
+  for (int32_t split = 0; split < job.num_splits; ++split) {
+    job.splits[split].max = arena->Get<float>(head->rows);
+    job.splits[split].sum = arena->Get<float>(head->rows);
+    job.splits[split].moment = nullptr;
+    job.splits[split].acc = arena->Get<float>(int64_t{head->rows} * head_dim_);
+  }
+  jobs_.push_back(job);
+}
+
+void Wave::Run(StageTimes* times) {
+  for (SealedJob& job : jobs_) {
+    for (int32_t split = 0; split < job.num_splits; ++split) items_.push_back({&job, split});
+  }
+  const absl::Time start = absl::Now();
+  ForSplits(&Wave::ScanPages);
+  if (two_stage_) {
+    ForJobs([](SealedJob* job) {
+      FinishMasses(job);
+      if (job->first_chunks < job->layout.num_chunks && job->ladder) OpenPages(job);
+    });
+    ForSplits(&Wave::ScanRest);
+  }
+  const absl::Time scanned = absl::Now();
+  ForJobs([this](SealedJob* job) {
+    FinishMasses(job);
+    SelectDepths(job, head_dim_, context_.pool);
+  });
+  const absl::Time selected = absl::Now();
+  ForSplits(&Wave::AttendPages);
+  ForJobs([this](SealedJob* job) { Finish(job); });
+  times->scan += scanned - start;
+  times->select += selected - scanned;
+  times->attend += absl::Now() - selected;
+}
+
+RotatedRows Wave::RowsFor(const SealedJob& job, int32_t page) const {
+  const HeadJob& head = *job.head;
+  int32_t index = job.first_page + page;
+  size_t run = 0;
+  while (index >= head.sequence->bases[run].num_pages)
+    index -= head.sequence->bases[run++].num_pages;
+  RotatedRows rows;
+  rows.q = head.rotated + static_cast<int64_t>(run) * head.rows * head_dim_;
+  rows.mean = head.mean_scores + static_cast<int64_t>(run) * head.rows;
+  rows.rows = head.rows;
+  rows.head_dim = head_dim_;
+  return rows;
+}
+
+KeyRange* Wave::Visible(const SealedJob& job, int32_t page, int32_t worker) {
+  std::vector<KeyRange>& visible = (*context_.sealed_scratch)[worker].visible;
+  visible.resize(static_cast<size_t>(job.head->rows));
+  LocalRanges(*job.head, group_, job.first_page + page, visible.data());
+  return visible.data();
+}
+
+// Reads `depth` of the page from `chunk_begin` on and brings its scans up to date.
+void Wave::ScanPage(SealedJob* job, int32_t page, int32_t chunk_begin, KeyDepth depth,
+                    int32_t worker, int64_t* bytes) {
+  SealedWorker& own = (*context_.sealed_scratch)[worker];
+  const SequenceStep& sequence = *job->head->sequence;
+  const RotatedRows rows = RowsFor(*job, page);
+  const SealedPage view = JobPage(*job, head_dim_, context_.pool, page);
+  const ScoreParams params{sequence.softmax_scale, sequence.softcap};
+  const int64_t first_cell = int64_t{page} * rows.rows;
+  float* raw = job->raw + first_cell * kPageTokens;
+  RowScan* scans = job->scans + first_cell;
+  own.floats.resize(static_cast<size_t>(4) * rows.rows);
+  float* read = own.floats.data();
+  float* total = read + rows.rows;
+  float* lse = total + rows.rows;
+  float* concentration = lse + rows.rows;
+
+  ScanKeys(view, rows, chunk_begin, depth.chunks, &own.scratch, raw, RowEnergy{read, total});
+  if (chunk_begin == 0) *bytes += head_dim_;  // the scales
+  *bytes += int64_t{ChunkedRank(head_dim_, depth.chunks) - ChunkedRank(head_dim_, chunk_begin)} *
+            kPageTokens / 2;
+  if (depth.bits > kScanBits) {
+    RefineKeys(view, rows, depth.bits, depth.chunks, &own.scratch, raw);
+    *bytes += int64_t{ChunkedRank(head_dim_, depth.chunks)} * kPageTokens * (depth.bits - 4) / 8;
+  }
+  const KeyRange* visible = Visible(*job, page, worker);
+  PageStatistics(rows, params, visible, raw, lse, concentration);
+  const float scale2 = sequence.softmax_scale * sequence.softmax_scale;
+  for (int32_t row = 0; row < rows.rows; ++row) {
+    RowScan& scan = scans[row];
+    scan.lse = lse[row];
+    scan.concentration = concentration[row];
+    scan.variance = scale2 * (read[row] * CodeVariance(1.0f, depth.bits) +
+                              (total[row] - read[row]) * UnreadVariance(1.0f));
+    scan.log_mass = job->ladder ? PageLogMass(scan.lse, scan.variance) : scan.lse;
+  }
+}
+
+void Wave::ScanPages(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker) {
+  KeyDepth depth = job->fixed.key;
+  if (job->ladder) depth = KeyDepth{kScanBits, static_cast<uint8_t>(job->first_chunks)};
+  for (int32_t page = first; page < end; ++page) {
+    ScanPage(job, page, 0, depth, worker, &job->split_key_bytes[split]);
+    PageFacts& facts = job->facts[page];
+    facts = PageFacts();
+    facts.sink = job->first_page + page == 0;
+    const KeyRange* visible = (*context_.sealed_scratch)[worker].visible.data();
+    for (int32_t row = 0; row < job->head->rows; ++row) {
+      const int64_t count = visible[row].end - visible[row].begin;
+      facts.cut |= count > 0 && count < kPageTokens;
+    }
+  }
+}
+
+void Wave::ScanRest(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker) {
+  if (!job->ladder || job->first_chunks == all_chunks()) return;
+  const KeyDepth depth{kScanBits, static_cast<uint8_t>(all_chunks())};
+  for (int32_t page = first; page < end; ++page) {
+    if (!job->facts[page].opened) continue;
+    ScanPage(job, page, job->first_chunks, depth, worker, &job->split_key_bytes[split]);
+  }
+}
+
+void Wave::AttendPages(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker) {
+  const int32_t rows = job->head->rows;
+  const PartialRows& state = job->splits[split];
+  // The estimate of the global LSE is as good a reference as the maximum, and known to all splits.
+  std::copy_n(job->row_lse, rows, state.max);
+  std::fill_n(state.sum, rows, 0.0f);
+  std::fill_n(state.acc, int64_t{rows} * head_dim_, 0.0f);
+  for (int32_t page = first; page < end; ++page) AttendPage(job, split, page, worker);
+}
+
+void Wave::AttendPage(SealedJob* job, int32_t split, int32_t page, int32_t worker) {
+  SealedWorker& own = (*context_.sealed_scratch)[worker];
+  const SequenceStep& sequence = *job->head->sequence;
+  const PageDepth& depth = job->depths[page];
+  const PartialRows& state = job->splits[split];
+  const SealedPage view = JobPage(*job, head_dim_, context_.pool, page);
+  const int32_t rows = job->head->rows;
+  if (depth.value_bits == 0) {
+    for (int32_t row = 0; row < rows; ++row) {
+      const float log_mass = job->scans[int64_t{page} * rows + row].log_mass;
+      const float weight = std::exp(log_mass - state.max[row]);
+      // -inf - -inf: a row that sees nothing at all.
+      if (!(weight > 0)) continue;
+      state.sum[row] += weight;
+      AddValueMean(view, head_dim_, weight, state.acc + int64_t{row} * head_dim_);
+    }
+    return;
+  }
+  const RotatedRows rotated = RowsFor(*job, page);
+  float* raw = job->raw + int64_t{page} * rows * kPageTokens;
+  if (job->ladder && depth.key.bits > kScanBits) {
+    RefineKeys(view, rotated, depth.key.bits, depth.key.chunks, &own.scratch, raw);
+    job->split_key_bytes[split] +=
+        int64_t{ChunkedRank(head_dim_, depth.key.chunks)} * kPageTokens * (depth.key.bits - 4) / 8;
+  }
+  const ScoreParams params{sequence.softmax_scale, sequence.softcap};
+  AttendSealedPage(view, rotated, params, Visible(*job, page, worker), raw, depth.value_bits,
+                   &own.scratch, state);
+  job->split_value_bytes[split] += int64_t{kPageTokens} * ValueGroups(head_dim_) +
+                                   int64_t{head_dim_} * kPageTokens * depth.value_bits / 8;
+}
+
+// Joins the splits in their order, turns the values back and hands the state to the head.
+void Wave::Finish(SealedJob* job) {
+  HeadJob* head = job->head;
+  const int32_t rows = head->rows;
+  WeightedPartial& target = head->splits[head->num_splits];
+  target.factor = 1;
+  target.key_bytes = 0;
+  PartialRows& sum = target.rows;
+  sum.moment = nullptr;
+  for (int32_t row = 0; row < rows; ++row) {
+    sum.max[row] = -std::numeric_limits<float>::infinity();
+    for (int32_t split = 0; split < job->num_splits; ++split) {
+      sum.max[row] = std::max(sum.max[row], job->splits[split].max[row]);
+    }
+    sum.sum[row] = 0;
+    float* acc = sum.acc + int64_t{row} * head_dim_;
+    std::fill_n(acc, head_dim_, 0.0f);
+    for (int32_t split = 0; split < job->num_splits; ++split) {
+      const PartialRows& part = job->splits[split];
+      if (part.sum[row] == 0) continue;
+      const float weight = std::exp(part.max[row] - sum.max[row]);
+      sum.sum[row] += weight * part.sum[row];
+      AddScaled(part.acc + int64_t{row} * head_dim_, weight, head_dim_, acc);
+    }
+    if (sum.sum[row] == 0) sum.max[row] = -std::numeric_limits<float>::infinity();
+    RotateHadamard(acc, head_dim_);
+  }
+  for (int32_t split = 0; split < job->num_splits; ++split) {
+    head->decision->key_bytes += job->split_key_bytes[split];
+    head->decision->value_bytes += job->split_value_bytes[split];
+  }
+  ++head->num_splits;
+}
+
+}  // namespace
+
+void AttendSealed(const CpuContext& context, const AttendBatch& batch, absl::Span<HeadJob> heads,
+                  StageTimes* times) {
+  size_t next = 0;
+  while (next < heads.size()) {
+    Wave wave(context, batch);
+    context.wave_arena->Reset();
+    int64_t score_bytes = 0;
+    bool any = false;
+    for (; next < heads.size(); ++next) {
+      const PageRange pages = VisibleSealedPages(heads[next]);
+      if (pages.first >= pages.end) continue;
+      score_bytes += int64_t{pages.end - pages.first} * heads[next].rows * kPageTokens *
+                     static_cast<int64_t>(sizeof(float));
+      if (any && score_bytes > kWaveScoreBytes) break;
+      wave.Add(&heads[next], pages);
+      any = true;
+    }
+    if (any) wave.Run(times);
+  }
+}
+
+}  // namespace adaattn

@@ -1,0 +1,268 @@
+// From scans to depths: global LSE, shares, the policy, and what is reported of them.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/cpu/convert.h"
+#include "kernels/cpu/sealed_job.h"
+#include "kernels/format/hadamard.h"
+#include "kernels/policy/budget.h"
+#include "kernels/policy/entropy.h"
+#include "kernels/policy/error_model.h"
+
+namespace adaattn {
+namespace {
+
+constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
+
+// One head's selection in flight.
+class Selection {
+ public:
+  Selection(SealedJob* job, int32_t head_dim, const std::byte* pool)
+      : job_(*job),
+        rows_(job->head->rows),
+        head_dim_(head_dim),
+        pool_(pool),
+        shares_(int64_t{job->num_pages} * rows_),
+        distances_(shares_.size()),
+        estimates_(int64_t{rows_} * head_dim),
+        norms_(rows_) {}
+
+  void Run() {
+    Estimate();
+    const DecisionParams& params = job_.head->sequence->decision;
+    float theta = 0;
+    if (job_.ladder) {
+      theta = params.policy == Policy::kBudget ? ChooseBudget() : params.theta;
+    }
+    job_.head->decision->theta = theta;
+    for (int32_t page = 0; page < job_.num_pages; ++page) SelectPage(page, theta);
+    Report();
+  }
+
+ private:
+  const RowScan& scan(int32_t page, int32_t row) const {
+    return job_.scans[int64_t{page} * rows_ + row];
+  }
+
+  // o before attending, in the Hadamard frame: shares of the page means, dense tokens as they are.
+  void Estimate();
+  PageErrorInputs ErrorInputs(int32_t page, int32_t row, const ValueSummary& summary) const;
+  float ChooseBudget() const;
+  void SelectPage(int32_t page, float theta);
+  void Report();
+  float Entropy() const;
+
+  SealedJob& job_;
+  const int32_t rows_;
+  const int32_t head_dim_;
+  const std::byte* const pool_;
+  std::vector<float> shares_;     // [num_pages, rows]
+  std::vector<float> distances_;  // [num_pages, rows] |mean - o|^2
+  std::vector<float> estimates_;  // [rows, head_dim]
+  std::vector<float> norms_;      // [rows] |o|^2
+};
+
+void Selection::Estimate() {
+  const HeadJob& head = *job_.head;
+  for (int32_t row = 0; row < rows_; ++row) {
+    float* o = estimates_.data() + int64_t{row} * head_dim_;
+    for (int32_t i = 0; i < head.num_splits; ++i) {
+      const PartialRows& split = head.splits[i].rows;
+      if (split.max[row] == kNegativeInfinity) continue;
+      const float weight = std::exp(split.max[row] - job_.row_lse[row]) * head.splits[i].factor;
+      AddScaled(split.acc + int64_t{row} * head_dim_, weight, head_dim_, o);
+    }
+    RotateHadamard(o, head_dim_);
+  }
+  for (int32_t page = 0; page < job_.num_pages; ++page) {
+    const SealedPage view = JobPage(job_, head_dim_, pool_, page);
+    for (int32_t row = 0; row < rows_; ++row) {
+      const float log_mass = scan(page, row).log_mass;
+      const float share =
+          log_mass == kNegativeInfinity ? 0.0f : std::exp(log_mass - job_.row_lse[row]);
+      shares_[int64_t{page} * rows_ + row] = share;
+      if (share > 0) {
+        AddValueMean(view, head_dim_, share, estimates_.data() + int64_t{row} * head_dim_);
+      }
+    }
+  }
+  for (int32_t row = 0; row < rows_; ++row) {
+    const float* o = estimates_.data() + int64_t{row} * head_dim_;
+    for (int32_t c = 0; c < head_dim_; ++c) norms_[row] += o[c] * o[c];
+  }
+  for (int32_t page = 0; page < job_.num_pages; ++page) {
+    const SealedPage view = JobPage(job_, head_dim_, pool_, page);
+    for (int32_t row = 0; row < rows_; ++row) {
+      distances_[int64_t{page} * rows_ + row] =
+          ValueMeanDistance2(view, head_dim_, estimates_.data() + int64_t{row} * head_dim_);
+    }
+  }
+}
+
+PageErrorInputs Selection::ErrorInputs(int32_t page, int32_t row,
+                                       const ValueSummary& summary) const {
+  const int64_t at = int64_t{page} * rows_ + row;
+  PageErrorInputs inputs;
+  inputs.share = shares_[at];
+  inputs.concentration = job_.scans[at].concentration;
+  inputs.score_variance = job_.scans[at].variance;
+  inputs.mean_distance2 = distances_[at];
+  inputs.spread = summary.spread;
+  inputs.scale_rms = summary.scale_rms;
+  return inputs;
+}
+
+float Selection::ChooseBudget() const {
+  const SequenceStep& sequence = *job_.head->sequence;
+  std::vector<PageBudget> budgets(job_.num_pages);
+  for (int32_t page = 0; page < job_.num_pages; ++page) {
+    budgets[page].facts = job_.facts[page];
+    const ValueSummary summary = JobPage(job_, head_dim_, pool_, page).summary();
+    for (int32_t row = 0; row < rows_; ++row) {
+      if (scan(page, row).lse == kNegativeInfinity) continue;
+      const float weight =
+          norms_[row] > 0 ? 1.0f / (norms_[row] * static_cast<float>(rows_)) : 0.0f;
+      AddToBudget(sequence.decision, ErrorInputs(page, row, summary), weight, head_dim_,
+                  sequence.stored_bits, &budgets[page]);
+    }
+  }
+  return ChooseTheta(sequence.decision, budgets, head_dim_, sequence.stored_bits).theta;
+}
+
+void Selection::SelectPage(int32_t page, float theta) {
+  if (!job_.ladder) {
+    job_.depths[page] = job_.fixed;
+    return;
+  }
+  const SequenceStep& sequence = *job_.head->sequence;
+  float share = 0;
+  for (int32_t row = 0; row < rows_; ++row) {
+    share = std::max(share, shares_[int64_t{page} * rows_ + row]);
+  }
+  job_.depths[page] = LadderDepth(sequence.decision, theta, share, job_.facts[page], head_dim_,
+                                  sequence.stored_bits);
+  if (!job_.facts[page].opened) return;
+  for (int32_t row = 0; row < rows_; ++row) {
+    float& variance = job_.scans[int64_t{page} * rows_ + row].variance;
+    variance = ScoreVarianceAt(variance, job_.depths[page].key.bits);
+  }
+}
+
+float Selection::Entropy() const {
+  const HeadJob& head = *job_.head;
+  double total = 0;
+  for (int32_t row = 0; row < rows_; ++row) {
+    const float lse = job_.row_lse[row];
+    if (lse == kNegativeInfinity) continue;
+    for (int32_t page = 0; page < job_.num_pages; ++page) {
+      total += EntropyTerm(scan(page, row).log_mass, lse);
+    }
+    for (int32_t i = 0; i < head.num_splits; ++i) {
+      const PartialRows& split = head.splits[i].rows;
+      if (split.max[row] == kNegativeInfinity) continue;
+      // sum_t p (lse - s) with p = exp(s - lse).
+      total += std::exp(split.max[row] - lse) * (split.sum[row] * lse - split.moment[row]);
+    }
+  }
+  return static_cast<float>(total / rows_);
+}
+
+void Selection::Report() {
+  HeadDecision* decision = job_.head->decision;
+  std::vector<float> errors(rows_);
+  for (int32_t page = 0; page < job_.num_pages; ++page) {
+    const PageDepth& depth = job_.depths[page];
+    ++decision->key_pages[KeyDepthIndex(depth.key.bits, depth.key.chunks)];
+    ++decision->value_pages[depth.value_bits / 2];
+    const ValueSummary summary = JobPage(job_, head_dim_, pool_, page).summary();
+    decision->value_bytes += static_cast<int64_t>(sizeof(ValueSummary)) + head_dim_;
+    for (int32_t row = 0; row < rows_; ++row) {
+      if (scan(page, row).lse == kNegativeInfinity) continue;
+      errors[row] +=
+          PredictedPageError(ErrorInputs(page, row, summary), depth.value_bits, head_dim_);
+    }
+  }
+  float total = 0;
+  for (int32_t row = 0; row < rows_; ++row) {
+    if (norms_[row] > 0) total += errors[row] / norms_[row];
+  }
+  decision->predicted_error = std::sqrt(total / static_cast<float>(rows_));
+  decision->entropy = Entropy();
+}
+
+}  // namespace
+
+PageRange VisibleSealedPages(const HeadJob& head) {
+  const SequenceStep& sequence = *head.sequence;
+  int64_t begin = std::numeric_limits<int64_t>::max(), end = 0;
+  for (int32_t i = 0; i < sequence.q_len; ++i) {
+    if (head.ranges[i].begin >= head.ranges[i].end) continue;
+    begin = std::min(begin, head.ranges[i].begin);
+    end = std::max(end, head.ranges[i].end);
+  }
+  const int64_t sealed = int64_t{sequence.num_sealed_pages} * kPageTokens;
+  end = std::min(end, sealed);
+  if (begin >= end) return PageRange{};
+  return PageRange{static_cast<int32_t>(begin / kPageTokens),
+                   static_cast<int32_t>((end - 1) / kPageTokens) + 1};
+}
+
+void LocalRanges(const HeadJob& head, int32_t group_size, int32_t page, KeyRange* out) {
+  const int64_t first = int64_t{page} * kPageTokens;
+  for (int32_t row = 0; row < head.rows; ++row) {
+    const KeyRange& range = head.ranges[row / group_size];
+    out[row].begin = std::clamp<int64_t>(range.begin - first, 0, kPageTokens);
+    out[row].end = std::clamp<int64_t>(range.end - first, out[row].begin, kPageTokens);
+  }
+}
+
+SealedPage JobPage(const SealedJob& job, int32_t head_dim, const std::byte* pool, int32_t page) {
+  const PageId id = job.head->sequence->pages[job.first_page + page];
+  return ViewSealedPage(job.layout, head_dim, job.head->kv_head, pool + PageOffset(id));
+}
+
+void FinishMasses(SealedJob* job) {
+  const HeadJob& head = *job->head;
+  const int32_t rows = head.rows;
+  for (int32_t row = 0; row < rows; ++row) {
+    float max = kNegativeInfinity;
+    for (int32_t i = 0; i < head.num_splits; ++i) max = std::max(max, head.splits[i].rows.max[row]);
+    for (int32_t page = 0; page < job->num_pages; ++page) {
+      max = std::max(max, job->scans[int64_t{page} * rows + row].log_mass);
+    }
+    job->row_lse[row] = max;
+    if (max == kNegativeInfinity) continue;
+    float sum = 0;
+    for (int32_t i = 0; i < head.num_splits; ++i) {
+      const PartialRows& split = head.splits[i].rows;
+      sum += split.sum[row] * std::exp(split.max[row] - max);
+    }
+    for (int32_t page = 0; page < job->num_pages; ++page) {
+      sum += std::exp(job->scans[int64_t{page} * rows + row].log_mass - max);
+    }
+    job->row_lse[row] = max + std::log(sum);
+  }
+}
+
+void OpenPages(SealedJob* job) {
+  const DecisionParams& params = job->head->sequence->decision;
+  const int32_t rows = job->head->rows;
+  for (int32_t page = 0; page < job->num_pages; ++page) {
+    PageFacts& facts = job->facts[page];
+    facts.opened = facts.sink || facts.cut;
+    for (int32_t row = 0; row < rows && !facts.opened; ++row) {
+      const RowScan& scan = job->scans[int64_t{page} * rows + row];
+      if (scan.lse == kNegativeInfinity) continue;
+      facts.opened =
+          OpensPage(scan.lse, scan.variance, params.coarse_z, job->row_lse[row], params.theta);
+    }
+  }
+}
+
+void SelectDepths(SealedJob* job, int32_t head_dim, const std::byte* pool) {
+  Selection(job, head_dim, pool).Run();
+}
+
+}  // namespace adaattn

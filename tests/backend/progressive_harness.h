@@ -1,0 +1,61 @@
+#ifndef ADAATTN_TESTS_BACKEND_PROGRESSIVE_HARNESS_H_
+#define ADAATTN_TESTS_BACKEND_PROGRESSIVE_HARNESS_H_
+
+// Progressive caches whose bases and sealed pages the test makes a second time on the host, for
+// kernels/reference/progressive_f64 to judge the backend by.
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels/reference/progressive_f64.h"
+#include "tests/backend/backend_harness.h"
+
+namespace adaattn {
+
+struct ProgressiveOptions {
+  AttentionShape shape;
+  int64_t length = 700;
+  int32_t stored_bits = 8;
+  int32_t num_bases = 1;  // runs of equal length
+  uint32_t seed = 7;
+  int32_t num_threads = 0;
+  int32_t num_pages = 64;
+};
+
+// One sequence of keys with a mean, decaying channels and pages of their own direction, so that
+// shares of pages spread over several octaves. All but the last full page and the open one are
+// sealed.
+class ProgressiveHarness {
+ public:
+  explicit ProgressiveHarness(const ProgressiveOptions& options);
+
+  BackendHarness& harness() { return harness_; }
+  TestSequence& sequence() { return sequence_; }
+
+  // A step with queries that look like the keys.
+  StepCase NewStep(int32_t q_len);
+
+  // What the reference makes of the same step, for one kv head. `output` gives the queries.
+  ProgressiveResultF64 Reference(const StepCase& step, const StepOutput& output, int32_t kv_head);
+
+  // Runs the step and holds every head against the reference: page counts by depth (but for pages
+  // whose share is within 1 % of a threshold), out and lse, entropy, predicted error, bytes.
+  StepOutput RunAndCompare(const StepCase& step);
+
+ private:
+  std::vector<float> StructuredRows(int64_t rows, int32_t heads, bool keys);
+  void SealRun(int32_t first_page, int32_t count);
+  void CompareHead(const StepCase& step, const StepOutput& output, int32_t kv_head);
+
+  const ProgressiveOptions options_;
+  BackendHarness harness_;
+  TestSequence sequence_;
+  std::vector<std::vector<std::byte>> basis_blocks_;
+  std::vector<std::vector<std::byte>> pages_;  // sealed on the host
+  std::vector<int32_t> page_bases_;
+};
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_TESTS_BACKEND_PROGRESSIVE_HARNESS_H_

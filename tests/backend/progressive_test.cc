@@ -1,0 +1,166 @@
+// Progressive decode against the double-precision reference over the same pages.
+
+#include <gtest/gtest.h>
+
+#include <string>
+#include <tuple>
+
+#include "kernels/policy/names.h"
+#include "tests/backend/progressive_harness.h"
+
+namespace adaattn {
+namespace {
+
+DecisionParams Threshold(float theta, int32_t coarse_rank = 0) {
+  DecisionParams params;
+  params.policy = Policy::kThreshold;
+  params.theta = theta;
+  params.coarse_rank = coarse_rank;
+  return params;
+}
+
+DecisionParams Budget(float target) {
+  DecisionParams params;
+  params.policy = Policy::kBudget;
+  params.target_relative_error = target;
+  return params;
+}
+
+DecisionParams Static(int32_t key_bits, int32_t rank, int32_t value_bits) {
+  DecisionParams params;
+  params.policy = Policy::kStatic;
+  params.static_key_bits = key_bits;
+  params.static_rank = rank;
+  params.static_value_bits = value_bits;
+  return params;
+}
+
+DecisionParams Full() {
+  DecisionParams params;
+  params.policy = Policy::kFullDepth;
+  return params;
+}
+
+using Shape = std::tuple<int32_t, int32_t>;  // head_dim, group size
+
+class ProgressiveShapeTest : public ::testing::TestWithParam<Shape> {};
+
+TEST_P(ProgressiveShapeTest, MatchesTheReferenceUnderEveryPolicy) {
+  ProgressiveOptions options;
+  options.shape = {2 * std::get<1>(GetParam()), 2, std::get<0>(GetParam())};
+  ProgressiveHarness progressive(options);
+  ASSERT_TRUE(progressive.harness().ok());
+  const int32_t half = options.shape.head_dim / 2;
+  for (const DecisionParams& params :
+       {Threshold(0.004f), Threshold(0.02f, half), Threshold(0.0005f), Budget(0.05f),
+        Budget(0.3f), Static(6, half, 4), Full()}) {
+    SCOPED_TRACE(DebugString(params));
+    StepCase step = progressive.NewStep(1);
+    step.decision = params;
+    progressive.RunAndCompare(step);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(AllShapes, ProgressiveShapeTest,
+                         ::testing::Combine(::testing::Values(64, 80, 96, 128, 256),
+                                            ::testing::Values(1, 3, 6, 8)),
+                         [](const ::testing::TestParamInfo<Shape>& info) {
+                           return "d" + std::to_string(std::get<0>(info.param)) + "_g" +
+                                  std::to_string(std::get<1>(info.param));
+                         });
+
+class ProgressiveTest : public ::testing::Test {
+ protected:
+  static ProgressiveOptions Options() {
+    ProgressiveOptions options;
+    options.shape = {6, 2, 64};
+    return options;
+  }
+};
+
+TEST_F(ProgressiveTest, ReadsSeveralDepthsAndSkipsPages) {
+  ProgressiveHarness progressive(Options());
+  ASSERT_TRUE(progressive.harness().ok());
+  StepCase step = progressive.NewStep(1);
+  step.decision = Threshold(0.02f);
+  const StepOutput output = progressive.RunAndCompare(step);
+  int32_t depths = 0;
+  for (const int32_t pages : output.decisions[0].value_pages) depths += pages > 0 ? 1 : 0;
+  EXPECT_GE(depths, 3) << "the test's data are to exercise the ladder";
+  EXPECT_GT(output.decisions[0].value_pages[0], 0);
+}
+
+TEST_F(ProgressiveTest, MatchesTheReferenceAtEveryStoredDepth) {
+  for (const int32_t stored_bits : {8, 6, 4}) {
+    SCOPED_TRACE(stored_bits);
+    ProgressiveOptions options = Options();
+    options.stored_bits = stored_bits;
+    ProgressiveHarness progressive(options);
+    ASSERT_TRUE(progressive.harness().ok());
+    for (const DecisionParams& params : {Threshold(0.001f), Threshold(0.02f, 32), Full()}) {
+      SCOPED_TRACE(DebugString(params));
+      StepCase step = progressive.NewStep(1);
+      step.decision = params;
+      progressive.RunAndCompare(step);
+    }
+  }
+}
+
+TEST_F(ProgressiveTest, MatchesTheReferenceOverSeveralBases) {
+  for (const int32_t num_bases : {2, 3, 4}) {
+    SCOPED_TRACE(num_bases);
+    ProgressiveOptions options = Options();
+    options.num_bases = num_bases;
+    ProgressiveHarness progressive(options);
+    ASSERT_TRUE(progressive.harness().ok());
+    StepCase step = progressive.NewStep(1);
+    step.decision = Threshold(0.004f);
+    progressive.RunAndCompare(step);
+  }
+}
+
+TEST_F(ProgressiveTest, MatchesTheReferenceWithManyRowsWindowsAndSoftCap) {
+  ProgressiveHarness progressive(Options());
+  ASSERT_TRUE(progressive.harness().ok());
+  for (const int32_t q_len : {1, 2, 5, 8}) {
+    for (const int64_t window : {0, 1, 100, 333, 640}) {
+      for (const float softcap : {0.0f, 4.0f}) {
+        for (const DecisionParams& params : {Threshold(0.01f), Threshold(0.01f, 16), Full()}) {
+          SCOPED_TRACE("q_len " + std::to_string(q_len) + " window " + std::to_string(window) +
+                       " softcap " + std::to_string(softcap) + " " + DebugString(params));
+          StepCase step = progressive.NewStep(q_len);
+          step.window = window;
+          step.softcap = softcap;
+          step.decision = params;
+          progressive.RunAndCompare(step);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(ProgressiveTest, SeesNoKeyBehindARowInsideSealedPages) {
+  ProgressiveHarness progressive(Options());
+  ASSERT_TRUE(progressive.harness().ok());
+  for (const int64_t q_start : {0, 63, 64, 200}) {
+    SCOPED_TRACE(q_start);
+    StepCase step = progressive.NewStep(3);
+    step.q_start = q_start;
+    step.decision = Threshold(0.01f);
+    progressive.RunAndCompare(step);
+  }
+}
+
+TEST_F(ProgressiveTest, KeepsTheFloors) {
+  ProgressiveHarness progressive(Options());
+  ASSERT_TRUE(progressive.harness().ok());
+  StepCase step = progressive.NewStep(1);
+  step.decision = Threshold(0.2f);
+  step.decision.floor_key_bits = 6;
+  step.decision.floor_value_bits = 4;
+  const StepOutput output = progressive.RunAndCompare(step);
+  EXPECT_EQ(output.decisions[0].value_pages[0] + output.decisions[0].value_pages[1], 0);
+}
+
+}  // namespace
+}  // namespace adaattn
