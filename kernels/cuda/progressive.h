@@ -33,10 +33,10 @@ struct ProgressiveSequence {
   int32_t kv_len = 0;       // tokens, appended ones included
   int32_t q_begin = 0;      // first row of q
   int32_t q_len = 0;
-  int32_t q_start = 0;      // cache position of the first row
-  int32_t window = 0;       // 0 = all
+  int32_t q_start = 0;  // cache position of the first row
+  int32_t window = 0;   // 0 = all
   float softmax_scale = 0;
-  float softcap = 0;        // 0 = none
+  float softcap = 0;  // 0 = none
   int32_t num_bases = 0;
   int32_t basis_end[kMaxDeviceBasisRuns] = {};  // first page after each run
   uint32_t basis[kMaxDeviceBasisRuns] = {};     // PageId of its block
@@ -49,20 +49,20 @@ struct ProgressiveParams {
   int32_t stored_bits = 8;
   int32_t num_sequences = 0;
   int32_t max_q_len = 1;
-  int32_t max_sealed = 0;      // pages of the longest sequence
-  bool two_stage = false;      // some sequence scans in two stages
-  bool budget = false;         // some sequence's policy is kBudget
-  int32_t scan_chunk = 0;      // pages of one scan CTA
-  int32_t attend_chunk = 0;    // pages of one attend CTA
+  int32_t max_sealed = 0;    // pages of the longest sequence
+  bool two_stage = false;    // some sequence scans in two stages
+  bool budget = false;       // some sequence's policy is kBudget
+  int32_t scan_chunk = 0;    // pages of one scan CTA
+  int32_t attend_chunk = 0;  // pages of one attend CTA
   DType in_type = DType::kBf16;
   DType out_type = DType::kBf16;
   // Device memory.
   std::byte* pool = nullptr;
   const ProgressiveSequence* sequences = nullptr;
   const uint32_t* table = nullptr;
-  const void* q = nullptr;     // [rows, num_q_heads, head_dim] in_type
-  void* out = nullptr;         // likewise, out_type
-  float* lse = nullptr;        // [rows, num_q_heads]
+  const void* q = nullptr;            // [rows, num_q_heads, head_dim] in_type
+  void* out = nullptr;                // likewise, out_type
+  float* lse = nullptr;               // [rows, num_q_heads]
   HeadDecision* decisions = nullptr;  // [num_sequences, num_kv_heads]
   std::byte* workspace = nullptr;
 };

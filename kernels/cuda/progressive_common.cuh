@@ -1,0 +1,270 @@
+#ifndef ADAATTN_KERNELS_CUDA_PROGRESSIVE_COMMON_CUH_
+#define ADAATTN_KERNELS_CUDA_PROGRESSIVE_COMMON_CUH_
+
+// What the kernels of a progressive step share: the workspace, the query fragments, small pieces.
+//
+// Columns: the rows of q that one kv head serves, column = row * group_size + q head of the group,
+// padded to a multiple of 8 (an MMA's N). Scores and log masses are in units of log2.
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/progressive.h"
+#include "kernels/format/page_layout.h"
+#include "kernels/policy/ladder.h"
+
+namespace adaattn {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+inline constexpr int32_t kTileColumns = 8;  // columns of one MMA
+
+// Log mass of one page for one column, as far as its keys have been read.
+struct PageStats {
+  float max;       // largest score, before the soft cap
+  float lse;       // log2 sum of exp2, after the soft cap
+  float variance;  // of a score's rounding error, nats squared
+  float squares;   // sum of (exp2(score - max))^2, after the soft cap
+};
+static_assert(sizeof(PageStats) == 16, "stored with one instruction");
+
+// One attend CTA's sums for one column, beside its partial output. The error terms are those of
+// policy/error_model.h with o left open: E|do|^2 = mean_squares - 2 o.weighted_mean + |o|^2 weight
+// + rest, where weighted_mean is the vector that follows the partial output.
+struct AttendState {
+  float mass;          // sum of probabilities relative to the estimated LSE
+  float entropy;       // -sum share log share, nats
+  float weight;        // sum of w^2 var_s
+  float mean_squares;  // sum of w^2 var_s |mean|^2
+  float rest;          // sum of w^2 c
+};
+
+// Byte offsets into the workspace. Row-major, outermost first; H kv heads, S sequences, C columns.
+struct ProgressiveWorkspace {
+  int64_t query = 0;       // float4 [S, H, bases, C / 8, tiles, 32]: q in B-fragment order
+  int64_t query_mean = 0;  // float [S, H, bases, C]: q.mu
+  int64_t stats = 0;       // PageStats [S, H, pages, C]
+  int64_t scores = 0;      // uint4 [S, H, pages, C / 8, 2, 32]: half2 scores minus max, B fragments
+  int64_t scan_lse = 0;    // float [S, H, scan chunks, C]: estimated log mass
+  int64_t dense_lse = 0;   // float [S, H, C]
+  int64_t dense_out = 0;   // float [S, H, C, D]
+  int64_t theta = 0;       // float [S, H]
+  int64_t global_lse = 0;  // float [S, H, C]: what the attend kernel's sums are relative to
+  int64_t partial = 0;     // float [S, H, attend chunks, C, 2, D]: output, weighted mean
+  int64_t state = 0;       // AttendState [S, H, attend chunks, C]
+  int64_t bytes = 0;
+  int32_t columns = 0;
+  int32_t scan_chunks = 0;
+  int32_t attend_chunks = 0;
+};
+
+ADAATTN_HD constexpr int32_t CeilDiv(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams& p) {
+  ProgressiveWorkspace w;
+  const int32_t d = p.shape.head_dim;
+  w.columns = CeilDiv(p.shape.group_size() * p.max_q_len, kTileColumns) * kTileColumns;
+  w.scan_chunks = p.scan_chunk > 0 ? CeilDiv(p.max_sealed, p.scan_chunk) : 0;
+  w.attend_chunks = p.attend_chunk > 0 ? CeilDiv(p.max_sealed, p.attend_chunk) : 0;
+  const int64_t heads = static_cast<int64_t>(p.num_sequences) * p.shape.num_kv_heads;
+  int64_t end = 0;
+  auto add = [&end](int64_t bytes) {
+    const int64_t begin = end;
+    end += AlignPage(bytes);
+    return begin;
+  };
+  w.query = add(heads * kMaxDeviceBasisRuns * w.columns * d * 4);
+  w.query_mean = add(heads * kMaxDeviceBasisRuns * w.columns * 4);
+  w.stats = add(heads * p.max_sealed * w.columns * static_cast<int64_t>(sizeof(PageStats)));
+  w.scores = add(heads * p.max_sealed * w.columns * kPageTokens * 2);
+  w.scan_lse = add(heads * w.scan_chunks * w.columns * 4);
+  w.dense_lse = add(heads * w.columns * 4);
+  w.dense_out = add(heads * w.columns * d * 4);
+  w.theta = add(heads * 4);
+  w.global_lse = add(heads * w.columns * 4);
+  w.partial = add(heads * w.attend_chunks * w.columns * 2 * d * 4);
+  w.state = add(heads * w.attend_chunks * w.columns * static_cast<int64_t>(sizeof(AttendState)));
+  w.bytes = end;
+  return w;
+}
+
+// What the kernels get: everything that depends on shapes alone is worked out once, on the host.
+struct ProgressiveArgs : ProgressiveParams {
+  PageLayout layout;
+  ProgressiveWorkspace work;
+};
+
+#if defined(__CUDACC__)
+
+template <int kHeadDimV>
+struct ProgressiveTraits {
+  static constexpr int kHeadDim = kHeadDimV;
+  static constexpr int kTiles = kHeadDim / kTileChannels;  // MMA k-steps of a key
+  static constexpr int kValueGroups = kHeadDim % 64 == 0 ? kHeadDim / 64 : 1;
+  static constexpr int kTilesPerGroup = kTiles / kValueGroups;
+  static_assert(kHeadDim % kTileChannels == 0, "whole tiles");
+};
+
+// --- Programmatic dependent launch: the next kernel's prologue overlaps this one's tail.
+// ----------
+__device__ __forceinline__ void LaunchDependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void WaitForDependencies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// --- 16-byte asynchronous copies, completed in groups per thread ---------------------------------
+__device__ __forceinline__ void CopyAsync16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global));
+}
+__device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;"); }
+template <int kPending>
+__device__ __forceinline__ void WaitCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+// A warp copies `bytes` (a multiple of 16).
+__device__ __forceinline__ void WarpCopyAsync(std::byte* shared, const std::byte* global, int bytes,
+                                              int lane) {
+  for (int at = lane * 16; at < bytes; at += 512) CopyAsync16(shared + at, global + at);
+}
+
+__device__ __forceinline__ float Log2(float x) {
+  float out;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
+// log2(2^a + 2^b); -inf is the empty sum.
+__device__ __forceinline__ float AddLog2(float a, float b) {
+  const float high = fmaxf(a, b);
+  if (high == -INFINITY) return high;
+  return high + Log2(Exp2(a - high) + Exp2(b - high));
+}
+
+// The range of a scale byte, as format/nested_code.h defines it, to one ulp.
+__device__ __forceinline__ float RangeOf(uint32_t scale) {
+  const float code = __uint_as_float(0x4b000000u | scale) - 8388608.0f;
+  return Exp2(fmaf(code, 0.25f, -40.0f));
+}
+
+// s = cap * tanh(s / cap) with s in log2 units and cap in nats; cap 0 leaves s.
+__device__ __forceinline__ float SoftCap(float s, float cap) {
+  if (cap == 0.0f) return s;
+  return cap * kLog2E * tanhf(s * kLn2 / cap);
+}
+
+// Estimated log mass: half the variance of the rounding error, capped, on top.
+__device__ __forceinline__ float EstimatedLog2Mass(const PageStats& stats) {
+  return stats.lse + 0.5f * kLog2E * fminf(stats.variance, 4.0f);
+}
+
+__device__ __forceinline__ float ColumnMax(float x) {  // over lanes of equal lane % 4
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 4));
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 8));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 16));
+}
+__device__ __forceinline__ float QuadSum(float x) {  // over lanes of equal lane / 4
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+__device__ __forceinline__ float QuadMax(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float2 HalvesToFloats(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+__device__ __forceinline__ uint32_t MultiplyHalves(uint32_t a, uint32_t b) {
+  const __half2 c =
+      __hmul2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&c);
+}
+
+// What the inner loops need of a sequence, in registers.
+struct SequenceView {
+  int q_start, q_len, window;
+  float softcap;
+  int num_bases;
+  int basis_end[kMaxDeviceBasisRuns - 1];  // the last run ends with the sealed pages
+
+  __device__ __forceinline__ explicit SequenceView(const ProgressiveSequence& s)
+      : q_start(s.q_start),
+        q_len(s.q_len),
+        window(s.window),
+        softcap(s.softcap),
+        num_bases(s.num_bases) {
+#pragma unroll
+    for (int i = 0; i < kMaxDeviceBasisRuns - 1; ++i) basis_end[i] = s.basis_end[i];
+  }
+};
+
+// How a page stands to the rows of a sequence.
+enum class Visibility { kNone, kPart, kAll };
+__device__ __forceinline__ Visibility PageVisibility(const SequenceView& s, int page) {
+  const int first = page * kPageTokens, last = first + kPageTokens - 1;
+  const int first_row = s.q_start, last_row = s.q_start + s.q_len - 1;
+  if (first > last_row || (s.window > 0 && last <= first_row - s.window)) return Visibility::kNone;
+  if (last <= first_row && (s.window == 0 || first > last_row - s.window)) return Visibility::kAll;
+  return Visibility::kPart;
+}
+__device__ __forceinline__ bool TokenVisible(const SequenceView& s, int token, int row) {
+  const int position = s.q_start + row;
+  return token <= position && (s.window == 0 || token > position - s.window);
+}
+
+__device__ __forceinline__ int BasisOfPage(const SequenceView& s, int page) {
+  int run = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxDeviceBasisRuns - 1; ++i) {
+    run += i + 1 < s.num_bases && page >= s.basis_end[i] ? 1 : 0;
+  }
+  return run;
+}
+
+__device__ __forceinline__ void AddBytes(int64_t* counter, int64_t bytes) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(bytes));
+}
+
+// Tiles of the keys that the scan reads of every page: all, the coarse rank, or the static rank.
+template <class Traits>
+__device__ __forceinline__ int ScanTiles(const DecisionParams& decision) {
+  constexpr int kD = Traits::kHeadDim;
+  int chunks = NumRankChunks(kD);
+  if (decision.policy == Policy::kStatic) {
+    chunks = StaticDepth(decision, kD, 8).key.chunks;
+  } else if (const int coarse = CoarseChunks(decision, kD); coarse > 0) {
+    chunks = coarse;
+  }
+  return ChunkedRank(kD, chunks) / kTileChannels;
+}
+
+// Spreads a head's channel ranges, in query-fragment order, over `shared` [head_dim] floats:
+// channel 16k + {2t, 2t + 1, 2t + 8, 2t + 9} at 16k + 4t. `scales` is in shared memory.
+template <class Traits>
+__device__ __forceinline__ void SpreadKeyRanges(const std::byte* scales, float* shared, int lane) {
+  for (int at = lane; at < Traits::kHeadDim / 4; at += 32) {
+    const uint32_t codes = reinterpret_cast<const uint32_t*>(scales)[at];
+    const int tile = at / 4, in_tile = at % 4 * 4;  // channels 4 at..4 at + 3
+    float* target = shared + tile * 16 + (in_tile % 8) / 2 * 4 + in_tile / 8 * 2;
+    *reinterpret_cast<float2*>(target) =
+        make_float2(RangeOf(codes & 255u), RangeOf(codes >> 8 & 255u));
+    *reinterpret_cast<float2*>(target + 4) =
+        make_float2(RangeOf(codes >> 16 & 255u), RangeOf(codes >> 24));
+  }
+}
+
+#endif  // __CUDACC__
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_KERNELS_CUDA_PROGRESSIVE_COMMON_CUH_
