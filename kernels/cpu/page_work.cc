@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/cpu/convert.h"
+#include "kernels/cpu/sealed_kernels.h"
 #include "kernels/format/basis.h"
 #include "kernels/format/seal.h"
 

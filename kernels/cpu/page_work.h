@@ -8,12 +8,8 @@
 #include "absl/types/span.h"
 #include "kernels/attention.h"
 #include "kernels/cpu/worker_pool.h"
-#include "kernels/format/planes.h"
 
 namespace adaattn {
-
-// The order of the tiles in this backend's pool.
-inline constexpr TileOrder kCpuTileOrder = TileOrder::kLanes;
 
 void SealPagesOnCpu(absl::Span<const SealTask> tasks, std::byte* pool, WorkerPool* workers,
                     absl::Span<SealResult> results);

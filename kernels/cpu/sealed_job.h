@@ -62,7 +62,7 @@ void FinishMasses(SealedJob* job);
 void OpenPages(SealedJob* job);
 
 // Depths of all pages, and the head's decision apart from its bytes of planes.
-void SelectDepths(SealedJob* job, int32_t head_dim, const std::byte* pool);
+void SelectDepths(SealedJob* job, const AttentionShape& shape, const std::byte* pool);
 
 // What SelectDepths reads of each page, and counts: summary and mean.
 SealedPage JobPage(const SealedJob& job, int32_t head_dim, const std::byte* pool, int32_t page);

@@ -12,11 +12,15 @@
 #include "hwy/aligned_allocator.h"
 #include "kernels/cpu/dense_attend.h"
 #include "kernels/format/page_layout.h"
+#include "kernels/format/planes.h"
 #include "kernels/shape.h"
 
 namespace adaattn {
 
 inline constexpr int32_t kMaxTiles = 16;
+
+// The order of the tiles in this backend's pool.
+inline constexpr TileOrder kCpuTileOrder = TileOrder::kLanes;
 
 // Where the sections of one kv head lie in one page.
 struct SealedPage {

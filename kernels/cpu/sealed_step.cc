@@ -125,7 +125,7 @@ void Wave::Run(StageTimes* times) {
   const absl::Time scanned = absl::Now();
   ForJobs([this](SealedJob* job) {
     FinishMasses(job);
-    SelectDepths(job, head_dim_, context_.pool);
+    SelectDepths(job, shape_, context_.pool);
   });
   const absl::Time selected = absl::Now();
   ForSplits(&Wave::AttendPages);

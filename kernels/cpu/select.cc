@@ -7,6 +7,7 @@
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/sealed_job.h"
 #include "kernels/format/hadamard.h"
+#include "kernels/format/seal.h"
 #include "kernels/policy/budget.h"
 #include "kernels/policy/entropy.h"
 #include "kernels/policy/error_model.h"
@@ -19,10 +20,11 @@ constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 // One head's selection in flight.
 class Selection {
  public:
-  Selection(SealedJob* job, int32_t head_dim, const std::byte* pool)
+  Selection(SealedJob* job, int32_t head_dim, int32_t group_size, const std::byte* pool)
       : job_(*job),
         rows_(job->head->rows),
         head_dim_(head_dim),
+        group_(group_size),
         pool_(pool),
         shares_(int64_t{job->num_pages} * rows_),
         distances_(shares_.size()),
@@ -30,6 +32,7 @@ class Selection {
         norms_(rows_) {}
 
   void Run() {
+    DecodeSink();
     Estimate();
     const DecisionParams& params = job_.head->sequence->decision;
     float theta = 0;
@@ -46,8 +49,18 @@ class Selection {
     return job_.scans[int64_t{page} * rows_ + row];
   }
 
-  // o before attending, in the Hadamard frame: shares of the page means, dense tokens as they are.
+  // What stands for a page's values in estimates: its mean, or the sink's first token.
+  bool FirstTokenStands(int32_t page, int32_t row) const {
+    return FirstTokenStandsForPage(job_.facts[page].sink,
+                                   job_.head->ranges[row / group_].begin == 0,
+                                   scan(page, row).concentration);
+  }
+  void DecodeSink();
+  // o before attending, in the Hadamard frame: pages by what stands for them, dense tokens as they
+  // are.
   void Estimate();
+  void AddDense(int32_t row, float* o) const;
+  float Distance2(const SealedPage& view, int32_t page, int32_t row) const;
   PageErrorInputs ErrorInputs(int32_t page, int32_t row, const ValueSummary& summary) const;
   float ChooseBudget() const;
   void SelectPage(int32_t page, float theta);
@@ -57,24 +70,48 @@ class Selection {
   SealedJob& job_;
   const int32_t rows_;
   const int32_t head_dim_;
+  const int32_t group_;
   const std::byte* const pool_;
   std::vector<float> shares_;     // [num_pages, rows]
   std::vector<float> distances_;  // [num_pages, rows] |mean - o|^2
   std::vector<float> estimates_;  // [rows, head_dim]
   std::vector<float> norms_;      // [rows] |o|^2
+  std::vector<float> first_;      // [head_dim] the sink's first value, Hadamard frame
+  float first_scale_rms_ = 0;
 };
 
-void Selection::Estimate() {
+void Selection::DecodeSink() {
+  if (job_.num_pages == 0 || !job_.facts[0].sink) return;
+  const SequenceStep& sequence = *job_.head->sequence;
+  const SealedHead head{head_dim_, job_.head->kv_head, job_.layout, kCpuTileOrder};
+  const int32_t bits = job_.ladder ? sequence.stored_bits : job_.fixed.value_bits;
+  first_.resize(head_dim_);
+  first_scale_rms_ =
+      DecodeFirstRotatedValue(head, pool_ + PageOffset(sequence.pages[0]), bits, first_.data());
+}
+
+void Selection::AddDense(int32_t row, float* o) const {
   const HeadJob& head = *job_.head;
+  for (int32_t i = 0; i < head.num_splits; ++i) {
+    const PartialRows& split = head.splits[i].rows;
+    if (split.max[row] == kNegativeInfinity) continue;
+    const float weight = std::exp(split.max[row] - job_.row_lse[row]) * head.splits[i].factor;
+    AddScaled(split.acc + int64_t{row} * head_dim_, weight, head_dim_, o);
+  }
+  RotateHadamard(o, head_dim_);
+}
+
+float Selection::Distance2(const SealedPage& view, int32_t page, int32_t row) const {
+  const float* o = estimates_.data() + int64_t{row} * head_dim_;
+  if (!FirstTokenStands(page, row)) return ValueMeanDistance2(view, head_dim_, o);
+  float sum = 0;
+  for (int32_t c = 0; c < head_dim_; ++c) sum += (first_[c] - o[c]) * (first_[c] - o[c]);
+  return sum;
+}
+
+void Selection::Estimate() {
   for (int32_t row = 0; row < rows_; ++row) {
-    float* o = estimates_.data() + int64_t{row} * head_dim_;
-    for (int32_t i = 0; i < head.num_splits; ++i) {
-      const PartialRows& split = head.splits[i].rows;
-      if (split.max[row] == kNegativeInfinity) continue;
-      const float weight = std::exp(split.max[row] - job_.row_lse[row]) * head.splits[i].factor;
-      AddScaled(split.acc + int64_t{row} * head_dim_, weight, head_dim_, o);
-    }
-    RotateHadamard(o, head_dim_);
+    AddDense(row, estimates_.data() + int64_t{row} * head_dim_);
   }
   for (int32_t page = 0; page < job_.num_pages; ++page) {
     const SealedPage view = JobPage(job_, head_dim_, pool_, page);
@@ -83,8 +120,12 @@ void Selection::Estimate() {
       const float share =
           log_mass == kNegativeInfinity ? 0.0f : std::exp(log_mass - job_.row_lse[row]);
       shares_[int64_t{page} * rows_ + row] = share;
-      if (share > 0) {
-        AddValueMean(view, head_dim_, share, estimates_.data() + int64_t{row} * head_dim_);
+      if (!(share > 0)) continue;
+      float* o = estimates_.data() + int64_t{row} * head_dim_;
+      if (FirstTokenStands(page, row)) {
+        AddScaled(first_.data(), share, head_dim_, o);
+      } else {
+        AddValueMean(view, head_dim_, share, o);
       }
     }
   }
@@ -95,8 +136,7 @@ void Selection::Estimate() {
   for (int32_t page = 0; page < job_.num_pages; ++page) {
     const SealedPage view = JobPage(job_, head_dim_, pool_, page);
     for (int32_t row = 0; row < rows_; ++row) {
-      distances_[int64_t{page} * rows_ + row] =
-          ValueMeanDistance2(view, head_dim_, estimates_.data() + int64_t{row} * head_dim_);
+      distances_[int64_t{page} * rows_ + row] = Distance2(view, page, row);
     }
   }
 }
@@ -109,8 +149,9 @@ PageErrorInputs Selection::ErrorInputs(int32_t page, int32_t row,
   inputs.concentration = job_.scans[at].concentration;
   inputs.score_variance = job_.scans[at].variance;
   inputs.mean_distance2 = distances_[at];
-  inputs.spread = summary.spread;
-  inputs.scale_rms = summary.scale_rms;
+  const bool first = FirstTokenStands(page, row);
+  inputs.spread = first ? 0.0f : summary.spread;
+  inputs.scale_rms = first ? first_scale_rms_ : summary.scale_rms;
   return inputs;
 }
 
@@ -261,8 +302,8 @@ void OpenPages(SealedJob* job) {
   }
 }
 
-void SelectDepths(SealedJob* job, int32_t head_dim, const std::byte* pool) {
-  Selection(job, head_dim, pool).Run();
+void SelectDepths(SealedJob* job, const AttentionShape& shape, const std::byte* pool) {
+  Selection(job, shape.head_dim, shape.group_size(), pool).Run();
 }
 
 }  // namespace adaattn

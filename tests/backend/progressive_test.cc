@@ -52,8 +52,8 @@ TEST_P(ProgressiveShapeTest, MatchesTheReferenceUnderEveryPolicy) {
   ASSERT_TRUE(progressive.harness().ok());
   const int32_t half = options.shape.head_dim / 2;
   for (const DecisionParams& params :
-       {Threshold(0.004f), Threshold(0.02f, half), Threshold(0.0005f), Budget(0.05f),
-        Budget(0.3f), Static(6, half, 4), Full()}) {
+       {Threshold(0.004f), Threshold(0.02f, half), Threshold(0.0005f), Budget(0.05f), Budget(0.3f),
+        Static(6, half, 4), Full()}) {
     SCOPED_TRACE(DebugString(params));
     StepCase step = progressive.NewStep(1);
     step.decision = params;
@@ -83,6 +83,7 @@ TEST_F(ProgressiveTest, ReadsSeveralDepthsAndSkipsPages) {
   ASSERT_TRUE(progressive.harness().ok());
   StepCase step = progressive.NewStep(1);
   step.decision = Threshold(0.02f);
+  step.softmax_scale = 0.4f;
   const StepOutput output = progressive.RunAndCompare(step);
   int32_t depths = 0;
   for (const int32_t pages : output.decisions[0].value_pages) depths += pages > 0 ? 1 : 0;
