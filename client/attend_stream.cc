@@ -33,12 +33,7 @@ AttendStream::AttendStream(std::shared_ptr<Connection> connection, StreamOptions
       options_(Complete(std::move(options), connection_->options())),
       call_(StreamCall::Start(connection_.get(), options_.route_key)) {}
 
-AttendStream::~AttendStream() {
-  absl::MutexLock lock(&mutex_);
-  call_->Cancel();
-  call_->HalfClose();  // no more writes: lets the call end
-  (void)call_->WaitDone(absl::InfiniteFuture());
-}
+AttendStream::~AttendStream() = default;
 
 absl::StatusOr<uint64_t> AttendStream::Send(const AttendInput& input) {
   return SendMessage(input, /*kv_follows=*/false);
@@ -123,6 +118,7 @@ absl::StatusOr<StreamAnswer> AttendStream::Receive() {
       status_ = status;
       return status;
     }
+    call.reset();
     Restart(*wait);
   }
 }
@@ -130,8 +126,6 @@ absl::StatusOr<StreamAnswer> AttendStream::Receive() {
 void AttendStream::Restart(absl::Duration wait) {
   SleepBetween(connection_->options().retry, wait);
   absl::MutexLock lock(&mutex_);
-  call_->Cancel();
-  call_->HalfClose();
   call_ = StreamCall::Start(connection_.get(), options_.route_key);
   for (const auto& pending : unanswered_) {
     for (const auto& message : pending->messages) call_->Write(message);

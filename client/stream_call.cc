@@ -12,12 +12,18 @@ std::shared_ptr<StreamCall> StreamCall::Start(Connection* connection,
   std::shared_ptr<StreamCall> call(new StreamCall);
   connection->Prepare(&call->context_, route_key, absl::InfiniteDuration());
   absl::MutexLock lock(&call->mutex_);
-  call->self_ = call;
   connection->NextStub()->async()->AttendStream(&call->context_, call.get());
   call->AddHold();  // writes start outside of reactions
   call->StartRead(&call->incoming_);
   call->StartCall();
   return call;
+}
+
+StreamCall::~StreamCall() {
+  Cancel();
+  HalfClose();  // no more writes: lets a cancelled call end
+  (void)WaitDone(absl::InfiniteFuture());
+  absl::MutexLock lock(&mutex_);  // OnDone may still be unlocking
 }
 
 void StreamCall::Write(std::shared_ptr<const v1::AttendRequest> message) {
@@ -72,9 +78,7 @@ void StreamCall::OnReadDone(bool ok) {
 }
 
 void StreamCall::OnDone(const grpc::Status& status) {
-  std::shared_ptr<StreamCall> self;  // destroyed after the lock is released
   absl::MutexLock lock(&mutex_);
-  self = std::move(self_);
   status_ = FromGrpc(status);
   done_ = true;
 }

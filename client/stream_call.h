@@ -20,11 +20,13 @@ namespace adaattn::client {
 
 class Connection;
 
-// Queues messages both ways, so that neither side's flow control can block the other. Threads: any.
-// The call keeps itself alive until gRPC is done with it; dropping the last outside reference
-// without Cancel or HalfClose leaks the call until the channel closes.
+// Queues messages both ways, so that neither side's flow control can block the other. Threads: any,
+// but the destructor, which cancels the call and waits for its end, never runs on a gRPC thread: it
+// may drop the last reference to the channel, whose threads cannot join themselves.
 class StreamCall : public grpc::ClientBidiReactor<v1::AttendRequest, v1::AttendResponse> {
  public:
+  ~StreamCall() override;
+
   static std::shared_ptr<StreamCall> Start(Connection* connection, const std::string& route_key);
 
   // Queues `message`; ignored once the call is lost.
@@ -59,7 +61,6 @@ class StreamCall : public grpc::ClientBidiReactor<v1::AttendRequest, v1::AttendR
   bool held_ ABSL_GUARDED_BY(mutex_) = true;         // writes may still be started
   bool done_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status status_ ABSL_GUARDED_BY(mutex_);
-  std::shared_ptr<StreamCall> self_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace adaattn::client
