@@ -57,6 +57,7 @@ struct PageAllocator::SizeClass {
   int64_t page_bytes = 0;
   PageState state = PageState::kDense;
   int32_t slabs_per_run = 0;
+  int32_t least_slabs = 0;  // of a run where free slabs lie scattered
   std::vector<std::unique_ptr<Run>> runs;
   std::vector<Run*> open;  // runs with a free page
 };
@@ -110,6 +111,8 @@ PageAllocator::SizeClass& PageAllocator::FindClass(int64_t bytes, PageState stat
   size_class->page_bytes = bytes;
   size_class->state = state;
   size_class->slabs_per_run = SlabsPerRun(bytes, options_.slab_bytes);
+  size_class->least_slabs =
+      static_cast<int32_t>((bytes + options_.slab_bytes - 1) / options_.slab_bytes);
   classes_.push_back(std::move(size_class));
   return *classes_.back();
 }
@@ -124,7 +127,11 @@ int32_t PageAllocator::FindFreeSlabs(int32_t count) const {
 }
 
 bool PageAllocator::AddRun(SizeClass& size_class, bool may_use_reserve) {
-  const int32_t count = size_class.slabs_per_run;
+  return AddRunOf(size_class.slabs_per_run, size_class, may_use_reserve) ||
+         AddRunOf(size_class.least_slabs, size_class, may_use_reserve);
+}
+
+bool PageAllocator::AddRunOf(int32_t count, SizeClass& size_class, bool may_use_reserve) {
   if (free_slabs_ - (may_use_reserve ? 0 : reserved_slabs_) < count) return false;
   const int32_t first = FindFreeSlabs(count);
   if (first < 0) return false;
@@ -197,18 +204,20 @@ bool PageAllocator::AllocateOne(const PageRequest& request, PageLease* lease) {
 absl::StatusOr<PageLease> PageAllocator::Reserve(absl::Span<const PageRequest> requests) {
   PageLease lease;
   lease.allocator_ = this;
+  if (requests.empty()) return lease;
+  const auto tenant = static_cast<size_t>(requests.front().tenant);
+  if (tenant >= tenant_bytes_.size()) tenant_bytes_.resize(tenant + 1, 0);
   int64_t wanted = 0;
   for (const PageRequest& request : requests) wanted += request.bytes * request.count;
+  if (!requests.front().may_use_reserve &&
+      tenant_bytes_[tenant] + wanted > options_.max_tenant_bytes) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "KV quota: the tenant holds ", tenant_bytes_[tenant], " of ", options_.max_tenant_bytes,
+        " bytes, this needs ", wanted, " more; close or truncate sessions"));
+  }
   for (const PageRequest& request : requests) {
     assert(request.bytes > 0 && request.bytes % kPageAlignment == 0);
-    const auto tenant = static_cast<size_t>(request.tenant);
-    if (tenant >= tenant_bytes_.size()) tenant_bytes_.resize(tenant + 1, 0);
-    if (!request.may_use_reserve &&
-        tenant_bytes_[tenant] + request.bytes * request.count > options_.max_tenant_bytes) {
-      return absl::ResourceExhaustedError(absl::StrCat(
-          "KV quota: the tenant holds ", tenant_bytes_[tenant], " of ", options_.max_tenant_bytes,
-          " bytes, this needs ", wanted, " more; close or truncate sessions"));
-    }
+    assert(request.tenant == requests.front().tenant);
     for (int32_t i = 0; i < request.count; ++i) {
       if (AllocateOne(request, &lease)) continue;
       return absl::ResourceExhaustedError(absl::StrCat(

@@ -45,7 +45,7 @@ struct PageRequest {
   PageState state = PageState::kDense;
   TenantId tenant{0};
   int32_t count = 1;
-  bool may_use_reserve = false;  // sealing
+  bool may_use_reserve = false;  // sealing: no quota holds it up either, since it frees more
 };
 
 struct PageStats {
@@ -88,7 +88,7 @@ class PageAllocator {
   PageAllocator& operator=(const PageAllocator&) = delete;
   ~PageAllocator();
 
-  // All pages of all requests, each with one reference, or none.
+  // All pages of all requests, which are one tenant's, each with one reference, or none.
   // Errors: kResourceExhausted naming the pool or the tenant's quota, with what was asked and left.
   absl::StatusOr<PageLease> Reserve(absl::Span<const PageRequest> requests);
 
@@ -109,6 +109,7 @@ class PageAllocator {
 
   SizeClass& FindClass(int64_t bytes, PageState state);
   bool AddRun(SizeClass& size_class, bool may_use_reserve);
+  bool AddRunOf(int32_t count, SizeClass& size_class, bool may_use_reserve);
   void DropRun(SizeClass& size_class, Run* run);
   int32_t FindFreeSlabs(int32_t count) const;
   bool AllocateOne(const PageRequest& request, PageLease* lease);
