@@ -65,4 +65,5 @@ setup-check:
 
 # CMake runs again by itself when its inputs change.
 build/%/build.ninja: | setup
-	@cmake --preset $* -Wno-dev --log-level=WARNING
+	@mkdir -p build
+	@cmake --preset $* -Wno-dev >build/$*.configure.log 2>&1 || { cat build/$*.configure.log; exit 1; }
