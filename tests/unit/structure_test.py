@@ -26,8 +26,9 @@ OURS = {"kernels", "server", "client", "loadtest", "tests", "adaattn"}
 SERVER_LAYERS = {
     "main": ["main"],
     "server": ["server"],
-    "services": ["attention_service"],
-    "messages": ["wire"],
+    "services": ["attend_call", "attend_reactors", "attend_stream", "attention_service", "control_calls",
+                 "export_reactor", "import_reactor", "kv_reactors"],
+    "messages": ["attend_reply", "attend_validation", "call", "validation", "wire"],
     "outside": ["admin_page", "metrics", "option_checks", "option_table", "options"],
     "engine": ["engine"],
     "work": ["auditor", "batch_reply", "batch_runner", "decision_summary", "engine_observer",
