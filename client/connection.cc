@@ -76,12 +76,13 @@ absl::StatusOr<AttendOutput> Connection::Attend(const std::string& route_key,
 
 absl::Duration Connection::RetryHint(const grpc::ClientContext& context) {
   const auto& metadata = context.GetServerTrailingMetadata();
-  const auto found = metadata.find(kRetryPushback);
+  const auto found = metadata.find(kRetryAfter);
   if (found == metadata.end()) return absl::ZeroDuration();
-  int64_t milliseconds = 0;
+  double seconds = 0;
   const absl::string_view text(found->second.data(), found->second.size());
-  if (!absl::SimpleAtoi(text, &milliseconds) || milliseconds < 0) return absl::ZeroDuration();
-  return absl::Milliseconds(milliseconds);
+  // Not a number, or NaN: no hint.
+  if (!absl::SimpleAtod(text, &seconds) || !(seconds > 0)) return absl::ZeroDuration();
+  return absl::Seconds(seconds);
 }
 
 }  // namespace adaattn::client

@@ -66,8 +66,8 @@ class Connection {
   std::atomic<uint32_t> next_{0};
 };
 
-// Trailing metadata with which a server says, in milliseconds, when to ask again.
-inline constexpr char kRetryPushback[] = "grpc-retry-pushback-ms";
+// Trailing metadata with which a server says when to ask again.
+inline constexpr char kRetryAfter[] = "adaattn-retry-after-seconds";
 inline constexpr char kRouteMetadata[] = "adaattn-route";
 
 }  // namespace adaattn::client

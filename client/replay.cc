@@ -120,6 +120,32 @@ absl::Status ImportUntil(const WireTrace& wire, int64_t end, bool with_sample, S
   return session->Import(input);
 }
 
+// Sealing happens between batches, after an import is answered. What a step reads must not depend
+// on how far it got, so this waits until every page that is due is sealed: all but the open page
+// and the newest full one. A server that seals nothing more for kSettled is taken at its word (no
+// basis yet, no room).
+absl::Status WaitUntilSealed(Client* client, const Session& session) {
+  constexpr int64_t kPagesLeftDense = 2;
+  constexpr absl::Duration kSettled = absl::Seconds(2);
+  constexpr absl::Duration kLongestPause = absl::Milliseconds(20);
+  int64_t dense_before = -1;
+  absl::Time changed = absl::Now();
+  for (absl::Duration pause = absl::Milliseconds(1);; pause = std::min(2 * pause, kLongestPause)) {
+    absl::StatusOr<std::vector<SessionSummary>> sessions = client->ListSessions();
+    if (!sessions.ok()) return sessions.status();
+    const auto found =
+        std::find_if(sessions->begin(), sessions->end(), [&](const SessionSummary& summary) {
+          return summary.session.session_id == session.ref().session_id;
+        });
+    if (found == sessions->end()) return absl::NotFoundError("the session is not listed");
+    if (found->pages_dense <= kPagesLeftDense) return absl::OkStatus();
+    if (found->pages_dense != dense_before) changed = absl::Now();
+    if (absl::Now() - changed > kSettled) return absl::OkStatus();
+    dense_before = found->pages_dense;
+    absl::SleepFor(pause);
+  }
+}
+
 absl::Status ReplaySession(Client* client, const WireTrace& wire, const ReplayConfig& config,
                            int32_t num_rows, const std::function<void()>& advance,
                            Samples* samples) {
@@ -139,6 +165,9 @@ absl::Status ReplaySession(Client* client, const WireTrace& wire, const ReplayCo
   for (int32_t row = 0; row < num_rows; ++row) {
     const bool with_sample = row == 0 && config.page_format == PageFormat::kProgressive;
     absl::Status status = ImportUntil(wire, trace.positions[row], with_sample, session->get());
+    if (status.ok() && config.page_format == PageFormat::kProgressive) {
+      status = WaitUntilSealed(client, **session);
+    }
     if (status.ok()) status = ReplayStep(wire, row, session->get(), stream.get(), samples);
     if (!status.ok()) {
       return absl::Status(

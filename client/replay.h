@@ -65,9 +65,9 @@ struct ReplayReport {
 // Opens config.concurrency sessions and replays the trace in each over a stream of its own: imports
 // the keys before the first captured position together with a query sample (the first quarter of
 // the captured rows, which orders the channels of the basis), then for each captured position
-// imports on and appends and attends that token. Results do not depend on timing, because the
-// server answers an import when its sealing is done. `advance` (may be null) is called after each
-// step, from any thread.
+// imports on and appends and attends that token. Results do not depend on timing: before each step
+// of a progressive session it waits until the pages that are due are sealed. `advance` (may be
+// null) is called after each step, from any thread.
 //
 // Errors: the first of any session; kInternal when the server's answer has the wrong shape.
 absl::StatusOr<ReplayReport> Replay(Client* client, const Trace& trace,

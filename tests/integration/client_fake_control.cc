@@ -20,7 +20,8 @@ void SetFloats(const std::vector<float>& values, const std::vector<int64_t>& sha
 
 grpc::Status Fail(const Fault& fault, grpc::ServerContext* context) {
   if (fault.retry_after_ms > 0) {
-    context->AddTrailingMetadata("grpc-retry-pushback-ms", absl::StrCat(fault.retry_after_ms));
+    context->AddTrailingMetadata("adaattn-retry-after-seconds",
+                                 absl::StrCat(fault.retry_after_ms * 1e-3));
   }
   return grpc::Status(static_cast<grpc::StatusCode>(fault.code), "told to fail");
 }
