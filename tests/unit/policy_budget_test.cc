@@ -1,0 +1,217 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels/policy/budget.h"
+#include "kernels/policy/entropy.h"
+#include "kernels/policy/names.h"
+
+namespace adaattn {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr int32_t kDim = 64;
+
+PageErrorInputs Inputs(float share) {
+  PageErrorInputs inputs;
+  inputs.share = share;
+  inputs.concentration = 0.25f;
+  inputs.score_variance = 0.04f;
+  inputs.mean_distance2 = 3.0f;
+  inputs.spread = 2.0f;
+  inputs.scale_rms = 1.0f;
+  return inputs;
+}
+
+std::vector<PageBudget> Budgets(const DecisionParams& params, const std::vector<float>& shares) {
+  std::vector<PageBudget> pages;
+  for (const float share : shares) {
+    PageBudget page;
+    AddToBudget(params, Inputs(share), /*weight=*/0.5f, kDim, 8, &page);
+    pages.push_back(page);
+  }
+  return pages;
+}
+
+DecisionParams BudgetParams(float target) {
+  DecisionParams params;
+  params.policy = Policy::kBudget;
+  params.target_relative_error = target;
+  return params;
+}
+
+TEST(ErrorModelTest, PageErrorIsTheFormula) {
+  const PageErrorInputs page = Inputs(0.1f);
+  EXPECT_NEAR(PredictedPageError(page, 0, kDim), 0.01 * (4.0 + 0.04 * 3.0), 1e-8);
+  const double value_variance = 64 * std::pow(1.0 / 8, 2) / 12;  // 4 bits: steps of r / 8
+  EXPECT_NEAR(PredictedPageError(page, 4, kDim),
+              0.01 * 0.25 * (0.04 * (4.0 + 3.0) + value_variance), 1e-8);
+}
+
+TEST(ErrorModelTest, ScoreVarianceCountsReadAndUnreadChannels) {
+  const std::vector<float> query = {1.0f, 2.0f, 3.0f, 4.0f};
+  // Ranges 1, 2, 4, 8.
+  const std::vector<uint8_t> scales = {160, 164, 168, 172};
+  const double read = (1.0 + 16.0) * std::pow(2.0 / 16, 2) / 12;  // 4 bits: steps of r / 8
+  const double unread = (144.0 + 1024.0) / 6;
+  EXPECT_NEAR(ScoreVariance(query.data(), scales.data(), 4, 4, 2, 0.5f),
+              0.25 * (17.0 * std::pow(1.0 / 8, 2) / 12 + unread), 1e-4);
+  EXPECT_LT(read, unread);
+  const float at4 = ScoreVariance(query.data(), scales.data(), 4, 4, 4, 1.0f);
+  EXPECT_FLOAT_EQ(ScoreVariance(query.data(), scales.data(), 4, 6, 4, 1.0f),
+                  ScoreVarianceAt(at4, 6));
+  EXPECT_FLOAT_EQ(ScoreVariance(query.data(), scales.data(), 4, 8, 4, 1.0f),
+                  ScoreVarianceAt(at4, 8));
+}
+
+TEST(ErrorModelTest, LogMassGrowsByHalfTheVarianceUpToItsCap) {
+  EXPECT_FLOAT_EQ(PageLogMass(3.0f, 0.5f), 3.25f);
+  EXPECT_FLOAT_EQ(PageLogMass(3.0f, 100.0f), 3.0f + 0.5f * kMaxScoreVariance);
+}
+
+TEST(ErrorModelTest, FirstTokenStandsOnlyForAConcentratedVisibleSink) {
+  EXPECT_TRUE(FirstTokenStandsForPage(true, true, 0.9f));
+  EXPECT_FALSE(FirstTokenStandsForPage(false, true, 0.9f));
+  EXPECT_FALSE(FirstTokenStandsForPage(true, false, 0.9f));
+  EXPECT_FALSE(FirstTokenStandsForPage(true, true, 0.5f));
+}
+
+TEST(BudgetTest, GridIsHalfOctaves) {
+  EXPECT_FLOAT_EQ(BudgetTheta(0), std::exp2(-16.0f));
+  EXPECT_FLOAT_EQ(BudgetTheta(kNumBudgetThetas - 1), 0.25f);
+  for (int32_t i = 1; i < kNumBudgetThetas; ++i) {
+    EXPECT_NEAR(BudgetTheta(i) / BudgetTheta(i - 1), std::sqrt(2.0), 1e-5);
+  }
+}
+
+TEST(BudgetTest, ErrorsFallWithDepth) {
+  const std::vector<PageBudget> pages = Budgets(BudgetParams(0.05f), {0.2f});
+  for (int32_t depth = 2; depth < kNumValueDepths; ++depth) {
+    EXPECT_LT(pages[0].error[depth], pages[0].error[depth - 1]) << depth;
+  }
+}
+
+TEST(BudgetTest, TakesTheLargestThetaThatFits) {
+  const std::vector<float> shares = {0.3f, 0.1f, 0.05f, 0.02f, 0.01f, 0.002f, 0.0005f};
+  float last = 0.0f;
+  for (const float target : {0.02f, 0.05f, 0.1f, 0.3f}) {
+    const DecisionParams params = BudgetParams(target);
+    const std::vector<PageBudget> pages = Budgets(params, shares);
+    const BudgetChoice choice = ChooseTheta(params, pages, kDim, 8);
+    ASSERT_FALSE(choice.fallback) << target;
+    EXPECT_GE(choice.theta, last) << "a wider budget never reads more";
+    EXPECT_LE(choice.predicted_error, kBudgetMargin * target);
+    double sum = 0.0;
+    for (const PageBudget& page : pages) sum += BudgetErrorAt(params, page, choice.theta, kDim, 8);
+    EXPECT_NEAR(choice.predicted_error, std::sqrt(sum), 1e-6);
+    if (choice.theta < 0.25f) {
+      double next = 0.0;
+      for (const PageBudget& page : pages) {
+        next += BudgetErrorAt(params, page, choice.theta * 1.41421356f, kDim, 8);
+      }
+      EXPECT_GT(std::sqrt(next), kBudgetMargin * target) << "the next theta would not fit";
+    }
+    last = choice.theta;
+  }
+  EXPECT_GT(last, 0.0f);
+}
+
+TEST(BudgetTest, FallsBackToFullDepthWhereNothingFits) {
+  const DecisionParams params = BudgetParams(1e-5f);
+  const std::vector<PageBudget> pages = Budgets(params, {0.9f, 0.05f});
+  const BudgetChoice choice = ChooseTheta(params, pages, kDim, 8);
+  EXPECT_TRUE(choice.fallback);
+  EXPECT_EQ(choice.theta, 0.0f);
+  EXPECT_NEAR(choice.predicted_error, std::sqrt(pages[0].error[4] + pages[1].error[4]), 1e-7);
+  EXPECT_EQ(LadderDepth(params, choice.theta, 0.05f, {}, kDim, 8).value_bits, 8);
+}
+
+TEST(BudgetTest, NoPagesNeedNoBits) {
+  const BudgetChoice choice = ChooseTheta(BudgetParams(0.05f), {}, kDim, 8);
+  EXPECT_FALSE(choice.fallback);
+  EXPECT_EQ(choice.predicted_error, 0.0f);
+}
+
+TEST(BudgetTest, FlatAttentionMaySkipWhatOnePeakMayNot) {
+  const DecisionParams params = BudgetParams(0.1f);
+  const std::vector<float> flat(128, 1.0f / 128);
+  const BudgetChoice over_flat = ChooseTheta(params, Budgets(params, flat), kDim, 8);
+  const BudgetChoice over_peak = ChooseTheta(params, Budgets(params, {1.0f}), kDim, 8);
+  // The flat pages' errors average out, so a page may hold more than its share before it is read.
+  EXPECT_GT(over_flat.theta, 1.0f / 512);
+  EXPECT_GE(LadderValueBits(1.0f, over_peak.theta), 4);
+}
+
+TEST(BudgetTest, ANanPredictionFallsBack) {
+  PageBudget page;
+  PageErrorInputs inputs = Inputs(0.5f);
+  inputs.mean_distance2 = std::numeric_limits<float>::quiet_NaN();
+  const DecisionParams params = BudgetParams(0.5f);
+  AddToBudget(params, inputs, 0.5f, kDim, 8, &page);
+  EXPECT_TRUE(ChooseTheta(params, {&page, 1}, kDim, 8).fallback);
+}
+
+TEST(EntropyTest, IsThatOfTheDistribution) {
+  const std::vector<double> flat(32, 5.0);
+  EXPECT_NEAR(Entropy(flat), std::log(32.0), 1e-12);
+  EXPECT_NEAR(LogSumExp(flat), 5.0 + std::log(32.0), 1e-12);
+  EXPECT_NEAR(Entropy({0.0, -1000.0}), 0.0, 1e-12);
+  EXPECT_NEAR(Entropy({std::log(0.25), std::log(0.75)}),
+              -0.25 * std::log(0.25) - 0.75 * std::log(0.75), 1e-12);
+}
+
+TEST(EntropyTest, NothingHasNone) {
+  const double none = -std::numeric_limits<double>::infinity();
+  EXPECT_EQ(Entropy({}), 0.0);
+  EXPECT_EQ(Entropy({none, none}), 0.0);
+  EXPECT_EQ(LogSumExp({none}), none);
+  EXPECT_NEAR(Entropy({none, 3.0, 3.0}), std::log(2.0), 1e-12);
+  const float missing = -std::numeric_limits<float>::infinity();
+  EXPECT_EQ(EntropyTerm(missing, 3.0f), 0.0f);
+  EXPECT_EQ(EntropyTerm(missing, missing), 0.0f);
+  EXPECT_NEAR(EntropyTerm(3.0f, 3.0f + std::log(2.0f)), 0.5 * std::log(2.0), 1e-6);
+}
+
+TEST(DecisionTest, RecountedBytesAreThoseOfTheDepths) {
+  HeadDecision decision = {};
+  decision.key_pages[KeyDepthIndex(4, 2)] = 3;
+  decision.key_pages[KeyDepthIndex(8, 4)] = 2;
+  decision.value_pages[0] = 4;
+  decision.value_pages[4] = 1;
+  decision.dense_tokens = 70;
+  const ReadBytes bytes = RecountBytes(decision, 128, DType::kBf16);
+  const int64_t dense = int64_t{70} * 128 * 2;
+  EXPECT_EQ(bytes.key, 3 * (128 + 64 * 64 / 2) + 2 * (128 + 128 * 64) + dense);
+  EXPECT_EQ(bytes.value, 5 * (16 + 128) + (64 * 2 + 128 * 64) + dense);
+}
+
+TEST(DecisionTest, KeyDepthIndexNamesEveryDepthOnce) {
+  int32_t index = 0;
+  for (const int32_t bits : {4, 6, 8}) {
+    for (int32_t chunks = 1; chunks <= kMaxRankChunks; ++chunks, ++index) {
+      EXPECT_EQ(KeyDepthIndex(bits, chunks), index);
+      EXPECT_EQ(KeyDepthBits(index), bits);
+      EXPECT_EQ(KeyDepthChunks(index), chunks);
+    }
+  }
+  EXPECT_EQ(index, kNumKeyDepths);
+}
+
+TEST(PolicyNamesTest, EveryNameIsReadBack) {
+  for (const Policy policy :
+       {Policy::kFullDepth, Policy::kStatic, Policy::kThreshold, Policy::kBudget}) {
+    EXPECT_EQ(ParsePolicy(PolicyName(policy)), policy);
+    DecisionParams params;
+    params.policy = policy;
+    EXPECT_THAT(DebugString(params), HasSubstr(PolicyName(policy)));
+  }
+  EXPECT_EQ(ParsePolicy("entropy"), std::nullopt);
+  EXPECT_EQ(ParsePolicy(""), std::nullopt);
+}
+
+}  // namespace
+}  // namespace adaattn
