@@ -33,6 +33,7 @@ struct AttendMessage {
   v1::AttendRequest header;  // all fields; q, k and v without `data`
   WireBytes q, k, v;         // what their `data` held; empty where absent
   std::vector<grpc::Slice> slices;
+  std::vector<grpc::Slice> kv_slices;  // of k and v, where they came in a message of their own
 };
 
 // Parses `buffer`, which may be consumed. Equal to the generated parser on every message that one
