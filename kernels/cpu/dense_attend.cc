@@ -109,13 +109,16 @@ struct PageView {
   int64_t position = 0;  // of the page's first token
   int t0 = 0;            // tokens of the page that are read
   int t1 = 0;
+  const void* next_keys = nullptr;  // of the next page, to be asked for; null: there is none
 };
 
 template <int kRows, class T>
 void AttendBlock(const DenseWork& work, const PageView& page, int row, const T* k, const T* v,
                  const float* q, float* scores, const PartialRows& out) {
   const int32_t head_dim = work.head_dim;
+  const int64_t row_bytes = int64_t{head_dim} * static_cast<int64_t>(sizeof(T));
   for (int t = page.t0 & ~7; t < page.t1; t += 8) {
+    if (row == 0) PrefetchRange(v + t * head_dim, 8 * row_bytes);
     ScoreEight<kRows>(q, k + t * head_dim, head_dim, scores + t);
   }
   float alpha[kRows];
@@ -130,6 +133,7 @@ void AttendBlock(const DenseWork& work, const PageView& page, int row, const T* 
     alpha[m] = OnlineSoftmax(map, s, &out.max[row + m], &out.sum[row + m],
                              out.moment == nullptr ? nullptr : &out.moment[row + m]);
   }
+  if (row == 0 && page.next_keys != nullptr) PrefetchRange(page.next_keys, 8 * row_bytes);
   AccumulateValues<kRows>(scores, alpha, v, head_dim, page.t0, page.t1,
                           out.acc + int64_t{row} * head_dim);
 }
@@ -192,6 +196,9 @@ int64_t AttendTyped(const DenseWork& work, DenseScratch* scratch, const PartialR
     page.t1 = static_cast<int>(std::min<int64_t>(work.end - page.position, kPageTokens));
     const std::byte* base = work.pool + PageOffset(work.pages[index]);
     const T* k = reinterpret_cast<const T*>(base + work.key_offset);
+    if (page.position + kPageTokens < work.end) {
+      page.next_keys = work.pool + PageOffset(work.pages[index + 1]) + work.key_offset;
+    }
     const T* v = reinterpret_cast<const T*>(base + work.value_offset);
     bytes += int64_t{page.t1 - page.t0} * head_dim * static_cast<int64_t>(sizeof(T));
     for (int block = 0, row = 0; block < blocks; ++block) {

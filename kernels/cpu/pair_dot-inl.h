@@ -144,7 +144,9 @@ struct Unpack<8> {
 template <int kRows, int kPairs>
 HWY_INLINE void MultiplyPairs(const VI16* codes, const int16_t* HWY_RESTRICT weights,
                               int64_t stride, VI* acc) {
+  ADAATTN_UNROLL
   for (int j = 0; j < kPairs; ++j) {
+    ADAATTN_UNROLL
     for (int m = 0; m < kRows; ++m) {
       acc[m] = PairDot(codes[j], BroadcastPair(weights + m * stride + 2 * j), acc[m]);
     }

@@ -438,6 +438,20 @@ SealedPage ViewSealedPage(const PageLayout& layout, int32_t head_dim, int32_t kv
   return view;
 }
 
+void PrefetchKeys(const SealedPage& page, int32_t head_dim, int32_t chunk_begin,
+                  int32_t chunk_end) {
+  constexpr int32_t kLineBytes = 64;
+  for (int32_t i = 0; chunk_begin == 0 && i < head_dim; i += kLineBytes) {
+    hwy::Prefetch(page.key_scales + i);
+  }
+  const int32_t end = ChunkedRank(head_dim, chunk_end) / kTileChannels;
+  for (int32_t tile = ChunkedRank(head_dim, chunk_begin) / kTileChannels; tile < end; ++tile) {
+    for (int32_t i = 0; i < kKeyTileBytes; i += kLineBytes) {
+      hwy::Prefetch(page.key_tiles[tile] + i);
+    }
+  }
+}
+
 void SealedScratch::Reserve(int32_t rows, int32_t head_dim) {
   const int64_t size = int64_t{rows} * std::max(head_dim, kPageTokens);
   if (size <= size_) return;

@@ -81,6 +81,10 @@ struct RowEnergy {
 void ScanKeys(const SealedPage& page, const RotatedRows& rows, int32_t chunk_begin,
               int32_t chunk_end, SealedScratch* scratch, float* raw, const RowEnergy& energy);
 
+// Asks for what ScanKeys will read of a page; worth a page's time ahead, since sections of pages
+// lie too far apart for the hardware to guess.
+void PrefetchKeys(const SealedPage& page, int32_t head_dim, int32_t chunk_begin, int32_t chunk_end);
+
 // Adds to raw what reading `chunks` chunks at `bits` (6, 8) changes against 4 bits.
 void RefineKeys(const SealedPage& page, const RotatedRows& rows, int32_t bits, int32_t chunks,
                 SealedScratch* scratch, float* raw);

@@ -198,6 +198,9 @@ void Wave::ScanPages(SealedJob* job, int32_t split, int32_t first, int32_t end, 
   KeyDepth depth = job->fixed.key;
   if (job->ladder) depth = KeyDepth{kScanBits, static_cast<uint8_t>(job->first_chunks)};
   for (int32_t page = first; page < end; ++page) {
+    if (page + 1 < end) {
+      PrefetchKeys(JobPage(*job, head_dim_, context_.pool, page + 1), head_dim_, 0, depth.chunks);
+    }
     ScanPage(job, page, 0, depth, worker, &job->split_key_bytes[split]);
     PageFacts& facts = job->facts[page];
     facts = PageFacts();

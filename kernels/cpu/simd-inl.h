@@ -8,11 +8,21 @@
 #define ADAATTN_KERNELS_CPU_SIMD_INL_H_
 #endif
 
+// Unrolls the next loop completely: accumulators in arrays stay in registers.
+#ifndef ADAATTN_UNROLL
+#if defined(__clang__)
+#define ADAATTN_UNROLL _Pragma("unroll")
+#else
+#define ADAATTN_UNROLL _Pragma("GCC unroll 16")
+#endif
+#endif
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 
+#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "kernels/format/float_types.h"
 
@@ -114,6 +124,13 @@ HWY_INLINE VF SoftCap(VF s, float cap) {
   const VF tail = Exp(hn::Neg(x));
   const VF t = hn::Div(hn::Sub(one, tail), hn::Add(one, tail));
   return hn::CopySign(hn::Mul(t, hn::Set(d, cap)), s);
+}
+
+// Asks for the cache lines of [at, at + bytes).
+HWY_INLINE void PrefetchRange(const void* at, int64_t bytes) {
+  constexpr int64_t kLineBytes = 64;
+  const auto* first = static_cast<const uint8_t*>(at);
+  for (int64_t i = 0; i < bytes; i += kLineBytes) hwy::Prefetch(first + i);
 }
 
 HWY_INLINE float HorizontalSum(VF v) { return hn::GetLane(hn::SumOfLanes(F32(), v)); }

@@ -151,7 +151,10 @@ INSTANTIATE_TEST_SUITE_P(Acceptance, LadderTraceTest,
                                            LadderCase{kSmol, 0.004f, 0, 0.025, 0.177},
                                            LadderCase{kQwen, 0.004f, 64, 0.032, 0.163},
                                            LadderCase{kSmol, 0.004f, 32, 0.025, 0.152},
-                                           LadderCase{kQwen, 0.0005f, 0, 0.012, 0.236},
+                                           // This trace's FP16 keys lose .0068 to their BF16 pages
+                                           // before they are sealed; the script on tokens rounded
+                                           // to BF16 gets 0.0129.
+                                           LadderCase{kQwen, 0.0005f, 0, 0.013, 0.236},
                                            LadderCase{kSmol, 0.0005f, 0, 0.010, 0.236}));
 
 TEST(BudgetTraceTest, AimsBelowTheTarget) {

@@ -1,0 +1,222 @@
+// What must hold whatever the numbers are: independence of batch, page ids, threads and splits,
+// poisoned neighbours, flags.
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "tests/backend/backend_harness.h"
+
+namespace adaattn {
+namespace {
+
+HarnessOptions Options(PageFormat format) {
+  HarnessOptions options;
+  options.shape = {6, 2, 64};
+  options.format = format;
+  options.num_pages = 96;
+  return options;
+}
+
+// 600 tokens; progressive: six of them sealed pages.
+TestSequence MakeSequence(BackendHarness* harness) {
+  TestSequence sequence = harness->NewSequence(600);
+  if (harness->options().format == PageFormat::kProgressive) harness->Seal(&sequence, 6, 6);
+  return sequence;
+}
+
+StepCase Attend(TestSequence* sequence, const std::vector<float>& q) {
+  StepCase step;
+  step.sequence = sequence;
+  step.q = q;
+  step.decision.theta = 0.05f;
+  return step;
+}
+
+class LawsTest : public ::testing::TestWithParam<PageFormat> {};
+
+TEST_P(LawsTest, SequenceAloneEqualsItselfInABatchBitForBit) {
+  BackendHarness harness(Options(GetParam()));
+  ASSERT_TRUE(harness.ok());
+  TestSequence first = MakeSequence(&harness), second = MakeSequence(&harness);
+  TestSequence third = MakeSequence(&harness);
+  const std::vector<float> q = harness.RandomRows(1, 6);
+  const StepOutput alone = harness.Run({Attend(&second, q)})[0];
+  const StepOutput batched =
+      harness.Run({Attend(&first, {}), Attend(&second, q), Attend(&third, {})})[1];
+  EXPECT_EQ(alone.out, batched.out);
+  EXPECT_EQ(alone.lse, batched.lse);
+}
+
+TEST_P(LawsTest, MovingPagesChangesNoBit) {
+  std::vector<StepOutput> outputs;
+  for (const int skipped_pages : {0, 17}) {
+    HarnessOptions options = Options(GetParam());
+    options.shuffle = false;  // the random tokens stay the same, only their places change
+    BackendHarness harness(options);
+    ASSERT_TRUE(harness.ok());
+    for (int i = 0; i < skipped_pages; ++i) harness.NewPage();
+    TestSequence sequence = MakeSequence(&harness);
+    outputs.push_back(harness.Run({Attend(&sequence, {})})[0]);
+  }
+  EXPECT_EQ(outputs[0].out, outputs[1].out);
+  EXPECT_EQ(outputs[0].lse, outputs[1].lse);
+}
+
+TEST_P(LawsTest, ThreadsChangeNoBit) {
+  std::vector<StepOutput> outputs;
+  for (const int32_t threads : {1, 2, 5}) {
+    HarnessOptions options = Options(GetParam());
+    options.num_threads = threads;
+    BackendHarness harness(options);
+    ASSERT_TRUE(harness.ok());
+    TestSequence sequence = MakeSequence(&harness);
+    StepCase step = Attend(&sequence, {});
+    step.q_len = 4;
+    outputs.push_back(harness.Run({step})[0]);
+  }
+  EXPECT_EQ(outputs[0].out, outputs[1].out);
+  EXPECT_EQ(outputs[0].out, outputs[2].out);
+  EXPECT_EQ(outputs[0].lse, outputs[2].lse);
+}
+
+TEST_P(LawsTest, NonfiniteValuesAreFlaggedAndLeaveOthersAlone) {
+  BackendHarness harness(Options(GetParam()));
+  ASSERT_TRUE(harness.ok());
+  TestSequence good = MakeSequence(&harness), bad = MakeSequence(&harness);
+  const std::vector<float> q = harness.RandomRows(1, 6);
+  const StepOutput expected = harness.Run({Attend(&good, q)})[0];
+  for (const float poison :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
+        -std::numeric_limits<float>::infinity()}) {
+    StepCase bad_q = Attend(&bad, harness.RandomRows(1, 6));
+    bad_q.q[77] = poison;
+    std::vector<StepOutput> outputs = harness.Run({bad_q, Attend(&good, q)});
+    EXPECT_TRUE(outputs[0].result.nonfinite_q);
+    EXPECT_FALSE(outputs[0].result.nonfinite_kv);
+    EXPECT_FALSE(outputs[1].result.nonfinite_q);
+    EXPECT_EQ(outputs[1].out, expected.out);
+    for (const bool in_keys : {true, false}) {
+      StepCase bad_kv = Attend(&bad, {});
+      bad_kv.append_len = 1;
+      bad_kv.k = harness.RandomRows(1, 2);
+      bad_kv.v = harness.RandomRows(1, 2);
+      (in_keys ? bad_kv.k : bad_kv.v)[99] = poison;
+      outputs = harness.Run({bad_kv, Attend(&good, q)});
+      EXPECT_TRUE(outputs[0].result.nonfinite_kv);
+      EXPECT_FALSE(outputs[0].result.nonfinite_q);
+      EXPECT_FALSE(outputs[1].result.nonfinite_kv);
+      EXPECT_EQ(outputs[1].out, expected.out);
+    }
+  }
+  // The rows that were written and not counted are gone after the next append.
+  StepCase next = Attend(&bad, {});
+  next.append_len = 1;
+  const StepOutput output = harness.Run({next})[0];
+  EXPECT_FALSE(output.result.nonfinite_kv);
+  for (const float value : output.out) EXPECT_TRUE(std::isfinite(value));
+}
+
+TEST_P(LawsTest, AppendingInPiecesEqualsAppendingAtOnce) {
+  std::vector<StepOutput> outputs;
+  for (const std::vector<int>& pieces :
+       std::vector<std::vector<int>>{{200}, {1, 62, 2, 64, 71}, {63, 1, 65, 71}}) {
+    BackendHarness harness(Options(GetParam()));
+    ASSERT_TRUE(harness.ok());
+    const std::vector<float> k = harness.RandomRows(200, 2), v = harness.RandomRows(200, 2);
+    const std::vector<float> q = harness.RandomRows(1, 6);
+    TestSequence sequence;
+    int64_t at = 0;
+    for (const int piece : pieces) {
+      harness.AppendTokens(&sequence, {k.begin() + at, k.begin() + at + piece * 128},
+                           {v.begin() + at, v.begin() + at + piece * 128});
+      at += piece * 128;
+    }
+    outputs.push_back(harness.Run({Attend(&sequence, q)})[0]);
+  }
+  EXPECT_EQ(outputs[0].out, outputs[1].out);
+  EXPECT_EQ(outputs[0].out, outputs[2].out);
+}
+
+INSTANTIATE_TEST_SUITE_P(AllFormats, LawsTest,
+                         ::testing::Values(PageFormat::kF32, PageFormat::kF16, PageFormat::kBf16,
+                                           PageFormat::kF8E4m3, PageFormat::kProgressive),
+                         [](const ::testing::TestParamInfo<PageFormat>& info) {
+                           return std::string(PageFormatName(info.param));
+                         });
+
+// 2100 keys make several splits; halves of them as two sequences, merged by LSE, make others.
+TEST(SplitLawTest, OneSplitEqualsMany) {
+  HarnessOptions options = Options(PageFormat::kF32);
+  options.num_pages = 160;
+  BackendHarness harness(options);
+  ASSERT_TRUE(harness.ok());
+  TestSequence whole = harness.NewSequence(2100);
+  TestSequence parts[2];
+  const int64_t cut = 700 * 128;
+  harness.AppendTokens(&parts[0], {whole.k.begin(), whole.k.begin() + cut},
+                       {whole.v.begin(), whole.v.begin() + cut});
+  harness.AppendTokens(&parts[1], {whole.k.begin() + cut, whole.k.end()},
+                       {whole.v.begin() + cut, whole.v.end()});
+  const std::vector<float> q = harness.RandomRows(1, 6);
+  const std::vector<StepOutput> outputs =
+      harness.Run({Attend(&whole, q), Attend(&parts[0], q), Attend(&parts[1], q)});
+  for (int head = 0; head < 6; ++head) {
+    const double a = outputs[1].lse[head], b = outputs[2].lse[head];
+    const double lse = std::max(a, b) + std::log1p(std::exp(-std::abs(a - b)));
+    EXPECT_NEAR(outputs[0].lse[head], lse, 1e-5);
+    for (int c = 0; c < 64; ++c) {
+      const int i = head * 64 + c;
+      const double merged =
+          std::exp(a - lse) * outputs[1].out[i] + std::exp(b - lse) * outputs[2].out[i];
+      EXPECT_NEAR(outputs[0].out[i], merged, 1e-6);
+    }
+  }
+}
+
+// A shard that holds the keys before the row's position, and one that starts after it.
+TEST(ShardTest, RowsPastTheLastKeySeeAllOfThem) {
+  BackendHarness harness(Options(PageFormat::kF32));
+  ASSERT_TRUE(harness.ok());
+  TestSequence sequence = harness.NewSequence(100);
+  StepCase step = Attend(&sequence, {});
+  step.q_start = 5000;
+  harness.ExpectExact(step, harness.Run({step})[0], 1e-5, 1e-5);
+  step.window = 64;  // all keys lie before the window
+  const StepOutput output = harness.Run({step})[0];
+  for (const float lse : output.lse) EXPECT_EQ(lse, -std::numeric_limits<float>::infinity());
+  for (const float value : output.out) EXPECT_EQ(value, 0);
+}
+
+TEST(TypesTest, EveryInAndOutTypeMatchesFloat64) {
+  for (const DType in : {DType::kF32, DType::kF16, DType::kBf16}) {
+    for (const DType out : {DType::kF32, DType::kF16, DType::kBf16}) {
+      HarnessOptions options = Options(PageFormat::kF32);
+      options.in_type = in;
+      options.out_type = out;
+      BackendHarness harness(options);
+      ASSERT_TRUE(harness.ok());
+      TestSequence sequence = harness.NewSequence(90);
+      StepCase step = Attend(&sequence, {});
+      const double rounding = out == DType::kBf16 ? 4e-3 : out == DType::kF16 ? 5e-4 : 1e-5;
+      harness.ExpectExact(step, harness.Run({step})[0], rounding, 1e-5);
+    }
+  }
+}
+
+TEST(Fp8ScalesTest, ScaleKeysAndValuesByHead) {
+  HarnessOptions options = Options(PageFormat::kF8E4m3);
+  BackendHarness harness(options);
+  ASSERT_TRUE(harness.ok());
+  TestSequence sequence;
+  sequence.key_scales = {0.25f, 2.0f};
+  sequence.value_scales = {4.0f, 0.5f};
+  harness.AppendTokens(&sequence, harness.RandomRows(150, 2), harness.RandomRows(150, 2));
+  StepCase step = Attend(&sequence, {});
+  harness.ExpectExact(step, harness.Run({step})[0], 1e-5, 1e-5);
+}
+
+}  // namespace
+}  // namespace adaattn
