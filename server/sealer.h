@@ -15,7 +15,7 @@ struct SealOptions {
   // Tokens of a session that its basis is fitted on; a multiple of 64, >= 64.
   int32_t fit_tokens = 1024;
   // Pages sealed in one go between two batches: the longest that a step may wait for sealing.
-  int32_t pages_per_slice = 8;
+  int32_t pages_per_slice = 2;
   // Sealing waits until the queue is empty. Above this many sealable pages one slice is sealed
   // between any two batches. When the pool is full, sealing goes first until a batch fits: memory
   // that waits in BF16 never refuses a step.
