@@ -27,11 +27,15 @@ absl::Status Bad(absl::string_view field, absl::string_view problem) {
 
 // A safetensors file: the JSON header and the bytes that follow it.
 struct File {
+  File() = default;
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+
   Json header;
   absl::string_view data;
 };
 
-absl::StatusOr<File> ParseFile(absl::string_view bytes) {
+absl::Status ParseFile(absl::string_view bytes, File* file) {
   if (bytes.size() < kLengthBytes) {
     return Bad("header",
                absl::StrCat("the file has ", bytes.size(), " bytes; must have 8 or more"));
@@ -45,12 +49,11 @@ absl::StatusOr<File> ParseFile(absl::string_view bytes) {
     return Bad("header", absl::StrCat("length ", length, " exceeds the file's ", bytes.size(),
                                       " bytes or the limit of ", kMaxHeaderBytes));
   }
-  File file;
   const absl::string_view text = bytes.substr(0, length);
-  file.header = Json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
-  if (!file.header.is_object()) return Bad("header", "not a JSON object");
-  file.data = bytes.substr(length);
-  return file;
+  file->header = Json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
+  if (!file->header.is_object()) return Bad("header", "not a JSON object");
+  file->data = bytes.substr(length);
+  return absl::OkStatus();
 }
 
 absl::StatusOr<std::vector<int64_t>> ParseShape(absl::string_view name, const Json& tensor,
@@ -205,11 +208,11 @@ absl::Status ReadTensors(const File& file, Trace* trace) {
 }  // namespace
 
 absl::StatusOr<Trace> ParseTrace(absl::string_view bytes) {
-  const absl::StatusOr<File> file = ParseFile(bytes);
-  if (!file.ok()) return file.status();
+  File file;
   Trace trace;
-  absl::Status status = ReadTensors(*file, &trace);
-  if (status.ok()) status = ReadMetadata(*file, &trace);
+  absl::Status status = ParseFile(bytes, &file);
+  if (status.ok()) status = ReadTensors(file, &trace);
+  if (status.ok()) status = ReadMetadata(file, &trace);
   if (status.ok()) status = CheckPositions(trace);
   if (!status.ok()) return status;
   return trace;

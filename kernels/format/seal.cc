@@ -65,16 +65,14 @@ void SealKeys(const SealedHead& head, const std::vector<float>& rotated, std::by
   }
   std::byte* const scales = At(head, head.layout.key_scales, page);
   for (int32_t channel = 0; channel < d; ++channel) {
+    const float* const column = rotated.data() + channel;  // of tokens d apart
     float max_abs = 0.0f;
-    for (int32_t t = 0; t < kPageTokens; ++t) {
-      max_abs = std::max(max_abs, std::abs(rotated[static_cast<size_t>(t * d + channel)]));
-    }
+    for (int64_t t = 0; t < kPageTokens; ++t) max_abs = std::max(max_abs, std::abs(column[t * d]));
     const uint8_t scale = ScaleFromMax(max_abs);
     scales[channel] = static_cast<std::byte>(scale);
     const float range = RangeFromScale(scale);
     for (int32_t t = 0; t < kPageTokens; ++t) {
-      PutKeyCode(head, t, channel,
-                 EncodeNested(rotated[static_cast<size_t>(t * d + channel)], range), page);
+      PutKeyCode(head, t, channel, EncodeNested(column[int64_t{t} * d], range), page);
     }
   }
 }
