@@ -1,6 +1,7 @@
 #include "client/cli_report.h"
 
 #include <algorithm>
+#include <string>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -183,7 +184,8 @@ std::string FormatReplays(absl::Span<const ReplayReport> reports) {
 
 nlohmann::ordered_json ToReportJson(const ReplayReport& report) {
   nlohmann::ordered_json theta;
-  if (report.has_theta) theta = report.theta;
+  // Six digits: thetas travel as floats.
+  if (report.has_theta) theta = std::stod(absl::StrFormat("%.6g", report.theta));
   return {{"trace", report.trace},
           {"mode", report.mode},
           {"theta", theta},

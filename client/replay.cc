@@ -12,6 +12,8 @@
 namespace adaattn::client {
 namespace {
 
+constexpr absl::Duration kSealPatience = absl::Seconds(15);
+
 // [heads, tokens, head_dim], as traces have it, to [tokens, heads, head_dim], as the wire has it.
 std::vector<uint16_t> TokensFirst(const std::vector<uint16_t>& source, int64_t heads,
                                   int64_t tokens, int64_t head_dim) {
@@ -120,28 +122,32 @@ absl::Status ImportUntil(const WireTrace& wire, int64_t end, bool with_sample, S
   return session->Import(input);
 }
 
-// Sealing happens between batches, after an import is answered. What a step reads must not depend
-// on how far it got, so this waits until every page that is due is sealed: all but the open page
-// and the newest full one. A server that seals nothing more for kSettled is taken at its word (no
-// basis yet, no room).
-absl::Status WaitUntilSealed(Client* client, const Session& session) {
+// Waits until the pages that are due are sealed: all but the open page and the newest full one.
+// Sealing happens between batches, after an import is answered, and what a step reads must not
+// depend on how far it got. A server that seals nothing of any session for `*patience` is taken at
+// its word (no basis yet, no room), and is not waited for that long again.
+absl::Status WaitUntilSealed(Client* client, const Session& session, absl::Duration* patience) {
   constexpr int64_t kPagesLeftDense = 2;
-  constexpr absl::Duration kSettled = absl::Seconds(2);
   constexpr absl::Duration kLongestPause = absl::Milliseconds(20);
-  int64_t dense_before = -1;
-  absl::Time changed = absl::Now();
+  int64_t sealed_before = -1;
+  absl::Time progress = absl::Now();
   for (absl::Duration pause = absl::Milliseconds(1);; pause = std::min(2 * pause, kLongestPause)) {
     absl::StatusOr<std::vector<SessionSummary>> sessions = client->ListSessions();
     if (!sessions.ok()) return sessions.status();
-    const auto found =
-        std::find_if(sessions->begin(), sessions->end(), [&](const SessionSummary& summary) {
-          return summary.session.session_id == session.ref().session_id;
-        });
-    if (found == sessions->end()) return absl::NotFoundError("the session is not listed");
-    if (found->pages_dense <= kPagesLeftDense) return absl::OkStatus();
-    if (found->pages_dense != dense_before) changed = absl::Now();
-    if (absl::Now() - changed > kSettled) return absl::OkStatus();
-    dense_before = found->pages_dense;
+    int64_t sealed = 0;
+    const SessionSummary* own = nullptr;
+    for (const SessionSummary& summary : *sessions) {
+      sealed += summary.pages_sealed;
+      if (summary.session.session_id == session.ref().session_id) own = &summary;
+    }
+    if (own == nullptr) return absl::NotFoundError("the session is not listed");
+    if (own->pages_dense <= kPagesLeftDense) return absl::OkStatus();
+    if (sealed != sealed_before) progress = absl::Now();
+    sealed_before = sealed;
+    if (absl::Now() - progress > *patience) {
+      *patience = kLongestPause;
+      return absl::OkStatus();
+    }
     absl::SleepFor(pause);
   }
 }
@@ -162,11 +168,12 @@ absl::Status ReplaySession(Client* client, const WireTrace& wire, const ReplayCo
   StreamOptions stream_options;
   stream_options.route_key = (*session)->route_key();
   const std::unique_ptr<AttendStream> stream = client->OpenStream(stream_options);
+  absl::Duration patience = kSealPatience;
   for (int32_t row = 0; row < num_rows; ++row) {
     const bool with_sample = row == 0 && config.page_format == PageFormat::kProgressive;
     absl::Status status = ImportUntil(wire, trace.positions[row], with_sample, session->get());
     if (status.ok() && config.page_format == PageFormat::kProgressive) {
-      status = WaitUntilSealed(client, **session);
+      status = WaitUntilSealed(client, **session, &patience);
     }
     if (status.ok()) status = ReplayStep(wire, row, session->get(), stream.get(), samples);
     if (!status.ok()) {

@@ -24,7 +24,8 @@ namespace adaattn {
 // the exit code.
 int RunEchoServer(const std::string& address, size_t answer_bytes);
 
-// A child process that gets SIGTERM, and is waited for, at the end. Its stdin is a pipe from here.
+// A child process that gets SIGTERM, and is waited for, at the end. Its stdin is a pipe
+// from here, its stdout goes nowhere.
 class Child {
  public:
   // Errors: kNotFound when the program cannot be started.
