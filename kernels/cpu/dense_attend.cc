@@ -21,8 +21,6 @@ namespace adaattn {
 namespace HWY_NAMESPACE {
 namespace {
 
-constexpr int kMaxBlockRows = 6;
-
 // Tokens whose sums are kept in registers at a time.
 constexpr int TokensInFlight(int rows) { return rows >= 4 ? 2 : rows == 1 ? 8 : 4; }
 

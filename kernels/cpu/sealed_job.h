@@ -64,8 +64,9 @@ void OpenPages(SealedJob* job);
 // Depths of all pages, and the head's decision apart from its bytes of planes.
 void SelectDepths(SealedJob* job, const AttentionShape& shape, const std::byte* pool);
 
-// What SelectDepths reads of each page, and counts: summary and mean.
+// The head's part of page `page` of the job.
 SealedPage JobPage(const SealedJob& job, int32_t head_dim, const std::byte* pool, int32_t page);
+PageMean JobPageMean(const SealedJob& job, const std::byte* pool, int32_t page);
 
 }  // namespace adaattn
 

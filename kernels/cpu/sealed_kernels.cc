@@ -20,7 +20,6 @@ namespace adaattn {
 namespace HWY_NAMESPACE {
 namespace {
 
-constexpr int kMaxBlockRows = 6;
 constexpr float kMaxWeight = 32767.0f;
 
 // RangeFromScale of kLanes scale bytes.
@@ -38,29 +37,29 @@ HWY_INLINE VF LoadRanges(const uint8_t* at) {
   return hn::BitCast(F32(), bits);
 }
 
-// Rounds `count` products to 16 bits relative to the largest magnitude; returns a unit's worth.
-HWY_INLINE float QuantizeWeights(const float* HWY_RESTRICT products, float max_abs, int32_t count,
-                                 int16_t* HWY_RESTRICT weights) {
+// What weights are worth, and their sum over a range.
+struct QuantizedRow {
+  float step = 0;
+  int32_t sum = 0;
+};
+
+// Rounds `count` products to 16 bits relative to the largest magnitude; sums those in [begin, end).
+HWY_INLINE QuantizedRow QuantizeWeights(const float* HWY_RESTRICT products, float max_abs,
+                                        int32_t count, int32_t begin, int32_t end,
+                                        int16_t* HWY_RESTRICT weights) {
   const F32 d;
+  const I32 di;
   const hn::Rebind<int16_t, F32> narrow;
   // A range that underflows the inverse carries no weight worth having.
   const bool empty = !(max_abs > 1e-30f);
   const VF inverse = hn::Set(d, empty ? 0.0f : kMaxWeight / max_abs);
+  VI sum = hn::Zero(di);
   for (int32_t c = 0; c < count; c += kLanes) {
     const VI rounded = hn::NearestInt(hn::Mul(hn::LoadU(d, products + c), inverse));
     hn::StoreU(hn::DemoteTo(narrow, rounded), narrow, weights + c);
+    if (c >= begin && c < end) sum = hn::Add(sum, rounded);
   }
-  return empty ? 0.0f : max_abs / kMaxWeight;
-}
-
-// Sum of int16 weights [begin, end).
-HWY_INLINE int32_t SumWeights(const int16_t* weights, int32_t begin, int32_t end) {
-  const I32 d;
-  VI sum = hn::Zero(d);
-  for (int32_t c = begin; c < end; c += kLanes) {
-    sum = hn::Add(sum, hn::PromoteTo(d, hn::LoadU(hn::Rebind<int16_t, I32>(), weights + c)));
-  }
-  return hn::GetLane(hn::SumOfLanes(d, sum));
+  return {empty ? 0.0f : max_abs * (1.0f / kMaxWeight), hn::GetLane(hn::SumOfLanes(di, sum))};
 }
 
 // Weights q_c r_c of all rows; sums over channels [begin, end).
@@ -87,12 +86,13 @@ void PrepareKeyWeights(const SealedPage& page, const RotatedRows& rows, int32_t 
         unread = hn::MulAdd(product, product, unread);
       }
     }
-    scratch->steps()[row] = QuantizeWeights(products, HorizontalMax(max), head_dim, weights);
-    scratch->sums()[row] = SumWeights(weights, begin, end);
-    if (energy != nullptr) {
-      energy->read[row] = HorizontalSum(read);
-      energy->total[row] = energy->read[row] + HorizontalSum(unread);
-    }
+    const QuantizedRow quantized =
+        QuantizeWeights(products, HorizontalMax(max), head_dim, begin, end, weights);
+    scratch->steps()[row] = quantized.step;
+    scratch->sums()[row] = quantized.sum;
+    if (energy == nullptr) continue;
+    energy->read[row] = HorizontalSum(read);
+    energy->total[row] = energy->read[row] + (end < head_dim ? HorizontalSum(unread) : 0.0f);
   }
 }
 
@@ -114,10 +114,12 @@ void ScanBlock(const SealedPage& page, const WeightBlock& block, int32_t tile_be
     for (int32_t tile = tile_begin; tile < tile_end; ++tile) {
       const std::byte* words = page.key_tiles[tile] + 4 * t;
       const int16_t* weights = block.weights + tile * kTileChannels;
-      VI16 codes[8];
+      // Four pairs at a time: with six sums they still fit the registers.
+      VI16 codes[4];
       UnpackNibbles(LoadWords(words), codes[0], codes[1], codes[2], codes[3]);
-      UnpackNibbles(LoadWords(words + 4 * kPageTokens), codes[4], codes[5], codes[6], codes[7]);
-      MultiplyPairs<kRows, 8>(codes, weights, block.stride, acc);
+      MultiplyPairs<kRows, 4>(codes, weights, block.stride, acc);
+      UnpackNibbles(LoadWords(words + 4 * kPageTokens), codes[0], codes[1], codes[2], codes[3]);
+      MultiplyPairs<kRows, 4>(codes, weights + 8, block.stride, acc);
     }
     for (int m = 0; m < kRows; ++m) {
       float* at = raw + m * kPageTokens + t;
@@ -179,36 +181,6 @@ void ValueTile(const SealedPage& page, const WeightBlock& block, int32_t tile, i
   }
 }
 
-// Calls run(integral_constant rows, first row) for blocks of at most six rows, evenly sized.
-template <class Run>
-HWY_INLINE void ForRowBlocks(int32_t rows, const Run& run) {
-  const int32_t blocks = (rows + kMaxBlockRows - 1) / kMaxBlockRows;
-  for (int32_t block = 0, row = 0; block < blocks; ++block) {
-    const int32_t count = rows / blocks + (block < rows % blocks ? 1 : 0);
-    switch (count) {
-      case 1:
-        run(std::integral_constant<int, 1>(), row);
-        break;
-      case 2:
-        run(std::integral_constant<int, 2>(), row);
-        break;
-      case 3:
-        run(std::integral_constant<int, 3>(), row);
-        break;
-      case 4:
-        run(std::integral_constant<int, 4>(), row);
-        break;
-      case 5:
-        run(std::integral_constant<int, 5>(), row);
-        break;
-      default:
-        run(std::integral_constant<int, 6>(), row);
-        break;
-    }
-    row += count;
-  }
-}
-
 WeightBlock KeyBlock(SealedScratch* scratch, int32_t row, int32_t head_dim) {
   return {scratch->weights() + int64_t{row} * head_dim, head_dim, scratch->steps() + row,
           scratch->sums() + row};
@@ -232,8 +204,10 @@ void PrepareValueWeights(const SealedPage& page, int32_t rows, int32_t groups, i
       hn::Store(product, d, products + t);
       max = hn::Max(max, product);
     }
-    scratch->steps()[row] = QuantizeWeights(products, HorizontalMax(max), kPageTokens, weights);
-    scratch->sums()[row] = SumWeights(weights, 0, kPageTokens);
+    const QuantizedRow quantized =
+        QuantizeWeights(products, HorizontalMax(max), kPageTokens, 0, kPageTokens, weights);
+    scratch->steps()[row] = quantized.step;
+    scratch->sums()[row] = quantized.sum;
   }
 }
 
@@ -283,36 +257,6 @@ void RefineKeysImpl(const SealedPage& page, const RotatedRows& rows, int32_t bit
   });
 }
 
-void PageStatisticsImpl(const RotatedRows& rows, const ScoreParams& params, const KeyRange* visible,
-                        const float* raw, float* lse, float* concentration) {
-  const F32 d;
-  HWY_ALIGN float s[kPageTokens];
-  for (int32_t row = 0; row < rows.rows; ++row) {
-    const ScoreMap map{params.softmax_scale, params.softmax_scale * rows.mean[row], params.softcap};
-    std::copy_n(raw + int64_t{row} * kPageTokens, kPageTokens, s);
-    MaskOutside(static_cast<int>(visible[row].begin), static_cast<int>(visible[row].end), s);
-    VF top = hn::Set(d, -std::numeric_limits<float>::infinity());
-    for (int t = 0; t < kPageTokens; t += kLanes) {
-      const VF score = MapMasked(map, hn::Load(d, s + t));
-      hn::Store(score, d, s + t);
-      top = hn::Max(top, score);
-    }
-    const float max = HorizontalMax(top);
-    lse[row] = -std::numeric_limits<float>::infinity();
-    concentration[row] = 1.0f;
-    if (max == lse[row]) continue;
-    VF sum = hn::Zero(d), squares = hn::Zero(d);
-    for (int t = 0; t < kPageTokens; t += kLanes) {
-      const VF p = Exp(hn::Sub(hn::Load(d, s + t), hn::Set(d, max)));
-      sum = hn::Add(sum, p);
-      squares = hn::MulAdd(p, p, squares);
-    }
-    const float total = HorizontalSum(sum);
-    lse[row] = max + std::log(total);
-    concentration[row] = HorizontalSum(squares) / (total * total);
-  }
-}
-
 void AttendSealedPageImpl(const SealedPage& page, const RotatedRows& rows,
                           const ScoreParams& params, const KeyRange* visible, const float* raw,
                           int32_t bits, SealedScratch* scratch, const PartialRows& state) {
@@ -339,65 +283,6 @@ void AttendSealedPageImpl(const SealedPage& page, const RotatedRows& rows,
   }
 }
 
-void AddValueMeanImpl(const int8_t* mean, int32_t head_dim, float factor, float* acc) {
-  const F32 d;
-  const hn::Rebind<int8_t, I32> narrow;
-  for (int32_t c = 0; c < head_dim; c += kLanes) {
-    const VF value = hn::ConvertTo(d, hn::PromoteTo(I32(), hn::LoadU(narrow, mean + c)));
-    hn::StoreU(hn::MulAdd(value, hn::Set(d, factor), hn::LoadU(d, acc + c)), d, acc + c);
-  }
-}
-
-float ValueMeanDistance2Impl(const int8_t* mean, float mean_scale, int32_t head_dim,
-                             const float* o) {
-  const F32 d;
-  const hn::Rebind<int8_t, I32> narrow;
-  VF sum = hn::Zero(d);
-  for (int32_t c = 0; c < head_dim; c += kLanes) {
-    const VF value = hn::ConvertTo(d, hn::PromoteTo(I32(), hn::LoadU(narrow, mean + c)));
-    const VF off = hn::MulSub(value, hn::Set(d, mean_scale), hn::LoadU(d, o + c));
-    sum = hn::MulAdd(off, off, sum);
-  }
-  return HorizontalSum(sum);
-}
-
-void RotateQueriesImpl(const uint16_t* query_basis, const float* mean, const float* q, int32_t rows,
-                       int32_t head_dim, float* out, float* mean_score) {
-  const F32 d;
-  const hn::Rebind<hwy::float16_t, F32> half;
-  const auto* basis = reinterpret_cast<const hwy::float16_t*>(query_basis);
-  std::fill_n(out, int64_t{rows} * head_dim, 0.0f);
-  for (int32_t row = 0; row < rows; ++row) {
-    double score = 0;
-    for (int32_t c = 0; c < head_dim; ++c) {
-      score += double{q[int64_t{row} * head_dim + c]} * mean[c];
-    }
-    mean_score[row] = static_cast<float>(score);
-  }
-  ForRowBlocks(rows, [&](auto count, int32_t row) HWY_ATTR {
-    constexpr int kRows = decltype(count)::value;
-    for (int32_t rank = 0; rank < head_dim; rank += 2 * kLanes) {
-      VF acc[kRows][2];
-      for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = hn::Zero(d);
-      for (int32_t c = 0; c < head_dim; ++c) {
-        const auto* at = basis + int64_t{c} * head_dim + rank;
-        const VF low = hn::PromoteTo(d, hn::LoadU(half, at));
-        const VF high = hn::PromoteTo(d, hn::LoadU(half, at + kLanes));
-        for (int m = 0; m < kRows; ++m) {
-          const VF x = hn::Set(d, q[int64_t{row + m} * head_dim + c]);
-          acc[m][0] = hn::MulAdd(x, low, acc[m][0]);
-          acc[m][1] = hn::MulAdd(x, high, acc[m][1]);
-        }
-      }
-      for (int m = 0; m < kRows; ++m) {
-        float* at = out + int64_t{row + m} * head_dim + rank;
-        hn::StoreU(acc[m][0], d, at);
-        hn::StoreU(acc[m][1], d, at + kLanes);
-      }
-    }
-  });
-}
-
 }  // namespace HWY_NAMESPACE
 }  // namespace adaattn
 HWY_AFTER_NAMESPACE();
@@ -407,16 +292,15 @@ namespace adaattn {
 
 HWY_EXPORT(ScanKeysImpl);
 HWY_EXPORT(RefineKeysImpl);
-HWY_EXPORT(PageStatisticsImpl);
 HWY_EXPORT(AttendSealedPageImpl);
-HWY_EXPORT(AddValueMeanImpl);
-HWY_EXPORT(ValueMeanDistance2Impl);
-HWY_EXPORT(RotateQueriesImpl);
 
-ValueSummary SealedPage::summary() const {
-  ValueSummary summary;
-  std::memcpy(&summary, value_summary, sizeof(summary));
-  return summary;
+PageMean ViewPageMean(const PageLayout& layout, int32_t kv_head, const std::byte* page) {
+  const std::byte* section =
+      page + layout.value_summary.offset + kv_head * layout.value_summary.bytes;
+  PageMean mean;
+  std::memcpy(&mean.summary, section, sizeof(mean.summary));
+  mean.mean = reinterpret_cast<const int8_t*>(section + sizeof(ValueSummary));
+  return mean;
 }
 
 SealedPage ViewSealedPage(const PageLayout& layout, int32_t head_dim, int32_t kv_head,
@@ -432,7 +316,6 @@ SealedPage ViewSealedPage(const PageLayout& layout, int32_t head_dim, int32_t kv
         at(layout.key_base[tile / chunk_tiles]) + tile % chunk_tiles * int64_t{kKeyTileBytes};
   }
   for (int32_t p = 0; p < 2; ++p) view.key_fine[p] = at(layout.key_fine[p]);
-  view.value_summary = at(layout.value_summary);
   view.value_scales = reinterpret_cast<const uint8_t*>(at(layout.value_scales));
   for (int32_t p = 0; p < 4; ++p) view.value_plane[p] = at(layout.value_plane[p]);
   return view;
@@ -474,33 +357,12 @@ void RefineKeys(const SealedPage& page, const RotatedRows& rows, int32_t bits, i
   HWY_DYNAMIC_DISPATCH(RefineKeysImpl)(page, rows, bits, chunks, scratch, raw);
 }
 
-void PageStatistics(const RotatedRows& rows, const ScoreParams& params, const KeyRange* visible,
-                    const float* raw, float* lse, float* concentration) {
-  HWY_DYNAMIC_DISPATCH(PageStatisticsImpl)(rows, params, visible, raw, lse, concentration);
-}
-
 void AttendSealedPage(const SealedPage& page, const RotatedRows& rows, const ScoreParams& params,
                       const KeyRange* visible, const float* raw, int32_t bits,
                       SealedScratch* scratch, const PartialRows& state) {
   scratch->Reserve(rows.rows, rows.head_dim);
   HWY_DYNAMIC_DISPATCH(AttendSealedPageImpl)
   (page, rows, params, visible, raw, bits, scratch, state);
-}
-
-void AddValueMean(const SealedPage& page, int32_t head_dim, float weight, float* acc) {
-  HWY_DYNAMIC_DISPATCH(AddValueMeanImpl)
-  (page.value_mean(), head_dim, weight * page.summary().mean_scale, acc);
-}
-
-float ValueMeanDistance2(const SealedPage& page, int32_t head_dim, const float* o) {
-  return HWY_DYNAMIC_DISPATCH(ValueMeanDistance2Impl)(page.value_mean(), page.summary().mean_scale,
-                                                      head_dim, o);
-}
-
-void RotateQueries(const uint16_t* query_basis, const float* mean, const float* q, int32_t rows,
-                   int32_t head_dim, float* out, float* mean_score) {
-  HWY_DYNAMIC_DISPATCH(RotateQueriesImpl)
-  (query_basis, mean, q, rows, head_dim, out, mean_score);
 }
 
 }  // namespace adaattn

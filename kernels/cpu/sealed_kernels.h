@@ -27,17 +27,18 @@ struct SealedPage {
   const uint8_t* key_scales = nullptr;
   const std::byte* key_tiles[kMaxTiles] = {};  // 4 bits, by tile of 16 channels
   const std::byte* key_fine[2] = {};
-  const std::byte* value_summary = nullptr;
   const uint8_t* value_scales = nullptr;
   const std::byte* value_plane[4] = {};
-
-  ValueSummary summary() const;
-  const int8_t* value_mean() const {
-    return reinterpret_cast<const int8_t*>(value_summary + sizeof(ValueSummary));
-  }
 };
 SealedPage ViewSealedPage(const PageLayout& layout, int32_t head_dim, int32_t kv_head,
                           const std::byte* page);
+
+// The summary of one kv head's values on one page, and its int8 mean, which stays in the page.
+struct PageMean {
+  ValueSummary summary;
+  const int8_t* mean = nullptr;
+};
+PageMean ViewPageMean(const PageLayout& layout, int32_t kv_head, const std::byte* page);
 
 // Rows of q in the frame of the page's basis.
 struct RotatedRows {
@@ -100,11 +101,13 @@ void AttendSealedPage(const SealedPage& page, const RotatedRows& rows, const Sco
                       const KeyRange* visible, const float* raw, int32_t bits,
                       SealedScratch* scratch, const PartialRows& state);
 
-// acc[i] += weight * mean[i] * mean_scale over head_dim channels.
-void AddValueMean(const SealedPage& page, int32_t head_dim, float weight, float* acc);
+// acc[row][c] += weights[row] mean[c] for all rows.
+void AddValueMeans(const PageMean& page, int32_t head_dim, const float* weights, int32_t rows,
+                   float* acc);
 
-// |mean - o|^2.
-float ValueMeanDistance2(const SealedPage& page, int32_t head_dim, const float* o);
+// out[row] = |mean - o[row]|^2.
+void ValueMeanDistances(const PageMean& page, int32_t head_dim, const float* o, int32_t rows,
+                        float* out);
 
 // out[row][rank] = sum_c q[row][c] Q[c][rank], Q FP16 [head_dim, head_dim]; and q.mu.
 void RotateQueries(const uint16_t* query_basis, const float* mean, const float* q, int32_t rows,

@@ -237,19 +237,21 @@ void Wave::AttendPage(SealedJob* job, int32_t split, int32_t page, int32_t worke
   const SequenceStep& sequence = *job->head->sequence;
   const PageDepth& depth = job->depths[page];
   const PartialRows& state = job->splits[split];
-  const SealedPage view = JobPage(*job, head_dim_, context_.pool, page);
   const int32_t rows = job->head->rows;
   if (depth.value_bits == 0) {
+    own.floats.resize(static_cast<size_t>(rows));
     for (int32_t row = 0; row < rows; ++row) {
       const float log_mass = job->scans[int64_t{page} * rows + row].log_mass;
-      const float weight = std::exp(log_mass - state.max[row]);
-      // -inf - -inf: a row that sees nothing at all.
-      if (!(weight > 0)) continue;
-      state.sum[row] += weight;
-      AddValueMean(view, head_dim_, weight, state.acc + int64_t{row} * head_dim_);
+      // A row that sees nothing of the page may have no maximum either.
+      const bool sees = log_mass > -std::numeric_limits<float>::infinity();
+      own.floats[row] = sees ? std::exp(log_mass - state.max[row]) : 0.0f;
+      state.sum[row] += own.floats[row];
     }
+    AddValueMeans(JobPageMean(*job, context_.pool, page), head_dim_, own.floats.data(), rows,
+                  state.acc);
     return;
   }
+  const SealedPage view = JobPage(*job, head_dim_, context_.pool, page);
   const RotatedRows rotated = RowsFor(*job, page);
   float* raw = job->raw + int64_t{page} * rows * kPageTokens;
   if (job->ladder && depth.key.bits > kScanBits) {

@@ -60,7 +60,7 @@ class Selection {
   // are.
   void Estimate();
   void AddDense(int32_t row, float* o) const;
-  float Distance2(const SealedPage& view, int32_t page, int32_t row) const;
+  float FirstTokenDistance2(const float* o) const;
   PageErrorInputs ErrorInputs(int32_t page, int32_t row, const ValueSummary& summary) const;
   float ChooseBudget() const;
   void SelectPage(int32_t page, float theta);
@@ -101,9 +101,7 @@ void Selection::AddDense(int32_t row, float* o) const {
   RotateHadamard(o, head_dim_);
 }
 
-float Selection::Distance2(const SealedPage& view, int32_t page, int32_t row) const {
-  const float* o = estimates_.data() + int64_t{row} * head_dim_;
-  if (!FirstTokenStands(page, row)) return ValueMeanDistance2(view, head_dim_, o);
+float Selection::FirstTokenDistance2(const float* o) const {
   float sum = 0;
   for (int32_t c = 0; c < head_dim_; ++c) sum += (first_[c] - o[c]) * (first_[c] - o[c]);
   return sum;
@@ -113,30 +111,33 @@ void Selection::Estimate() {
   for (int32_t row = 0; row < rows_; ++row) {
     AddDense(row, estimates_.data() + int64_t{row} * head_dim_);
   }
+  std::vector<float> weights(rows_);
   for (int32_t page = 0; page < job_.num_pages; ++page) {
-    const SealedPage view = JobPage(job_, head_dim_, pool_, page);
     for (int32_t row = 0; row < rows_; ++row) {
       const float log_mass = scan(page, row).log_mass;
       const float share =
           log_mass == kNegativeInfinity ? 0.0f : std::exp(log_mass - job_.row_lse[row]);
       shares_[int64_t{page} * rows_ + row] = share;
-      if (!(share > 0)) continue;
-      float* o = estimates_.data() + int64_t{row} * head_dim_;
-      if (FirstTokenStands(page, row)) {
-        AddScaled(first_.data(), share, head_dim_, o);
-      } else {
-        AddValueMean(view, head_dim_, share, o);
+      const bool first = FirstTokenStands(page, row);
+      weights[row] = first ? 0.0f : share;
+      if (first) {
+        AddScaled(first_.data(), share, head_dim_, estimates_.data() + int64_t{row} * head_dim_);
       }
     }
+    AddValueMeans(JobPageMean(job_, pool_, page), head_dim_, weights.data(), rows_,
+                  estimates_.data());
   }
   for (int32_t row = 0; row < rows_; ++row) {
     const float* o = estimates_.data() + int64_t{row} * head_dim_;
     for (int32_t c = 0; c < head_dim_; ++c) norms_[row] += o[c] * o[c];
   }
   for (int32_t page = 0; page < job_.num_pages; ++page) {
-    const SealedPage view = JobPage(job_, head_dim_, pool_, page);
+    float* distances = distances_.data() + int64_t{page} * rows_;
+    ValueMeanDistances(JobPageMean(job_, pool_, page), head_dim_, estimates_.data(), rows_,
+                       distances);
     for (int32_t row = 0; row < rows_; ++row) {
-      distances_[int64_t{page} * rows_ + row] = Distance2(view, page, row);
+      if (!FirstTokenStands(page, row)) continue;
+      distances[row] = FirstTokenDistance2(estimates_.data() + int64_t{row} * head_dim_);
     }
   }
 }
@@ -160,7 +161,7 @@ float Selection::ChooseBudget() const {
   std::vector<PageBudget> budgets(job_.num_pages);
   for (int32_t page = 0; page < job_.num_pages; ++page) {
     budgets[page].facts = job_.facts[page];
-    const ValueSummary summary = JobPage(job_, head_dim_, pool_, page).summary();
+    const ValueSummary summary = JobPageMean(job_, pool_, page).summary;
     for (int32_t row = 0; row < rows_; ++row) {
       if (scan(page, row).lse == kNegativeInfinity) continue;
       const float weight =
@@ -217,7 +218,7 @@ void Selection::Report() {
     const PageDepth& depth = job_.depths[page];
     ++decision->key_pages[KeyDepthIndex(depth.key.bits, depth.key.chunks)];
     ++decision->value_pages[depth.value_bits / 2];
-    const ValueSummary summary = JobPage(job_, head_dim_, pool_, page).summary();
+    const ValueSummary summary = JobPageMean(job_, pool_, page).summary;
     decision->value_bytes += static_cast<int64_t>(sizeof(ValueSummary)) + head_dim_;
     for (int32_t row = 0; row < rows_; ++row) {
       if (scan(page, row).lse == kNegativeInfinity) continue;
@@ -262,6 +263,11 @@ void LocalRanges(const HeadJob& head, int32_t group_size, int32_t page, KeyRange
 SealedPage JobPage(const SealedJob& job, int32_t head_dim, const std::byte* pool, int32_t page) {
   const PageId id = job.head->sequence->pages[job.first_page + page];
   return ViewSealedPage(job.layout, head_dim, job.head->kv_head, pool + PageOffset(id));
+}
+
+PageMean JobPageMean(const SealedJob& job, const std::byte* pool, int32_t page) {
+  const PageId id = job.head->sequence->pages[job.first_page + page];
+  return ViewPageMean(job.layout, job.head->kv_head, pool + PageOffset(id));
 }
 
 void FinishMasses(SealedJob* job) {

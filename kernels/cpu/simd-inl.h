@@ -21,6 +21,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
@@ -160,6 +161,39 @@ HWY_INLINE void SumEight(const float* vectors, float* out) {
     static_assert(kLanes == 8 || kLanes == 4, "SumBlocks works on 128-bit blocks");
     hn::StoreU(low, d, out);
     hn::StoreU(high, d, out + 4);
+  }
+}
+
+// Rows that share one pass over a page: six sums beside the operands fill 16 registers.
+inline constexpr int kMaxBlockRows = 6;
+
+// Calls run(integral_constant rows, first row) for blocks of at most six rows, evenly sized.
+template <class Run>
+HWY_INLINE void ForRowBlocks(int32_t rows, const Run& run) {
+  const int32_t blocks = (rows + kMaxBlockRows - 1) / kMaxBlockRows;
+  for (int32_t block = 0, row = 0; block < blocks; ++block) {
+    const int32_t count = rows / blocks + (block < rows % blocks ? 1 : 0);
+    switch (count) {
+      case 1:
+        run(std::integral_constant<int, 1>(), row);
+        break;
+      case 2:
+        run(std::integral_constant<int, 2>(), row);
+        break;
+      case 3:
+        run(std::integral_constant<int, 3>(), row);
+        break;
+      case 4:
+        run(std::integral_constant<int, 4>(), row);
+        break;
+      case 5:
+        run(std::integral_constant<int, 5>(), row);
+        break;
+      default:
+        run(std::integral_constant<int, 6>(), row);
+        break;
+    }
+    row += count;
   }
 }
 
