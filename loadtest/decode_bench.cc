@@ -1,9 +1,9 @@
-// Checks exact decode against float64 and times it.
+// Checks exact decode against float64 and times it, and whole steps through the backend.
 //
-//   adaattn_decode_bench [--check] [--time] [--json=FILE] [--runs=N]
+//   adaattn_decode_bench [--check] [--time] [--steps] [--json=FILE] [--runs=N]
 //
-// Without --check or --time it does both. L2 is flushed before every timed run; times are medians
-// of device events around one step's launch.
+// Without --check, --time or --steps it does all of them. L2 is flushed before every timed run;
+// times are medians of device events around one step's launch.
 
 #include <cuda_runtime_api.h>
 
@@ -20,6 +20,7 @@
 #include "absl/strings/strip.h"
 #include "kernels/cuda/status.h"
 #include "loadtest/decode_case.h"
+#include "loadtest/step_bench.h"
 
 namespace adaattn {
 namespace {
@@ -29,6 +30,7 @@ constexpr size_t kFlushBytes = size_t{256} << 20;  // five times the L2 of an H1
 struct Settings {
   bool check = true;
   bool time = true;
+  bool steps = true;
   int runs = 31;
   std::string json_file;
 };
@@ -65,7 +67,7 @@ std::vector<DecodeCaseOptions> CheckedCases() {
     return cases.back();
   };
   const std::vector<int32_t> edges = {0, 1, 15, 16, 31, 32, 33, 63, 64, 65, 200, 1000};
-  for (const DType type : {DType::kBf16, DType::kF16, DType::kF8E4m3}) {
+  for (const DType type : {DType::kF32, DType::kBf16, DType::kF16, DType::kF8E4m3}) {
     for (const int32_t d : {64, 80, 96, 128, 256}) {
       add({8, 2, d}, type, edges).scales = type == DType::kF8E4m3;
       add({14, 2, d}, type, {700, 64, 129}, 4).out_type = DType::kF32;
@@ -172,20 +174,25 @@ absl::StatusOr<int> Run(const Settings& settings) {
     ADAATTN_ASSIGN_OR_RETURN(good, CheckAll(num_ctas));
     std::printf("check: %s\n", good ? "passed" : "FAILED");
   }
-  nlohmann::json report = {{"device", properties.name}, {"decode", nlohmann::json::array()}};
+  nlohmann::json report = {{"device", properties.name},
+                           {"decode", nlohmann::json::array()},
+                           {"steps", nlohmann::json::array()}};
   if (settings.time) ADAATTN_RETURN_IF_ERROR(TimeAll(settings, num_ctas, &report["decode"]));
+  if (settings.steps) ADAATTN_RETURN_IF_ERROR(TimeSteps(10 * settings.runs, &report["steps"]));
   if (!settings.json_file.empty()) std::ofstream(settings.json_file) << report.dump(2) << "\n";
   return good ? 0 : 1;
 }
 
 bool ParseFlags(int argc, char** argv, Settings* settings) {
-  bool check = false, time = false;
+  bool check = false, time = false, steps = false;
   for (int i = 1; i < argc; ++i) {
     absl::string_view flag = argv[i];
     if (flag == "--check") {
       check = true;
     } else if (flag == "--time") {
       time = true;
+    } else if (flag == "--steps") {
+      steps = true;
     } else if (absl::ConsumePrefix(&flag, "--json=")) {
       settings->json_file = std::string(flag);
     } else if (!absl::ConsumePrefix(&flag, "--runs=") || !absl::SimpleAtoi(flag, &settings->runs) ||
@@ -193,7 +200,9 @@ bool ParseFlags(int argc, char** argv, Settings* settings) {
       return false;
     }
   }
-  if (check || time) settings->check = check, settings->time = time;
+  if (check || time || steps) {
+    settings->check = check, settings->time = time, settings->steps = steps;
+  }
   return true;
 }
 
@@ -203,7 +212,8 @@ bool ParseFlags(int argc, char** argv, Settings* settings) {
 int main(int argc, char** argv) {
   adaattn::Settings settings;
   if (!adaattn::ParseFlags(argc, argv, &settings)) {
-    std::fprintf(stderr, "usage: %s [--check] [--time] [--json=FILE] [--runs=N >= 1]\n", argv[0]);
+    std::fprintf(stderr, "usage: %s [--check] [--time] [--steps] [--json=FILE] [--runs=N >= 1]\n",
+                 argv[0]);
     return 2;
   }
   const absl::StatusOr<int> result = adaattn::Run(settings);

@@ -100,6 +100,16 @@ int32_t ChooseRowTiles(int32_t head_dim, int32_t group_size, int32_t max_q_len) 
 DecodeSchedule ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_t num_kv_heads,
                               int32_t group_size, int32_t row_tiles, int32_t num_ctas) {
   DecodeSchedule schedule;
+  ScheduleDecode(sequences, num_kv_heads, group_size, row_tiles, num_ctas, &schedule);
+  return schedule;
+}
+
+void ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_t num_kv_heads,
+                    int32_t group_size, int32_t row_tiles, int32_t num_ctas,
+                    DecodeSchedule* schedule) {
+  schedule->items.clear();
+  schedule->cta_items.clear();
+  schedule->num_groups = schedule->num_slots = 0;
   int64_t pages = 0;
   for (const DeviceSequence& sequence : sequences) {
     if (sequence.q_len == 0) continue;
@@ -107,7 +117,7 @@ DecodeSchedule ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_
     pages += int64_t{range.end - range.begin} * num_kv_heads *
              NumRowBlocks(sequence, group_size, row_tiles);
   }
-  Dealer dealer(&schedule, pages, num_ctas);
+  Dealer dealer(schedule, pages, num_ctas);
   for (size_t i = 0; i < sequences.size(); ++i) {
     if (sequences[i].q_len == 0) continue;
     const PageRange range = AttendedPages(sequences[i]);
@@ -123,7 +133,6 @@ DecodeSchedule ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_
     }
   }
   dealer.Finish();
-  return schedule;
 }
 
 }  // namespace adaattn

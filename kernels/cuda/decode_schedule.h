@@ -36,6 +36,17 @@ struct DecodeSchedule {
 // out = 0, lse = -inf. Requires: num_ctas > 0, row_tiles as from ChooseRowTiles.
 DecodeSchedule ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_t num_kv_heads,
                               int32_t group_size, int32_t row_tiles, int32_t num_ctas);
+// Likewise, into a schedule whose memory is used again.
+void ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_t num_kv_heads,
+                    int32_t group_size, int32_t row_tiles, int32_t num_ctas,
+                    DecodeSchedule* schedule);
+
+// Bounds on a schedule of `num_groups` (sequence, kv head, row block) groups: every CTA's end adds
+// at most one item, and at most two partial slots.
+constexpr int32_t MaxDecodeItems(int32_t num_groups, int32_t num_ctas) {
+  return num_groups + num_ctas;
+}
+constexpr int32_t MaxDecodeSlots(int32_t num_ctas) { return 2 * num_ctas; }
 
 }  // namespace adaattn
 

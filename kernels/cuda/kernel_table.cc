@@ -1,9 +1,16 @@
 #include "kernels/cuda/kernel_table.h"
 
+#include "kernels/cuda/decode_fp32.h"
+
 namespace adaattn {
 namespace {
 
 constexpr DecodeKernel kDecodeKernels[] = {
+    {DType::kF32, /*head_dim=*/64, &DecodeFp32D64},
+    {DType::kF32, /*head_dim=*/80, &DecodeFp32D80},
+    {DType::kF32, /*head_dim=*/96, &DecodeFp32D96},
+    {DType::kF32, /*head_dim=*/128, &DecodeFp32D128},
+    {DType::kF32, /*head_dim=*/256, &DecodeFp32D256},
     {DType::kF16, /*head_dim=*/64, &DecodeFp16D64},
     {DType::kF16, /*head_dim=*/80, &DecodeFp16D80},
     {DType::kF16, /*head_dim=*/96, &DecodeFp16D96},

@@ -1,0 +1,147 @@
+#ifndef ADAATTN_KERNELS_CUDA_APPEND_CUH_
+#define ADAATTN_KERNELS_CUDA_APPEND_CUH_
+
+// The two ends of a step: q, k, v in; out, lse, decisions, flags back.
+// grid (2 CTAs a multiprocessor), fixed: how much there is to do stands in the step's header. A
+// warp takes one unit at a time: the rows of one AppendRun for one kv head of K or of V, or 512
+// elements of one sequence's q. Loads cross PCIe, so they are long and many are in flight.
+
+#include <cuda_fp8.h>
+
+#include "kernels/cuda/element.cuh"
+#include "kernels/cuda/step_params.h"
+#include "kernels/format/page_layout.h"
+
+namespace adaattn {
+
+inline constexpr int kAppendThreads = 256;
+inline constexpr int kQueryUnit = 512;  // elements
+
+__device__ __forceinline__ bool AllFinite(const float (&x)[4]) {
+  // x - x is 0 for every finite x, else NaN.
+  return (x[0] - x[0]) + (x[1] - x[1]) + (x[2] - x[2]) + (x[3] - x[3]) == 0.0f;
+}
+
+// NaN stays NaN, everything else becomes finite.
+__device__ __forceinline__ float Saturate(float x, float most) {
+  return x != x ? x : fminf(fmaxf(x, -most), most);
+}
+
+// Four neighbours of a page; index is a multiple of 4.
+__device__ __forceinline__ void StorePageFour(std::byte* data, DType type, int64_t index,
+                                              float4 x) {
+  if (type == DType::kF8E4m3) {
+    const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(x.x, x.y), __NV_SATFINITE, __NV_E4M3);
+    const uint32_t high =
+        __nv_cvt_float2_to_fp8x2(make_float2(x.z, x.w), __NV_SATFINITE, __NV_E4M3);
+    *reinterpret_cast<uint32_t*>(data + index) = low | high << 16;
+    return;
+  }
+  if (type != DType::kF32) {
+    const float most = type == DType::kF16 ? 65504.0f : __uint_as_float(0x7f7f0000u);
+    x = make_float4(Saturate(x.x, most), Saturate(x.y, most), Saturate(x.z, most),
+                    Saturate(x.w, most));
+  }
+  StoreFour(data, type, index, x);
+}
+
+// One kv head's part of a run, of K or of V. False when a value is not finite.
+__device__ __forceinline__ bool AppendHead(const StepParams& p, const AppendRun& run, int kv_head,
+                                           bool is_value, int lane) {
+  const int d = p.shape.head_dim, pieces = d / 4;
+  const int scales = is_value ? run.value_scales : run.key_scales;
+  const float factor = scales < 0 ? 1.0f : 1.0f / p.scales[scales + kv_head];
+  const std::byte* in = is_value ? p.header->v : p.header->k;
+  std::byte* head = p.pool + PageOffset(PageId{run.page}) +
+                    (is_value ? DenseValueOffset(p.shape, kv_head, p.page_type)
+                              : DenseKeyOffset(kv_head, d, p.page_type));
+  bool finite = true;
+#pragma unroll 4
+  for (int i = lane; i < run.num_rows * pieces; i += 32) {
+    const int row = i / pieces, channel = i % pieces * 4;
+    float x[4];
+    LoadFour(in, p.in_type, ((run.kv_row + row) * p.shape.num_kv_heads + kv_head) * d + channel, x);
+    finite = finite && AllFinite(x);
+    StorePageFour(head, p.page_type, int64_t{run.slot + row} * d + channel,
+                  make_float4(x[0] * factor, x[1] * factor, x[2] * factor, x[3] * factor));
+  }
+  return finite;
+}
+
+// One unit of a sequence's q, copied as it is. False when a value is not finite.
+__device__ __forceinline__ bool CopyQuery(const StepParams& p, const StepSequence& sequence,
+                                          int unit, int lane) {
+  const int64_t row = int64_t{p.shape.num_q_heads} * p.shape.head_dim;
+  const int64_t end = (sequence.q_row + sequence.q_len) * row;
+  const int64_t first = sequence.q_row * row + int64_t{unit} * kQueryUnit;
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < kQueryUnit; i += 128) {
+    const int64_t at = first + i + lane * 4;
+    if (at >= end) continue;
+    float x[4];
+    LoadFour(p.header->q, p.in_type, at, x);
+    finite = finite && AllFinite(x);
+    StoreFour(p.q, p.in_type, at, make_float4(x[0], x[1], x[2], x[3]));
+  }
+  return finite;
+}
+
+__global__ void __launch_bounds__(kAppendThreads)
+    AppendKernel(const __grid_constant__ StepParams p, int num_decisions) {
+  const StepHeader& header = *p.header;
+  const auto* runs = reinterpret_cast<const AppendRun*>(
+      reinterpret_cast<const std::byte*>(p.header) + header.runs_offset);
+  const int thread = blockIdx.x * kAppendThreads + threadIdx.x, lane = threadIdx.x % 32;
+  const int num_threads = gridDim.x * kAppendThreads;
+  static_assert(sizeof(HeadDecision) % 4 == 0, "cleared by words");
+  constexpr int kWords = sizeof(HeadDecision) / 4;
+  for (int i = thread; i < num_decisions * kWords; i += num_threads) {
+    reinterpret_cast<uint32_t*>(p.decisions)[i] = 0;
+  }
+  const int heads = p.shape.num_kv_heads;
+  const int append_units = header.num_runs * heads * 2;
+  const int query_elements = header.max_q_len * p.shape.num_q_heads * p.shape.head_dim;
+  const int query_units = (query_elements + kQueryUnit - 1) / kQueryUnit;
+  const int num_units = append_units + header.num_sequences * query_units;
+  for (int unit = thread / 32; unit < num_units; unit += num_threads / 32) {
+    bool finite;
+    int sequence;
+    if (unit < append_units) {
+      const AppendRun& run = runs[unit / (2 * heads)];
+      sequence = run.sequence;
+      finite = AppendHead(p, run, unit % heads, unit / heads % 2 != 0, lane);
+    } else {
+      sequence = (unit - append_units) / query_units;
+      finite = CopyQuery(p, p.sequences[sequence], (unit - append_units) % query_units, lane);
+    }
+    if (!finite) atomicOr(p.flags + sequence, unit < append_units ? kNonfiniteKv : kNonfiniteQ);
+  }
+}
+
+__global__ void __launch_bounds__(kAppendThreads)
+    ReturnKernel(const __grid_constant__ StepParams p) {
+  const StepHeader& header = *p.header;
+  const int thread = blockIdx.x * kAppendThreads + threadIdx.x;
+  const int num_threads = gridDim.x * kAppendThreads;
+  for (int64_t i = thread; i < header.out_bytes / 16; i += num_threads) {
+    reinterpret_cast<uint4*>(header.out)[i] = reinterpret_cast<const uint4*>(p.out)[i];
+  }
+  for (int64_t i = thread; i < header.num_lse; i += num_threads) header.lse[i] = p.lse[i];
+  const int words = p.shape.num_kv_heads * static_cast<int>(sizeof(HeadDecision) / 4);
+  for (int i = thread; i < header.num_sequences * words; i += num_threads) {
+    const int64_t from = int64_t{p.sequences[i / words].decision} * words + i % words;
+    reinterpret_cast<uint32_t*>(header.decisions)[i] =
+        reinterpret_cast<const uint32_t*>(p.decisions)[from];
+  }
+  for (int i = thread; i < header.num_sequences; i += num_threads) {
+    const uint32_t flags = p.flags[i];
+    header.results[2 * i] = (flags & kNonfiniteQ) != 0;
+    header.results[2 * i + 1] = (flags & kNonfiniteKv) != 0;
+    p.flags[i] = 0;
+  }
+}
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_KERNELS_CUDA_APPEND_CUH_

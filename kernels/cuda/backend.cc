@@ -1,0 +1,381 @@
+// The Backend of kernels/attention.h on one GPU. Everything runs on one stream, in order; a step is
+// one copy of its packed block and one launch of its plan's graph.
+
+#include <array>
+#include <cmath>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "kernels/attention.h"
+#include "kernels/cuda/append.h"
+#include "kernels/cuda/device_buffer.h"
+#include "kernels/cuda/page_work.h"
+#include "kernels/cuda/plan.h"
+#include "kernels/cuda/scratch.h"
+#include "kernels/cuda/status.h"
+#include "kernels/cuda/step.h"
+#include "kernels/cuda/step_buffers.h"
+#include "kernels/cuda/stream.h"
+
+namespace adaattn {
+namespace {
+
+constexpr int32_t kMaxGraphs = 64;
+constexpr int64_t kSlots = 2;  // steps in flight
+
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(int32_t device) : device_(device) {}
+  ~CudaBackend() override {
+    if (stream_.get() != nullptr) (void)cudaStreamSynchronize(stream_.get());
+  }
+
+  // Requires: the device exists and runs this build's kernels.
+  absl::Status Start(int64_t pool_bytes);
+
+  const BackendInfo& info() const override { return info_; }
+  absl::StatusOr<std::unique_ptr<StepBuffers>> CreateStepBuffers(
+      const StepLimits& limits) override {
+    ADAATTN_RETURN_IF_ERROR(Enter());
+    return CreatePinnedStepBuffers(limits);
+  }
+  absl::StatusOr<const AttendPlan*> PlanAttend(const AttendBatch& batch) override;
+  absl::StatusOr<StepTicket> RunAttend(const AttendPlan& plan, const AttendBatch& batch) override;
+  absl::Status Wait(StepTicket ticket) override;
+  absl::Status SealPages(absl::Span<const SealTask> tasks, absl::Span<SealResult> results) override;
+  absl::Status ReopenPages(absl::Span<const ReopenTask> tasks) override;
+  absl::Status FitBasis(const FitBasisTask& task) override {
+    ADAATTN_RETURN_IF_ERROR(Enter());
+    return Leave(FitBasisOnHost(task, Mover()));
+  }
+  absl::Status LoadBasis(const LoadBasisTask& task) override {
+    ADAATTN_RETURN_IF_ERROR(Enter());
+    return Leave(LoadBasisToDevice(task, Mover()));
+  }
+  absl::Status ReadTokens(const ReadTask& task) override {
+    ADAATTN_RETURN_IF_ERROR(Enter());
+    return Leave(ReadTokensToHost(task, Mover()));
+  }
+  absl::Status CopyPage(PageId source, PageId target, int64_t bytes) override {
+    ADAATTN_RETURN_IF_ERROR(Enter());
+    return Leave(FromCuda(
+        cudaMemcpyAsync(pool_.data() + PageOffset(target), pool_.data() + PageOffset(source),
+                        static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_.get()),
+        "cudaMemcpyAsync"));
+  }
+  absl::Status ZeroPage(PageId page, int64_t bytes) override {
+    ADAATTN_RETURN_IF_ERROR(Enter());
+    return Leave(FromCuda(cudaMemsetAsync(pool_.data() + PageOffset(page), 0,
+                                          static_cast<size_t>(bytes), stream_.get()),
+                          "cudaMemsetAsync"));
+  }
+
+ private:
+  // A step in flight.
+  struct Slot {
+    PinnedBuffer block;
+    Event done;
+    int64_t ticket = 0;  // 0 = idle
+    HeadDecision* decisions = nullptr;
+    int64_t num_decisions = 0;
+  };
+
+  // Every call begins with Enter and ends with Leave: a lost device fails all calls from then on.
+  absl::Status Enter() {
+    if (!lost_.ok()) return lost_;
+    return Leave(FromCuda(cudaSetDevice(device_), "cudaSetDevice"));
+  }
+  absl::Status Leave(absl::Status status) {
+    if (status.code() == absl::StatusCode::kUnavailable) lost_ = status;
+    return status;
+  }
+  PageMover Mover() { return PageMover{pool_.data(), stream_.get(), &transfer_}; }
+
+  absl::StatusOr<CudaPlan*> FindPlan(const AttendBatch& batch);
+  // Makes scratch and graph fit for a step of `batch`.
+  absl::Status Prepare(const AttendBatch& batch, CudaPlan* plan);
+  void EvictGraph();
+  absl::Status Launch(const CudaPlan& plan, const AttendBatch& batch, Slot* slot);
+  absl::Status Finish(Slot* slot);
+  template <class Task>
+  absl::Status RunPageTasks(absl::Span<const Task> tasks, bool seal, float* drift);
+
+  const int32_t device_;
+  BackendInfo info_;
+  int32_t num_sms_ = 0;
+  absl::Status lost_;
+  Stream stream_, capture_stream_;
+  DeviceBuffer pool_;
+  Scratch scratch_;
+  DeviceBuffer task_memory_;
+  PinnedBuffer task_staging_, transfer_;
+  std::vector<std::unique_ptr<CudaPlan>> plans_;
+  int32_t num_graphs_ = 0;
+  int64_t clock_ = 0;
+  DecodeSchedule schedule_;
+  std::array<Slot, kSlots> slots_;
+  int64_t last_ticket_ = 0;
+};
+
+absl::Status CudaBackend::Start(int64_t pool_bytes) {
+  cudaDeviceProp properties;
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaGetDeviceProperties(&properties, device_));
+  size_t free_bytes = 0, all_bytes = 0;
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemGetInfo(&free_bytes, &all_bytes));
+  const absl::Status pool = pool_.Allocate(pool_bytes);
+  if (!pool.ok()) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("a pool of ", pool_bytes, " bytes does not fit: device ", device_, " has ",
+                     free_bytes, " of ", all_bytes, " bytes free (", pool.message(), ")"));
+  }
+  ADAATTN_RETURN_IF_ERROR(stream_.Create());
+  ADAATTN_RETURN_IF_ERROR(capture_stream_.Create());
+  for (Slot& slot : slots_) ADAATTN_RETURN_IF_ERROR(slot.done.Create());
+  ADAATTN_RETURN_IF_CUDA_ERROR(
+      cudaMemsetAsync(pool_.data(), 0, static_cast<size_t>(pool_bytes), stream_.get()));
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream_.get()));
+  num_sms_ = properties.multiProcessorCount;
+  info_.name = "cuda";
+  info_.device = properties.name;
+  info_.kernels = absl::StrCat("sm_", properties.major, properties.minor);
+  info_.head_dims.assign(std::begin(kCudaHeadDims), std::end(kCudaHeadDims));
+  info_.formats = {PageFormat::kF32, PageFormat::kF16, PageFormat::kBf16, PageFormat::kF8E4m3,
+                   PageFormat::kProgressive};
+  info_.max_group_size = kCudaMaxGroupSize;
+  info_.max_q_len = kCudaMaxQLen;
+  info_.pool_bytes = pool_bytes;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<CudaPlan*> CudaBackend::FindPlan(const AttendBatch& batch) {
+  ADAATTN_ASSIGN_OR_RETURN(const PlanKey key, MakePlanKey(batch));
+  for (const std::unique_ptr<CudaPlan>& plan : plans_) {
+    if (plan->key() == key) return plan.get();
+  }
+  plans_.push_back(std::make_unique<CudaPlan>(key, num_sms_));
+  return plans_.back().get();
+}
+
+void CudaBackend::EvictGraph() {
+  CudaPlan* oldest = nullptr;
+  for (const std::unique_ptr<CudaPlan>& plan : plans_) {
+    if (plan->graph.get() == nullptr) continue;
+    if (oldest == nullptr || plan->last_used < oldest->last_used) oldest = plan.get();
+  }
+  oldest->graph.Reset(nullptr);
+  --num_graphs_;
+}
+
+absl::Status CudaBackend::Prepare(const AttendBatch& batch, CudaPlan* plan) {
+  plan->last_used = ++clock_;
+  const ScratchNeeds needs = plan->Needs(batch);
+  if (!scratch_.Covers(needs)) ADAATTN_RETURN_IF_ERROR(scratch_.Grow(needs, stream_.get()));
+  if (plan->graph.get() != nullptr && plan->graph_generation == scratch_.generation()) {
+    return absl::OkStatus();
+  }
+  if (plan->graph.get() == nullptr) {
+    if (num_graphs_ == kMaxGraphs) EvictGraph();
+    ++num_graphs_;
+  }
+  const absl::Status captured = Capture(
+      capture_stream_.get(),
+      [&](cudaStream_t stream) {
+        return EnqueueStep(*plan, scratch_, pool_.data(), num_sms_, stream);
+      },
+      &plan->graph);
+  if (plan->graph.get() == nullptr) --num_graphs_;
+  plan->graph_generation = captured.ok() ? scratch_.generation() : -1;
+  return captured;
+}
+
+absl::StatusOr<const AttendPlan*> CudaBackend::PlanAttend(const AttendBatch& batch) {
+  ADAATTN_RETURN_IF_ERROR(Enter());
+  absl::StatusOr<CudaPlan*> plan = FindPlan(batch);
+  if (!plan.ok()) return plan.status();
+  ADAATTN_RETURN_IF_ERROR(Leave(Prepare(batch, *plan)));
+  return *plan;
+}
+
+absl::StatusOr<StepTicket> CudaBackend::RunAttend(const AttendPlan& plan,
+                                                  const AttendBatch& batch) {
+  ADAATTN_RETURN_IF_ERROR(Enter());
+  // Plans are this backend's own and only it may change them.
+  auto* own = const_cast<CudaPlan*>(static_cast<const CudaPlan*>(&plan));
+  ADAATTN_RETURN_IF_ERROR(Leave(Prepare(batch, own)));
+  Slot* slot = &slots_[(last_ticket_ + 1) % kSlots];
+  if (slot->ticket != 0) ADAATTN_RETURN_IF_ERROR(Leave(Finish(slot)));
+  ADAATTN_RETURN_IF_ERROR(Leave(Launch(*own, batch, slot)));
+  slot->ticket = ++last_ticket_;
+  return StepTicket{slot->ticket};
+}
+
+absl::Status CudaBackend::Launch(const CudaPlan& plan, const AttendBatch& batch, Slot* slot) {
+  const int64_t needed = plan.Needs(batch).block;
+  if (slot->block.bytes() < needed) {
+    ADAATTN_RETURN_IF_ERROR(slot->block.Allocate(needed + needed / 2));
+  }
+  const int64_t bytes = PackStep(plan, batch, &schedule_, slot->block.data());
+  slot->decisions = batch.buffers->decisions();
+  slot->num_decisions = static_cast<int64_t>(batch.sequences.size()) * batch.shape.num_kv_heads;
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(scratch_.block(), slot->block.data(),
+                                               static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
+                                               stream_.get()));
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaGraphLaunch(plan.graph.get(), stream_.get()));
+  return FromCuda(cudaEventRecord(slot->done.get(), stream_.get()), "cudaEventRecord");
+}
+
+absl::Status CudaBackend::Finish(Slot* slot) {
+  slot->ticket = 0;
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(slot->done.get()));
+  // The kernels leave the mean square.
+  for (int64_t i = 0; i < slot->num_decisions; ++i) {
+    slot->decisions[i].predicted_error = std::sqrt(slot->decisions[i].predicted_error);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaBackend::Wait(StepTicket ticket) {
+  if (ticket.value < 1 || ticket.value > last_ticket_) {
+    return absl::InternalError(
+        absl::StrCat("ticket ", ticket.value, " was never given out; last ", last_ticket_));
+  }
+  ADAATTN_RETURN_IF_ERROR(Enter());
+  Slot* slot = &slots_[ticket.value % kSlots];
+  // A slot that went on to another step was waited for then.
+  return slot->ticket == ticket.value ? Leave(Finish(slot)) : absl::OkStatus();
+}
+
+// Runs tasks of one shape and depth. drift [num_tasks, num_kv_heads] when sealing.
+template <class Task>
+absl::Status CudaBackend::RunPageTasks(absl::Span<const Task> tasks, bool seal, float* drift) {
+  const size_t n = tasks.size(), heads = tasks[0].shape.num_kv_heads;
+  const int64_t ids_bytes = AlignPage(static_cast<int64_t>(3 * n * sizeof(uint32_t)));
+  const int64_t bytes = ids_bytes + static_cast<int64_t>(n * heads * sizeof(float));
+  if (task_memory_.bytes() < bytes) {
+    ADAATTN_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream_.get()));
+    ADAATTN_RETURN_IF_ERROR(task_memory_.Allocate(2 * bytes));
+    ADAATTN_RETURN_IF_ERROR(task_staging_.Allocate(2 * bytes));
+  }
+  auto* ids = reinterpret_cast<uint32_t*>(task_staging_.data());
+  for (size_t i = 0; i < n; ++i) {
+    ids[i] = static_cast<uint32_t>(tasks[i].source);
+    ids[n + i] = static_cast<uint32_t>(tasks[i].target);
+    ids[2 * n + i] = static_cast<uint32_t>(tasks[i].basis);
+  }
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(task_memory_.data(), ids, 3 * n * sizeof(uint32_t),
+                                               cudaMemcpyHostToDevice, stream_.get()));
+  SealParams params;
+  params.shape = tasks[0].shape;
+  params.stored_bits = tasks[0].stored_bits;
+  params.num_tasks = static_cast<int32_t>(n);
+  params.pool = pool_.data();
+  params.source = reinterpret_cast<const uint32_t*>(task_memory_.data());
+  params.target = params.source + n;
+  params.basis = params.source + 2 * n;
+  params.drift = reinterpret_cast<float*>(task_memory_.data() + ids_bytes);
+  ADAATTN_RETURN_IF_ERROR(seal ? LaunchSeal(params, stream_.get())
+                               : LaunchReopen(params, stream_.get()));
+  if (seal) {
+    ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(drift, params.drift, n * heads * sizeof(float),
+                                                 cudaMemcpyDeviceToHost, stream_.get()));
+  }
+  // The staging memory is used again.
+  return FromCuda(cudaStreamSynchronize(stream_.get()), "cudaStreamSynchronize");
+}
+
+// The tasks at the front of `tasks` that one launch can take.
+template <class Task>
+absl::Span<const Task> AlikeTasks(absl::Span<const Task> tasks) {
+  size_t n = 1;
+  while (n < tasks.size() && tasks[n].shape == tasks[0].shape &&
+         tasks[n].stored_bits == tasks[0].stored_bits) {
+    ++n;
+  }
+  return tasks.subspan(0, n);
+}
+
+absl::Status CudaBackend::SealPages(absl::Span<const SealTask> tasks,
+                                    absl::Span<SealResult> results) {
+  ADAATTN_RETURN_IF_ERROR(Enter());
+  for (size_t first = 0; first < tasks.size();) {
+    const absl::Span<const SealTask> alike = AlikeTasks(tasks.subspan(first));
+    const int32_t heads = alike[0].shape.num_kv_heads;
+    std::vector<float> drift(alike.size() * heads);
+    ADAATTN_RETURN_IF_ERROR(Leave(RunPageTasks(alike, /*seal=*/true, drift.data())));
+    for (size_t i = 0; i < alike.size(); ++i) {
+      float sum = 0;
+      for (int32_t head = 0; head < heads; ++head) sum += drift[i * heads + head];
+      results[first + i].drift_ratio = sum / static_cast<float>(heads);
+    }
+    first += alike.size();
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaBackend::ReopenPages(absl::Span<const ReopenTask> tasks) {
+  ADAATTN_RETURN_IF_ERROR(Enter());
+  for (size_t first = 0; first < tasks.size();) {
+    const absl::Span<const ReopenTask> alike = AlikeTasks(tasks.subspan(first));
+    ADAATTN_RETURN_IF_ERROR(Leave(RunPageTasks(alike, /*seal=*/false, nullptr)));
+    first += alike.size();
+  }
+  return absl::OkStatus();
+}
+
+std::string Version(int version) { return absl::StrCat(version / 1000, ".", version % 1000 / 10); }
+
+// kFailedPrecondition, naming what is missing, unless device `ordinal` runs this build's kernels.
+absl::Status CheckDevice(int32_t ordinal) {
+  int count = 0, driver = 0, runtime = 0;
+  const cudaError_t counted = cudaGetDeviceCount(&count);
+  (void)cudaGetLastError();
+  (void)cudaDriverGetVersion(&driver);
+  (void)cudaRuntimeGetVersion(&runtime);
+  if (counted == cudaErrorInsufficientDriver && driver > 0) {
+    return absl::FailedPreconditionError(absl::StrCat("the NVIDIA driver supports CUDA ",
+                                                      Version(driver), ", this build needs ",
+                                                      Version(runtime)));
+  }
+  if (counted != cudaSuccess || count == 0) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "no usable CUDA device: ",
+        driver == 0 ? "no NVIDIA driver found"
+                    : cudaGetErrorString(counted == cudaSuccess ? cudaErrorNoDevice : counted)));
+  }
+  if (ordinal < 0 || ordinal >= count) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("CUDA device ", ordinal, " does not exist; there are ", count));
+  }
+  const cudaError_t set = cudaSetDevice(ordinal);
+  const cudaError_t probed = set == cudaSuccess ? ProbeKernelImage() : set;
+  if (probed == cudaSuccess) return absl::OkStatus();
+  (void)cudaGetLastError();
+  cudaDeviceProp properties;
+  const bool known = cudaGetDeviceProperties(&properties, ordinal) == cudaSuccess;
+  (void)cudaGetLastError();
+  if (known &&
+      (probed == cudaErrorNoKernelImageForDevice || probed == cudaErrorInvalidDeviceFunction ||
+       probed == cudaErrorUnsupportedPtxVersion)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("this build has no kernels for CUDA device ", ordinal, ", ", properties.name,
+                     " (compute capability ", properties.major, ".", properties.minor, ")"));
+  }
+  return absl::FailedPreconditionError(
+      absl::StrCat("CUDA device ", ordinal, " cannot be used: ", cudaGetErrorString(probed)));
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const BackendOptions& options) {
+  ADAATTN_RETURN_IF_ERROR(CheckDevice(options.device));
+  auto backend = std::make_unique<CudaBackend>(options.device);
+  ADAATTN_RETURN_IF_ERROR(backend->Start(options.pool_bytes));
+  return backend;
+}
+
+}  // namespace adaattn

@@ -1,0 +1,271 @@
+#include "kernels/cuda/step.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "kernels/cuda/append.h"
+#include "kernels/cuda/status.h"
+
+namespace adaattn {
+namespace {
+
+// Positions that fit 32 bits, and the window that shows the same keys. Rows past the end of the
+// cache (a shard of a longer sequence) may lie at any 64-bit position.
+struct RowPositions {
+  int32_t q_start = 0;
+  int32_t window = 0;
+};
+
+RowPositions ClipPositions(const SequenceStep& sequence) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - kPageTokens;
+  const int64_t q_start = std::min(sequence.q_start, kMost);
+  int64_t window = sequence.window;
+  if (window > 0) {
+    window = std::max<int64_t>(window - (sequence.q_start - q_start), 1);
+    if (window > kMost) window = 0;
+  }
+  return {static_cast<int32_t>(q_start), static_cast<int32_t>(window)};
+}
+
+class Packer {
+ public:
+  Packer(const CudaPlan& plan, const AttendBatch& batch, std::byte* block)
+      : plan_(plan),
+        batch_(batch),
+        block_(block),
+        header_(reinterpret_cast<StepHeader*>(block)),
+        steps_(reinterpret_cast<StepSequence*>(block + plan.layout().steps)),
+        sequences_(reinterpret_cast<DeviceSequence*>(block + plan.layout().sequences)),
+        progressive_(reinterpret_cast<ProgressiveSequence*>(block + plan.layout().progressive)),
+        scales_(reinterpret_cast<float*>(block + plan.layout().scales)),
+        table_(reinterpret_cast<uint32_t*>(block + plan.layout().tail)) {
+    for (int32_t i = 0; i < kNumSealedGroups; ++i) next_sealed_[i] = plan.FirstSealed(i);
+  }
+
+  int64_t Pack(DecodeSchedule* schedule) {
+    for (const SequenceStep& sequence : batch_.sequences) AddSequence(sequence);
+    AddRuns();
+    FillHeader();
+    if (plan_.exact() != nullptr) AddSchedule(schedule);
+    return header_->runs_offset + header_->num_runs * int64_t{sizeof(AppendRun)};
+  }
+
+ private:
+  void AddSequence(const SequenceStep& sequence);
+  void AddProgressive(const SequenceStep& sequence, const DeviceSequence& device,
+                      ProgressiveSequence* out) const;
+  int32_t AddScales(absl::Span<const float> scales);
+  void AddRuns();
+  void AddSchedule(DecodeSchedule* schedule);
+  void FillHeader();
+
+  const CudaPlan& plan_;
+  const AttendBatch& batch_;
+  std::byte* const block_;
+  StepHeader* const header_;
+  StepSequence* const steps_;
+  DeviceSequence* const sequences_;
+  ProgressiveSequence* const progressive_;
+  float* const scales_;
+  uint32_t* const table_;
+  int32_t next_sealed_[kNumSealedGroups] = {};
+  int32_t num_sequences_ = 0;
+  int32_t num_entries_ = 0;
+  int32_t num_scales_ = 0;
+  int32_t q_row_ = 0;
+  int32_t kv_row_ = 0;
+  int32_t max_q_len_ = 0;
+};
+
+void Packer::AddSequence(const SequenceStep& sequence) {
+  const bool sealed = UsesSealedPages(sequence);
+  DeviceSequence device;
+  device.q_start = sequence.q_start;
+  device.window = sequence.window;
+  device.q_row = q_row_;
+  device.q_len = sealed ? 0 : sequence.q_len;  // its rows are the progressive kernels'
+  device.kv_row = kv_row_;
+  device.append_len = sequence.append_len;
+  device.kv_len = static_cast<int32_t>(sequence.kv_len);
+  device.total_len = device.kv_len + sequence.append_len;
+  device.page_table = num_entries_;
+  device.softmax_scale = sequence.softmax_scale;
+  device.softcap = sequence.softcap;
+  if (batch_.format == PageFormat::kF8E4m3) {
+    device.key_scales = AddScales(sequence.key_scales);
+    device.value_scales = AddScales(sequence.value_scales);
+  }
+  StepSequence step;
+  step.q_row = q_row_;
+  step.q_len = sequence.q_len;
+  step.decision = num_sequences_;
+  if (sealed) {
+    const int32_t at = next_sealed_[SealedGroupOf(sequence.stored_bits)]++;
+    step.decision = plan_.key().max_sequences + at;
+    AddProgressive(sequence, device, progressive_ + at);
+  }
+  static_assert(sizeof(PageId) == sizeof(uint32_t), "a table of page ids is one of words");
+  std::memcpy(table_ + num_entries_, sequence.pages.data(),
+              sequence.pages.size() * sizeof(uint32_t));
+  num_entries_ += static_cast<int32_t>(sequence.pages.size());
+  sequences_[num_sequences_] = device;
+  steps_[num_sequences_] = step;
+  ++num_sequences_;
+  q_row_ += sequence.q_len;
+  kv_row_ += sequence.append_len;
+  max_q_len_ = std::max(max_q_len_, sequence.q_len);
+}
+
+void Packer::AddProgressive(const SequenceStep& sequence, const DeviceSequence& device,
+                            ProgressiveSequence* out) const {
+  const RowPositions positions = ClipPositions(sequence);
+  ProgressiveSequence made;
+  made.table_begin = device.page_table;
+  made.num_sealed = sequence.num_sealed_pages;
+  made.kv_len = device.total_len;
+  made.q_begin = device.q_row;
+  made.q_len = sequence.q_len;
+  made.q_start = positions.q_start;
+  made.window = positions.window;
+  made.softmax_scale = sequence.softmax_scale;
+  made.softcap = sequence.softcap;
+  made.num_bases = static_cast<int32_t>(sequence.bases.size());
+  int32_t end = 0;
+  for (int32_t i = 0; i < made.num_bases; ++i) {
+    end += sequence.bases[i].num_pages;
+    made.basis_end[i] = end;
+    made.basis[i] = static_cast<uint32_t>(sequence.bases[i].basis);
+  }
+  made.decision = sequence.decision;
+  *out = made;
+}
+
+int32_t Packer::AddScales(absl::Span<const float> scales) {
+  if (scales.empty()) return -1;
+  const int32_t first = num_scales_;
+  std::copy(scales.begin(), scales.end(), scales_ + first);
+  num_scales_ += static_cast<int32_t>(scales.size());
+  return first;
+}
+
+void Packer::AddRuns() {
+  header_->runs_offset = plan_.layout().tail + (int64_t{num_entries_} + 3) / 4 * 16;
+  auto* runs = reinterpret_cast<AppendRun*>(block_ + header_->runs_offset);
+  int32_t num_runs = 0;
+  for (int32_t i = 0; i < num_sequences_; ++i) {
+    const DeviceSequence& sequence = sequences_[i];
+    for (int32_t row = 0; row < sequence.append_len;) {
+      const int32_t position = sequence.kv_len + row;
+      AppendRun run;
+      run.kv_row = sequence.kv_row + row;
+      run.page = table_[sequence.page_table + position / kPageTokens];
+      run.slot = position % kPageTokens;
+      run.num_rows = std::min(sequence.append_len - row, kPageTokens - run.slot);
+      run.sequence = i;
+      run.key_scales = sequence.key_scales;
+      run.value_scales = sequence.value_scales;
+      row += run.num_rows;
+      runs[num_runs++] = run;
+    }
+  }
+  header_->num_runs = num_runs;
+}
+
+void Packer::FillHeader() {
+  StepBuffers& buffers = *batch_.buffers;
+  const AttentionShape& shape = batch_.shape;
+  header_->q = buffers.q();
+  header_->k = buffers.k();
+  header_->v = buffers.v();
+  header_->out = buffers.out();
+  header_->lse = buffers.lse();
+  static_assert(sizeof(SequenceResult) == 2 && sizeof(bool) == 1, "what ReturnKernel writes");
+  header_->results = reinterpret_cast<uint8_t*>(buffers.results());
+  header_->decisions = buffers.decisions();
+  header_->num_lse = int64_t{q_row_} * shape.num_q_heads;
+  header_->out_bytes = header_->num_lse * shape.head_dim * DTypeBytes(batch_.out_type);
+  header_->num_sequences = num_sequences_;
+  header_->max_q_len = max_q_len_;
+}
+
+void Packer::AddSchedule(DecodeSchedule* schedule) {
+  ScheduleDecode(absl::MakeConstSpan(sequences_, num_sequences_), batch_.shape.num_kv_heads,
+                 batch_.shape.group_size(), plan_.key().exact_row_tiles, plan_.num_ctas(),
+                 schedule);
+  std::memcpy(block_ + plan_.layout().cta_items, schedule->cta_items.data(),
+              schedule->cta_items.size() * sizeof(int32_t));
+  std::memcpy(block_ + plan_.layout().items, schedule->items.data(),
+              schedule->items.size() * sizeof(DecodeItem));
+}
+
+}  // namespace
+
+int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, DecodeSchedule* schedule,
+                 std::byte* block) {
+  return Packer(plan, batch, block).Pack(schedule);
+}
+
+absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,
+                         int32_t num_sms, cudaStream_t stream) {
+  const PlanKey& key = plan.key();
+  const std::byte* block = scratch.block();
+  const BlockLayout& layout = plan.layout();
+  StepParams step;
+  step.shape = key.shape;
+  step.in_type = key.in_type;
+  step.page_type = DenseDType(key.format);
+  step.pool = pool;
+  step.header = reinterpret_cast<const StepHeader*>(block);
+  step.sequences = reinterpret_cast<const StepSequence*>(block + layout.steps);
+  step.scales = reinterpret_cast<const float*>(block + layout.scales);
+  step.q = scratch.q();
+  step.out = scratch.out();
+  step.lse = scratch.lse();
+  step.decisions = scratch.decisions();
+  step.flags = scratch.flags();
+  const int32_t exact_decisions = key.max_sequences * key.shape.num_kv_heads;
+  ADAATTN_RETURN_IF_ERROR(LaunchAppend(step, exact_decisions, num_sms, stream));
+  if (plan.exact() != nullptr) {
+    DecodeParams exact;
+    exact.pool = pool;
+    exact.page_table = reinterpret_cast<const uint32_t*>(block + layout.tail);
+    exact.sequences = reinterpret_cast<const DeviceSequence*>(block + layout.sequences);
+    exact.items = reinterpret_cast<const DecodeItem*>(block + layout.items);
+    exact.cta_items = reinterpret_cast<const int32_t*>(block + layout.cta_items);
+    exact.scales = step.scales;
+    exact.q = scratch.q();
+    exact.out = scratch.out();
+    exact.lse = scratch.lse();
+    exact.decisions = scratch.decisions();
+    exact.partial_out = scratch.partial_out();
+    exact.partial_state = scratch.partial_state();
+    exact.counters = scratch.counters();
+    exact.num_ctas = plan.num_ctas();
+    exact.num_q_heads = key.shape.num_q_heads;
+    exact.num_kv_heads = key.shape.num_kv_heads;
+    exact.head_dim = key.shape.head_dim;
+    exact.in_type = key.in_type;
+    exact.out_type = key.out_type;
+    ADAATTN_RETURN_IF_ERROR(plan.exact()->run(exact, key.exact_row_tiles, stream));
+  }
+  for (int32_t i = 0; i < kNumSealedGroups; ++i) {
+    if (key.sealed[i].num_sequences == 0) continue;
+    const int32_t first = plan.FirstSealed(i);
+    ProgressiveParams params = plan.GroupParams(i);
+    params.pool = pool;
+    params.sequences =
+        reinterpret_cast<const ProgressiveSequence*>(block + layout.progressive) + first;
+    params.table = reinterpret_cast<const uint32_t*>(block + layout.tail);
+    params.q = scratch.q();
+    params.out = scratch.out();
+    params.lse = scratch.lse();
+    params.decisions =
+        scratch.decisions() + int64_t{key.max_sequences + first} * key.shape.num_kv_heads;
+    params.workspace = scratch.workspace();
+    ADAATTN_RETURN_IF_ERROR(RunProgressive(params, stream));
+  }
+  return LaunchReturn(step, num_sms, stream);
+}
+
+}  // namespace adaattn

@@ -1,0 +1,30 @@
+#ifndef ADAATTN_KERNELS_CUDA_STEP_H_
+#define ADAATTN_KERNELS_CUDA_STEP_H_
+
+// One step: its packed block on the host, its kernels on a stream.
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "kernels/attention.h"
+#include "kernels/cuda/decode_schedule.h"
+#include "kernels/cuda/plan.h"
+#include "kernels/cuda/scratch.h"
+
+namespace adaattn {
+
+// Writes the block of `batch` to `block` and returns its bytes. `schedule` is working memory.
+// Requires: `plan` has the batch's key; `block` has room for plan.Needs(batch).block.
+int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, DecodeSchedule* schedule,
+                 std::byte* block);
+
+// Enqueues the kernels of every step of `plan`: all that changes between steps is in the block.
+// kUnimplemented for sealed sequences of a shape without a kernel.
+absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,
+                         int32_t num_sms, cudaStream_t stream);
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_KERNELS_CUDA_STEP_H_

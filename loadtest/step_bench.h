@@ -1,0 +1,17 @@
+#ifndef ADAATTN_LOADTEST_STEP_BENCH_H_
+#define ADAATTN_LOADTEST_STEP_BENCH_H_
+
+#include <nlohmann/json_fwd.hpp>
+
+#include "absl/status/status.h"
+
+namespace adaattn {
+
+// Times whole steps through the CUDA backend, batch 1 and 32, dense and sealed pages: how long
+// RunAttend keeps the host, and how long a step takes until its results stand in host memory.
+// Prints, and appends to `report`. Caches stay warm between steps.
+absl::Status TimeSteps(int runs, nlohmann::json* report);
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_LOADTEST_STEP_BENCH_H_

@@ -1,0 +1,189 @@
+// Plans and packed blocks of the CUDA backend: host work that needs no GPU.
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "kernels/attention.h"
+#include "kernels/cpu/host_memory.h"
+#include "kernels/cuda/plan.h"
+#include "kernels/cuda/step.h"
+
+namespace adaattn {
+namespace {
+
+constexpr int32_t kNumSms = 132;
+
+// A batch of sequences of the given lengths before the append, all over one long table.
+class Batch {
+ public:
+  explicit Batch(const std::vector<int64_t>& lengths, PageFormat format = PageFormat::kBf16) {
+    table_.resize(4096);
+    for (size_t i = 0; i < table_.size(); ++i) table_[i] = PageId{static_cast<uint32_t>(7 * i + 3)};
+    for (const int64_t length : lengths) {
+      SequenceStep step;
+      step.kv_len = length;
+      step.append_len = 1;
+      step.q_len = 1;
+      step.q_start = length;
+      step.pages = absl::MakeConstSpan(table_).subspan(0, length / kPageTokens + 1);
+      step.softmax_scale = 0.1f;
+      steps.push_back(step);
+    }
+    batch_.shape = {32, 8, 128};
+    batch_.format = format;
+    StepLimits limits;
+    limits.max_sequences = 64;
+    limits.max_q_bytes = limits.max_kv_bytes = 1 << 20;
+    limits.max_q_rows = limits.max_decisions = 4096;
+    buffers_ = *CreateHostStepBuffers(limits);
+    batch_.buffers = buffers_.get();
+  }
+
+  const AttendBatch& get() {
+    batch_.sequences = steps;
+    return batch_;
+  }
+  void Seal(size_t i, int32_t num_pages) {
+    steps[i].num_sealed_pages = num_pages;
+    bases_ = {BasisRun{num_pages, PageId{99}}};
+    steps[i].bases = bases_;
+  }
+  AttendBatch* mutable_batch() { return &batch_; }
+
+  std::vector<SequenceStep> steps;
+
+ private:
+  std::vector<PageId> table_;
+  std::vector<BasisRun> bases_;
+  std::unique_ptr<StepBuffers> buffers_;
+  AttendBatch batch_;
+};
+
+// The packed block of a batch.
+struct Packed {
+  explicit Packed(Batch* batch)
+      : plan(*MakePlanKey(batch->get()), kNumSms), block(plan.Needs(batch->get()).block) {
+    bytes = PackStep(plan, batch->get(), &schedule, block.data());
+  }
+  template <class T>
+  T At(int64_t offset, int64_t index) const {
+    T value;
+    std::memcpy(&value, block.data() + offset + index * static_cast<int64_t>(sizeof(T)), sizeof(T));
+    return value;
+  }
+
+  CudaPlan plan;
+  std::vector<std::byte> block;
+  DecodeSchedule schedule;
+  int64_t bytes = 0;
+};
+
+TEST(PlanKeyTest, StaysWhileLengthsGrowInsideAStep) {
+  Batch shorter({500 * 64}), longer({510 * 64});
+  shorter.Seal(0, 498);
+  longer.Seal(0, 508);
+  EXPECT_TRUE(*MakePlanKey(shorter.get()) == *MakePlanKey(longer.get()));
+  longer.Seal(0, 513);
+  EXPECT_FALSE(*MakePlanKey(shorter.get()) == *MakePlanKey(longer.get()));
+}
+
+TEST(PlanKeyTest, RefusesWhatHasNoKernelAndSaysWhatHas) {
+  Batch batch({100});
+  batch.mutable_batch()->shape.head_dim = 72;
+  absl::Status status = MakePlanKey(batch.get()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
+  EXPECT_NE(status.message().find("64, 80, 96, 128, 256"), absl::string_view::npos);
+  batch.mutable_batch()->shape = {34, 2, 128};
+  EXPECT_EQ(MakePlanKey(batch.get()).status().code(), absl::StatusCode::kUnimplemented);
+  batch.mutable_batch()->shape = {32, 8, 128};
+  batch.steps[0].q_len = 9;
+  EXPECT_EQ(MakePlanKey(batch.get()).status().code(), absl::StatusCode::kUnimplemented);
+  batch.steps[0].q_len = 8;
+  EXPECT_TRUE(MakePlanKey(batch.get()).ok());
+  batch.steps[0].kv_len = int64_t{1} << 31;
+  EXPECT_EQ(MakePlanKey(batch.get()).status().code(), absl::StatusCode::kUnimplemented);
+}
+
+TEST(PackStepTest, FitsTheBoundsOfItsPlan) {
+  for (const int32_t count : {1, 3, 32}) {
+    std::vector<int64_t> lengths(count);
+    std::iota(lengths.begin(), lengths.end(), 6000);
+    Batch batch(lengths);
+    const Packed packed(&batch);
+    EXPECT_LE(packed.bytes, static_cast<int64_t>(packed.block.size()));
+    EXPECT_LE(static_cast<int32_t>(packed.schedule.items.size()), packed.plan.max_items());
+    EXPECT_LE(packed.schedule.num_groups, packed.plan.max_groups());
+    EXPECT_LE(packed.schedule.num_slots, MaxDecodeSlots(packed.plan.num_ctas()));
+  }
+}
+
+TEST(PackStepTest, CutsAppendsAtPageEdges) {
+  Batch batch({63, 128});
+  batch.steps[0].append_len = 70;
+  batch.steps[0].pages = absl::MakeConstSpan(batch.steps[1].pages.data(), 3);
+  const Packed packed(&batch);
+  const auto header = packed.At<StepHeader>(0, 0);
+  ASSERT_EQ(header.num_runs, 4);
+  const int32_t slots[] = {63, 0, 0, 0}, rows[] = {1, 64, 5, 1};
+  const int64_t kv_rows[] = {0, 1, 65, 70};
+  const uint32_t pages[] = {3, 10, 17, 17};
+  for (int32_t i = 0; i < 4; ++i) {
+    const auto run = packed.At<AppendRun>(header.runs_offset, i);
+    EXPECT_EQ(run.slot, slots[i]);
+    EXPECT_EQ(run.num_rows, rows[i]);
+    EXPECT_EQ(run.kv_row, kv_rows[i]);
+    EXPECT_EQ(run.page, pages[i]);
+    EXPECT_EQ(run.sequence, i / 3);
+  }
+}
+
+TEST(PackStepTest, SendsSealedSequencesToTheProgressiveKernelsAndTheRestToTheExactOnes) {
+  Batch batch({640, 6400, 640}, PageFormat::kProgressive);
+  batch.Seal(1, 98);
+  const Packed packed(&batch);
+  const BlockLayout& layout = packed.plan.layout();
+  EXPECT_EQ(packed.At<DeviceSequence>(layout.sequences, 0).q_len, 1);
+  EXPECT_EQ(packed.At<DeviceSequence>(layout.sequences, 1).q_len, 0);
+  EXPECT_EQ(packed.At<DeviceSequence>(layout.sequences, 2).q_len, 1);
+  for (const DecodeItem& item : packed.schedule.items) EXPECT_NE(item.sequence, 1);
+  const auto sealed = packed.At<ProgressiveSequence>(layout.progressive, 0);
+  EXPECT_EQ(sealed.table_begin, 11);
+  EXPECT_EQ(sealed.num_sealed, 98);
+  EXPECT_EQ(sealed.kv_len, 6401);
+  EXPECT_EQ(sealed.q_begin, 1);
+  EXPECT_EQ(sealed.num_bases, 1);
+  EXPECT_EQ(sealed.basis_end[0], 98);
+  EXPECT_EQ(sealed.basis[0], 99u);
+  // Decisions of the progressive launch follow those of all exact sequences, rounded up to 4.
+  EXPECT_EQ(packed.At<StepSequence>(layout.steps, 0).decision, 0);
+  EXPECT_EQ(packed.At<StepSequence>(layout.steps, 1).decision, 4);
+  EXPECT_EQ(packed.At<StepSequence>(layout.steps, 2).decision, 2);
+  EXPECT_EQ(packed.plan.num_decisions(), 5 * 8);
+}
+
+TEST(PackStepTest, KeepsTheWindowWhenAShardLiesFarBehind) {
+  Batch batch({6400}, PageFormat::kProgressive);
+  batch.Seal(0, 98);
+  batch.steps[0].q_start = int64_t{1} << 40;
+  batch.steps[0].window = (int64_t{1} << 40) - 6000;
+  const Packed packed(&batch);
+  const auto sealed = packed.At<ProgressiveSequence>(packed.plan.layout().progressive, 0);
+  EXPECT_GT(sealed.q_start, 6400);
+  EXPECT_EQ(int64_t{sealed.q_start} - sealed.window, 6000);
+}
+
+TEST(CreateCudaBackendTest, NamesWhatIsMissing) {
+  BackendOptions options;
+  options.device = 1 << 20;
+  const auto backend = CreateCudaBackend(options);
+  ASSERT_FALSE(backend.ok());
+  EXPECT_EQ(backend.status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_FALSE(backend.status().message().empty());
+}
+
+}  // namespace
+}  // namespace adaattn
