@@ -2,7 +2,10 @@
 
 #include <civetweb.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstring>
+#include <thread>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -72,11 +75,26 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(
     return absl::InternalError("the HTTP server does not say its port");
   }
   server->port_ = port.port;
+  server->host_ = address.substr(0, address.rfind(':'));
   return server;
 }
 
 HttpServer::~HttpServer() {
-  if (context_ != nullptr) mg_stop(context_);
+  if (context_ == nullptr) return;
+  // The listening thread looks at its stop flag when a connection comes, or every two seconds.
+  std::atomic<bool> stopped{false};
+  std::thread waker([this, &stopped] {
+    while (!stopped.load()) {
+      char error[128];
+      mg_connection* connection =
+          mg_connect_client(host_.c_str(), port_, /*use_ssl=*/0, error, sizeof(error));
+      if (connection != nullptr) mg_close_connection(connection);
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+  });
+  mg_stop(context_);
+  stopped.store(true);
+  waker.join();
 }
 
 int HttpServer::OnRequest(mg_connection* connection) {

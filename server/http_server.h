@@ -43,6 +43,7 @@ class HttpServer {
 
   const std::map<std::string, Handler> handlers_;
   mg_context* context_ = nullptr;
+  std::string host_;
   int port_ = 0;
 };
 

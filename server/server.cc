@@ -1,7 +1,10 @@
 #include "server/server.h"
 
 #include <grpcpp/ext/channelz_service_plugin.h>
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/impl/server_builder_option.h>
+#include <grpcpp/impl/server_builder_plugin.h>
 #include <grpcpp/resource_quota.h>
 #include <grpcpp/security/tls_certificate_provider.h>
 #include <grpcpp/security/tls_credentials_options.h>
@@ -10,6 +13,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <utility>
@@ -50,6 +54,20 @@ absl::Status RemoveStaleSocket(const std::string& path) {
   unlink(path.c_str());
   return absl::OkStatus();
 }
+
+// Keeps reflection and channelz, which join every server of a process, off the public one.
+class WithoutAdminServices final : public grpc::ServerBuilderOption {
+ public:
+  void UpdateArguments(grpc::ChannelArguments*) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    plugins->erase(std::remove_if(plugins->begin(), plugins->end(),
+                                  [](const std::unique_ptr<grpc::ServerBuilderPlugin>& plugin) {
+                                    return plugin->name() == "proto_server_reflection" ||
+                                           plugin->name() == "channelz_service";
+                                  }),
+                   plugins->end());
+  }
+};
 
 absl::Status CheckReadable(const char* setting, const std::string& path) {
   if (path.empty() || access(path.c_str(), R_OK) == 0) return absl::OkStatus();
@@ -166,6 +184,7 @@ absl::Status Server::StartGrpc() {
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, options_.max_connection_streams);
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   builder.AddChannelArgument(GRPC_ARG_ENABLE_CHANNELZ, options_.admin_listen.empty() ? 0 : 1);
+  builder.SetOption(std::make_unique<WithoutAdminServices>());
   grpc::ResourceQuota quota("adaattn");
   quota.Resize(static_cast<size_t>(options_.memory_quota_bytes));
   builder.SetResourceQuota(quota);
@@ -196,8 +215,8 @@ absl::Status Server::StartGrpc() {
 
 absl::Status Server::StartAdmin() {
   if (options_.admin_listen.empty()) return absl::OkStatus();
-  // Plugins join every server built after this: the one above is built already.
   grpc::channelz::experimental::InitChannelzService();
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
   int port = 0;
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);

@@ -1,3 +1,5 @@
+#include <grpcpp/impl/codegen/client_unary_call.h>
+
 #include <limits>
 
 #include "tests/integration/bad_input_fixture.h"

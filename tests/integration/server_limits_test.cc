@@ -50,10 +50,10 @@ class SmallQueueTest : public BadInputTest {
  protected:
   ServerOptions Options() const override {
     ServerOptions options = BadInputTest::Options();
-    options.max_message_bytes = 8192;
-    options.engine.batcher.max_queued_bytes = 8192;
-    options.admission.max_client_inflight_bytes = 8192;
-    options.admission.max_inflight_bytes = 8192;
+    options.max_message_bytes = 32 << 10;
+    options.engine.batcher.max_queued_bytes = 32 << 10;
+    options.admission.max_client_inflight_bytes = 32 << 10;
+    options.admission.max_inflight_bytes = 32 << 10;
     return options;
   }
 };
@@ -73,11 +73,11 @@ TEST_F(SmallQueueTest, AFullQueueSaysWhenToComeAgain) {
     const MutexLock lock(&mutex);
     while (!held) changed.Wait(&mutex);
   }
+  constexpr int kRows = 12;  // 12 KiB of q: two messages fit, four are refused
   std::vector<v1::AttendRequest> requests(6);
-  for (size_t i = 0; i < requests.size(); ++i) {
-    AddSequence(session_, 10, 0, 1, 0, &requests[i]);
-    *requests[i].mutable_q() = F32Tensor(RandomFloats(kQRow, 9), {1, kQHeads, kDim});
-    requests[i].mutable_sequences(0)->set_q_position(20);
+  for (v1::AttendRequest& request : requests) {
+    AddSequence(session_, 10, 0, kRows, 0, &request)->set_q_position(20);
+    *request.mutable_q() = F32Tensor(RandomFloats(kRows * kQRow, 9), {kRows, kQHeads, kDim});
   }
   grpc::CompletionQueue queue;
   std::vector<grpc::ClientContext> contexts(requests.size());
@@ -85,12 +85,9 @@ TEST_F(SmallQueueTest, AFullQueueSaysWhenToComeAgain) {
   std::vector<grpc::Status> statuses(requests.size());
   std::vector<std::unique_ptr<grpc::ClientAsyncResponseReader<v1::AttendResponse>>> calls;
   for (size_t i = 0; i < requests.size(); ++i) {
-    *requests[i].mutable_q() = F32Tensor(RandomFloats(3 * kQRow, 9), {3, kQHeads, kDim});
-    requests[i].mutable_sequences(0)->set_q_len(3);
     calls.push_back(stub_->AsyncAttend(&contexts[i], requests[i], &queue));
     calls.back()->Finish(&responses[i], &statuses[i], reinterpret_cast<void*>(i + 1));
   }
-  // 3 KiB each: two fit, four are refused while the engine is held.
   void* tag = nullptr;
   bool ok = false;
   for (int refused = 0; refused < 4; ++refused) {
