@@ -51,6 +51,7 @@ struct ProgressiveParams {
   int32_t max_q_len = 1;
   int32_t max_sealed = 0;    // pages of the longest sequence
   bool two_stage = false;    // some sequence scans in two stages
+  bool softcap = false;      // some sequence has a soft cap
   bool budget = false;       // some sequence's policy is kBudget
   int32_t scan_chunk = 0;    // pages of one scan CTA
   int32_t attend_chunk = 0;  // pages of one attend CTA

@@ -19,7 +19,16 @@ namespace adaattn {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
-inline constexpr int32_t kTileColumns = 8;  // columns of one MMA
+inline constexpr int32_t kTileColumns = 8;   // columns of one MMA
+inline constexpr int32_t kMaxColumns = 128;  // group size 16, q_len 8
+
+// Shapes of the CTAs, which the plan has to know.
+inline constexpr int32_t kScanWarps = 8;
+inline constexpr int32_t kMaxScanItems = 16;  // pages of one warp
+inline constexpr int32_t kAttendWarps = 8;
+inline constexpr int32_t kAttendThreads = kAttendWarps * 32;
+inline constexpr int32_t kMaxAttendChunk = 64;  // pages; four threads decide each
+ADAATTN_HD constexpr int32_t ScanCtasPerSm(int32_t head_dim) { return head_dim <= 128 ? 3 : 1; }
 
 // Log mass of one page for one column, as far as its keys have been read.
 struct PageStats {
@@ -43,7 +52,8 @@ struct AttendState {
 
 // Byte offsets into the workspace. Row-major, outermost first; H kv heads, S sequences, C columns.
 struct ProgressiveWorkspace {
-  int64_t query = 0;       // float4 [S, H, bases, C / 8, tiles, 32]: q in B-fragment order
+  int64_t query = 0;       // uint2 [S, H, bases, C / 8, tiles, 32]: q / unit, B fragments of halves
+  int64_t query_unit = 0;  // float [S, H, bases, C / 8]: a power of two above every |q|
   int64_t query_mean = 0;  // float [S, H, bases, C]: q.mu
   int64_t stats = 0;       // PageStats [S, H, pages, C]
   int64_t scores = 0;      // uint4 [S, H, pages, C / 8, 2, 32]: half2 scores minus max, B fragments
@@ -75,7 +85,8 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
     end += AlignPage(bytes);
     return begin;
   };
-  w.query = add(heads * kMaxDeviceBasisRuns * w.columns * d * 4);
+  w.query = add(heads * kMaxDeviceBasisRuns * w.columns * d * 2);
+  w.query_unit = add(heads * kMaxDeviceBasisRuns * w.columns / kTileColumns * 4);
   w.query_mean = add(heads * kMaxDeviceBasisRuns * w.columns * 4);
   w.stats = add(heads * p.max_sealed * w.columns * static_cast<int64_t>(sizeof(PageStats)));
   w.scores = add(heads * p.max_sealed * w.columns * kPageTokens * 2);
@@ -98,12 +109,15 @@ struct ProgressiveArgs : ProgressiveParams {
 
 #if defined(__CUDACC__)
 
-template <int kHeadDimV>
+// kSoftCapV: some sequence of the batch has a soft cap; without, its code is not there.
+template <int kHeadDimV, bool kSoftCapV = false>
 struct ProgressiveTraits {
   static constexpr int kHeadDim = kHeadDimV;
+  static constexpr bool kSoftCap = kSoftCapV;
   static constexpr int kTiles = kHeadDim / kTileChannels;  // MMA k-steps of a key
   static constexpr int kValueGroups = kHeadDim % 64 == 0 ? kHeadDim / 64 : 1;
   static constexpr int kTilesPerGroup = kTiles / kValueGroups;
+  static constexpr int kChunkTiles = ChunkChannels(kHeadDim) / kTileChannels;
   static_assert(kHeadDim % kTileChannels == 0, "whole tiles");
 };
 
@@ -157,9 +171,10 @@ __device__ __forceinline__ float RangeOf(uint32_t scale) {
 }
 
 // s = cap * tanh(s / cap) with s in log2 units and cap in nats; cap 0 leaves s.
+template <class Traits>
 __device__ __forceinline__ float SoftCap(float s, float cap) {
-  if (cap == 0.0f) return s;
-  return cap * kLog2E * tanhf(s * kLn2 / cap);
+  if constexpr (!Traits::kSoftCap) return s;
+  return cap == 0.0f ? s : cap * kLog2E * tanhf(s * kLn2 / cap);
 }
 
 // Estimated log mass: half the variance of the rounding error, capped, on top.
@@ -235,9 +250,10 @@ __device__ __forceinline__ void AddBytes(int64_t* counter, int64_t bytes) {
   atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(bytes));
 }
 
-// Tiles of the keys that the scan reads of every page: all, the coarse rank, or the static rank.
+// Rank chunks of the keys that the scan reads of every page: all, the coarse rank, or the static
+// rank.
 template <class Traits>
-__device__ __forceinline__ int ScanTiles(const DecisionParams& decision) {
+__device__ __forceinline__ int ScanChunks(const DecisionParams& decision) {
   constexpr int kD = Traits::kHeadDim;
   int chunks = NumRankChunks(kD);
   if (decision.policy == Policy::kStatic) {
@@ -245,22 +261,71 @@ __device__ __forceinline__ int ScanTiles(const DecisionParams& decision) {
   } else if (const int coarse = CoarseChunks(decision, kD); coarse > 0) {
     chunks = coarse;
   }
-  return ChunkedRank(kD, chunks) / kTileChannels;
+  return chunks;
 }
 
-// Spreads a head's channel ranges, in query-fragment order, over `shared` [head_dim] floats:
-// channel 16k + {2t, 2t + 1, 2t + 8, 2t + 9} at 16k + 4t. `scales` is in shared memory.
+// A head's queries for one basis and column tile, as the rotate kernel left them.
 template <class Traits>
-__device__ __forceinline__ void SpreadKeyRanges(const std::byte* scales, float* shared, int lane) {
-  for (int at = lane; at < Traits::kHeadDim / 4; at += 32) {
-    const uint32_t codes = reinterpret_cast<const uint32_t*>(scales)[at];
-    const int tile = at / 4, in_tile = at % 4 * 4;  // channels 4 at..4 at + 3
-    float* target = shared + tile * 16 + (in_tile % 8) / 2 * 4 + in_tile / 8 * 2;
-    *reinterpret_cast<float2*>(target) =
-        make_float2(RangeOf(codes & 255u), RangeOf(codes >> 8 & 255u));
-    *reinterpret_cast<float2*>(target + 4) =
-        make_float2(RangeOf(codes >> 16 & 255u), RangeOf(codes >> 24));
+struct QueryFragments {
+  const uint2* halves;  // [tiles, 32]
+  float unit;
+  const float* mean;  // [8]
+  __device__ __forceinline__ QueryFragments(const ProgressiveArgs& p, int64_t head_index, int run,
+                                            int column_tile) {
+    const ProgressiveWorkspace& w = p.work;
+    const int64_t at =
+        (head_index * kMaxDeviceBasisRuns + run) * (w.columns / kTileColumns) + column_tile;
+    halves = reinterpret_cast<const uint2*>(p.workspace + w.query) + at * Traits::kTiles * 32;
+    unit = reinterpret_cast<const float*>(p.workspace + w.query_unit)[at];
+    mean = reinterpret_cast<const float*>(p.workspace + w.query_mean) + at * kTileColumns;
   }
+};
+
+// Spreads a head's channel ranges over `shared` [head_dim] halves in the order of the B fragments:
+// channel 16k + {2t, 2t + 1, 2t + 8, 2t + 9} at 16k + 4t. Relative to the largest range of the
+// page, which it returns, so that none overflows. `scales` is in shared memory.
+template <class Traits>
+__device__ __forceinline__ float SpreadKeyRanges(const std::byte* scales, __half* shared,
+                                                 int lane) {
+  constexpr int kWords = Traits::kHeadDim / 4;
+  constexpr int kEach = (kWords + 31) / 32;
+  uint32_t codes[kEach], top = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = lane + 32 * i;
+    codes[i] = at < kWords ? reinterpret_cast<const uint32_t*>(scales)[at] : 0;
+    top = __vmaxu4(top, codes[i]);
+  }
+  top = __vmaxu4(top, top >> 16);
+  top = __reduce_max_sync(0xffffffffu, max(top & 255u, top >> 8 & 255u));
+  // A byte under 0x4b000000 is 2^23 more than itself; the product and the sum below are exact.
+  const float base = -2097152.0f - 0.25f * static_cast<float>(top);
+  auto range = [base](uint32_t word, uint32_t selector) {
+    return Exp2(fmaf(__uint_as_float(__byte_perm(word, 0x4b000000u, selector)), 0.25f, base));
+  };
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = lane + 32 * i;
+    if (at >= kWords) break;
+    const int in_tile = at % 4 * 4;  // channels 4 at..4 at + 3
+    auto* target =
+        reinterpret_cast<uint32_t*>(shared + at / 4 * 16 + in_tile % 8 / 2 * 4 + in_tile / 8 * 2);
+    target[0] = PackPair<__half>(range(codes[i], 0x7440u), range(codes[i], 0x7441u));
+    target[2] = PackPair<__half>(range(codes[i], 0x7442u), range(codes[i], 0x7443u));
+  }
+  return RangeOf(top);
+}
+
+__device__ __forceinline__ uint32_t FmaHalves(uint32_t a, uint32_t b, uint32_t c) {
+  const __half2 d =
+      __hfma2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b),
+              *reinterpret_cast<const __half2*>(&c));
+  return *reinterpret_cast<const uint32_t*>(&d);
+}
+__device__ __forceinline__ uint32_t Exp2Halves(uint32_t x) {
+  uint32_t out;
+  asm("ex2.approx.f16x2 %0, %1;" : "=r"(out) : "r"(x));
+  return out;
 }
 
 #endif  // __CUDACC__

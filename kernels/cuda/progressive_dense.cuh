@@ -39,10 +39,11 @@ __device__ __forceinline__ float LoadElement(const void* tensor, int64_t at, DTy
 // Copies the queries of a head's columns to `query` [8][head_dim], times `scale`; absent columns 0.
 template <class Traits>
 __device__ __forceinline__ void LoadColumns(const ProgressiveArgs& p, const ProgressiveSequence& s,
-                                            int head, float scale, float* query) {
+                                            int head, int column_tile, float scale, float* query) {
   const int group_size = p.shape.group_size();
   for (int i = threadIdx.x; i < kTileColumns * Traits::kHeadDim; i += blockDim.x) {
-    const int column = i / Traits::kHeadDim, channel = i % Traits::kHeadDim;
+    const int column = column_tile * kTileColumns + i / Traits::kHeadDim;
+    const int channel = i % Traits::kHeadDim;
     float x = 0;
     if (column < group_size * s.q_len) {
       const int64_t row =
@@ -79,7 +80,7 @@ __device__ __forceinline__ void DenseSoftmax(DenseShared<Traits>& shared, int wa
 }
 
 template <class Traits>
-__device__ void DenseTail(const ProgressiveArgs& p, int sequence, int head) {
+__device__ void DenseTail(const ProgressiveArgs& p, int sequence, int head, int column_tile) {
   constexpr int kD = Traits::kHeadDim, kStride = DenseShared<Traits>::kStride;
   constexpr int kParts = kDenseThreads / kD;  // threads that share a channel
   constexpr int kColumnsEach = (kTileColumns + kParts - 1) / kParts;
@@ -91,7 +92,8 @@ __device__ void DenseTail(const ProgressiveArgs& p, int sequence, int head) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int part = threadIdx.x / kD, channel = threadIdx.x % kD;
   const int group_size = p.shape.group_size();
-  LoadColumns<Traits>(p, s, head, s.softmax_scale * kLog2E, &shared.query[0][0]);
+  LoadColumns<Traits>(p, s, head, column_tile, s.softmax_scale * kLog2E, &shared.query[0][0]);
+  const int column_begin = column_tile * kTileColumns;
   if (threadIdx.x < kTileColumns) {
     shared.max[threadIdx.x] = -INFINITY;
     shared.sum[threadIdx.x] = 0;
@@ -120,11 +122,11 @@ __device__ void DenseTail(const ProgressiveArgs& p, int sequence, int head) {
     for (int column = threadIdx.x / kPageTokens; column < kTileColumns;
          column += kDenseThreads / kPageTokens) {
       float score = -INFINITY;
-      if (token < tokens && column < group_size * s.q_len &&
-          TokenVisible(view, page * kPageTokens + token, column / group_size)) {
+      if (token < tokens && column_begin + column < group_size * s.q_len &&
+          TokenVisible(view, page * kPageTokens + token, (column_begin + column) / group_size)) {
         score = 0;
         const uint4* row = reinterpret_cast<const uint4*>(shared.key + token * kStride);
-#pragma unroll 4
+#pragma unroll 1
         for (int i = 0; i < kD / 8; ++i) {
           const uint4 words = row[i];
           const float* q = &shared.query[column][i * 8];
@@ -135,7 +137,7 @@ __device__ void DenseTail(const ProgressiveArgs& p, int sequence, int head) {
             score = fmaf(q[2 * j + 1], __uint_as_float(word[j] & 0xffff0000u), score);
           }
         }
-        score = SoftCap(score, s.softcap);
+        score = SoftCap<Traits>(score, s.softcap);
       }
       shared.score[column][token] = score;
     }
@@ -147,6 +149,7 @@ __device__ void DenseTail(const ProgressiveArgs& p, int sequence, int head) {
       for (int j = 0; j < kColumnsEach; ++j) {
         out[j] *= shared.rescale[min(part * kColumnsEach + j, kTileColumns - 1)];
       }
+#pragma unroll 2
       for (int t = 0; t < tokens; ++t) {
         const float v = __bfloat162float(shared.value[t * kStride + channel]);
 #pragma unroll
@@ -159,8 +162,9 @@ __device__ void DenseTail(const ProgressiveArgs& p, int sequence, int head) {
   LaunchDependents();
   __syncthreads();
   const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
-  float* lse = reinterpret_cast<float*>(p.workspace + w.dense_lse) + head_index * w.columns;
-  float* result = reinterpret_cast<float*>(p.workspace + w.dense_out) + head_index * w.columns * kD;
+  const int64_t first = head_index * w.columns + column_begin;
+  float* lse = reinterpret_cast<float*>(p.workspace + w.dense_lse) + first;
+  float* result = reinterpret_cast<float*>(p.workspace + w.dense_out) + first * kD;
 #pragma unroll
   for (int j = 0; j < kColumnsEach; ++j) {
     const int column = part * kColumnsEach + j;
@@ -171,7 +175,7 @@ __device__ void DenseTail(const ProgressiveArgs& p, int sequence, int head) {
   }
   // The rotate kernel clears the decisions: count after it.
   WaitForDependencies();
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && column_tile == 0) {
     HeadDecision& decision = p.decisions[head_index];
     atomicAdd(&decision.dense_tokens, static_cast<int32_t>(tokens_read));
     AddBytes(&decision.key_bytes, tokens_read * kD * 2);

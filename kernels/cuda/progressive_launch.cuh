@@ -1,0 +1,79 @@
+#ifndef ADAATTN_KERNELS_CUDA_PROGRESSIVE_LAUNCH_CUH_
+#define ADAATTN_KERNELS_CUDA_PROGRESSIVE_LAUNCH_CUH_
+
+// The launches of a progressive step for one head_dim; inst/progressive_d*.cu each hold one.
+
+#include <algorithm>
+
+#include "kernels/cuda/progressive_inst.h"
+#include "kernels/cuda/progressive_merge.cuh"
+#include "kernels/cuda/progressive_rotate.cuh"
+#include "kernels/cuda/status.h"
+
+namespace adaattn {
+
+// Launches `kernel` so that its prologue may run before the kernel in front of it has ended.
+template <typename Kernel>
+absl::Status LaunchProgressive(Kernel kernel, dim3 grid, int threads, size_t shared_bytes,
+                               bool overlap, const ProgressiveArgs& args, cudaStream_t stream,
+                               const char* name) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return FromCuda(cudaLaunchKernelEx(&config, kernel, args), name);
+}
+
+template <typename Kernel>
+absl::Status AllowShared(Kernel kernel, size_t bytes) {
+  return FromCuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(bytes)),
+                  "cudaFuncSetAttribute");
+}
+
+template <class Traits>
+absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
+  constexpr size_t kRotateShared = sizeof(RotateShared<Traits>);
+  constexpr size_t kScanShared = std::max(sizeof(ScanShared<Traits>), sizeof(DenseShared<Traits>));
+  constexpr size_t kAttendShared = sizeof(AttendShared<Traits>);
+  static const absl::Status allowed = [] {
+    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveRotateKernel<Traits>, kRotateShared));
+    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveScanKernel<Traits>, kScanShared));
+    return AllowShared(ProgressiveAttendKernel<Traits>, kAttendShared);
+  }();
+  ADAATTN_RETURN_IF_ERROR(allowed);
+  const auto heads = static_cast<unsigned>(p.shape.num_kv_heads);
+  const auto sequences = static_cast<unsigned>(p.num_sequences);
+  const auto columns = static_cast<unsigned>(p.shape.group_size() * p.max_q_len);
+  const auto tiles = static_cast<unsigned>(p.work.columns / kTileColumns);
+  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveRotateKernel<Traits>,
+                                            dim3(heads, sequences, tiles), kRotateThreads,
+                                            kRotateShared, false, p, stream, "rotate"));
+  const auto head_groups = static_cast<unsigned>(CeilDiv(p.shape.num_kv_heads, kScanWarps));
+  const unsigned scan_ctas =
+      (static_cast<unsigned>(p.work.scan_chunks) * head_groups + heads) * sequences * tiles;
+  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveScanKernel<Traits>, dim3(scan_ctas),
+                                            kScanWarps * 32, kScanShared, true, p, stream, "scan"));
+  ADAATTN_RETURN_IF_ERROR(
+      LaunchProgressive(ProgressiveAttendKernel<Traits>,
+                        dim3(static_cast<unsigned>(p.work.attend_chunks) * tiles, heads, sequences),
+                        kAttendThreads, kAttendShared, true, p, stream, "attend"));
+  return LaunchProgressive(ProgressiveMergeKernel<Traits>, dim3(columns, heads, sequences),
+                           Traits::kHeadDim, 0, true, p, stream, "merge");
+}
+
+template <int kHeadDim>
+absl::Status RunProgressiveHeadDim(const ProgressiveArgs& args, cudaStream_t stream) {
+  return args.softcap ? RunStep<ProgressiveTraits<kHeadDim, true>>(args, stream)
+                      : RunStep<ProgressiveTraits<kHeadDim, false>>(args, stream);
+}
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_KERNELS_CUDA_PROGRESSIVE_LAUNCH_CUH_
