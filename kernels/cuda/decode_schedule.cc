@@ -58,7 +58,8 @@ class Dealer {
  private:
   void StartCta() {
     const int64_t ctas = std::max(ctas_left_, 1);
-    share_ = std::max(share_, (pages_left_ + ctas - 1) / ctas);
+    // Rarely so: a division for every CTA would take longer than the rest.
+    if (share_ * ctas < pages_left_) share_ = (pages_left_ + ctas - 1) / ctas;
     room_ = share_;
     slack_ = std::max<int64_t>(1, room_ / 16);
   }
