@@ -31,9 +31,10 @@ test-tsan: setup-check build/tsan/build.ninja  ## The tests of the gRPC-free cor
 	@ninja -C build/tsan -j$(JOBS)
 	@ctest --preset tsan -j$(TEST_JOBS)
 
-bench: setup build/release/build.ninja  ## Times the kernels
-	@ninja -C build/release -j$(JOBS) adaattn_bench
-	@build/release/loadtest/adaattn-bench
+bench: setup build/release/build.ninja  ## Times the kernels, and a small Attend beside a bare gRPC echo
+	@ninja -C build/release -j$(JOBS) adaattn_cpu_decode_bench adaattn_echo_bench adaattn_server
+	@build/release/loadtest/adaattn_cpu_decode_bench
+	@build/release/loadtest/adaattn-echo-bench --server=build/release/server/adaattn-server
 
 cuda: setup build/cuda/build.ninja  ## Compiles the CUDA backend (needs nvcc, no GPU)
 	@ninja -C build/cuda -j$(JOBS) adaattn_kernels adaattn_decode_bench adaattn_cuda_host_tests
