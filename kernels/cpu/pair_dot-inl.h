@@ -149,6 +149,10 @@ HWY_INLINE void MultiplyPairs(const VI16* codes, const int16_t* HWY_RESTRICT wei
     ADAATTN_UNROLL
     for (int m = 0; m < kRows; ++m) {
       acc[m] = PairDot(codes[j], BroadcastPair(weights + m * stride + 2 * j), acc[m]);
+#if HWY_COMPILER_GCC && (HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4)
+      // Keeps the sums in source order: the compiler would gather all products first and spill.
+      asm volatile("" : "+x"(acc[m].raw));
+#endif
     }
   }
 }
