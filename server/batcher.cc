@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <thread>
 #include <utility>
 
@@ -11,8 +12,9 @@
 namespace adaattn {
 namespace {
 
-// How far behind the first task a batch looks for company.
-constexpr size_t kMaxTasksLookedAt = 4096;
+// Tasks that a batch in the making passes over before it looks no further for company: bounds the
+// work under the lock when few sessions have many steps queued.
+constexpr int32_t kMaxPassedOver = 256;
 
 struct TaskSize {
   int64_t sequences = 0;  // (sequence, layer) pairs
@@ -207,19 +209,24 @@ bool Batcher::Add(std::unique_ptr<AttentionTask>* task, Batch* batch) const {
 std::unique_ptr<Batch> Batcher::FormBatchLocked() {
   auto batch = std::make_unique<Batch>();
   LayerSet seen;
-  const size_t end = std::min(queue_.size(), kMaxTasksLookedAt);
-  for (size_t i = 0; i < end; ++i) {
-    std::unique_ptr<AttentionTask>& task = queue_[i];
+  int32_t passed_over = 0;
+  size_t end = 0;
+  for (; end < queue_.size() && passed_over < kMaxPassedOver; ++end) {
+    std::unique_ptr<AttentionTask>& task = queue_[end];
     const AttentionTask& candidate = *task;
     const bool fits =
-        i == 0 || (GoTogether(*batch->tasks[0], candidate) && !seen.Overlaps(candidate));
+        end == 0 || (GoTogether(*batch->tasks[0], candidate) && !seen.Overlaps(candidate));
     // What is passed over must not be overtaken by its own later steps.
-    if (end > 1) seen.Add(candidate);
-    if (!fits) continue;
+    if (queue_.size() > 1) seen.Add(candidate);
+    if (!fits) {
+      ++passed_over;
+      continue;
+    }
     if (!Add(&task, batch.get())) break;
     AccountLocked(*batch->tasks.back(), -1);
   }
-  queue_.erase(std::remove(queue_.begin(), queue_.end(), nullptr), queue_.end());
+  const auto looked_at = queue_.begin() + static_cast<std::ptrdiff_t>(end);
+  queue_.erase(std::remove(queue_.begin(), looked_at, nullptr), looked_at);
   last_batch_sequences_ = batch->num_sequences;
   return batch;
 }
