@@ -36,8 +36,9 @@ bench: setup build/release/build.ninja  ## Times the kernels, and a small Attend
 	@build/release/loadtest/adaattn_cpu_decode_bench
 	@build/release/loadtest/adaattn-echo-bench --server=build/release/server/adaattn-server
 
-cuda: setup build/cuda/build.ninja  ## Compiles the CUDA backend (needs nvcc, no GPU)
-	@ninja -C build/cuda -j$(JOBS) adaattn_kernels adaattn_decode_bench adaattn_cuda_host_tests
+cuda: setup build/cuda/build.ninja  ## Compiles the CUDA backend and tests its host side (needs nvcc, no GPU)
+	@ninja -C build/cuda -j$(JOBS) adaattn_kernels adaattn_decode_bench adaattn_backend_tests adaattn_cuda_host_tests
+	@build/cuda/tests/adaattn_cuda_host_tests --gtest_brief=1
 
 lint: setup-check build/release/build.ninja  ## clang-tidy over every source; findings are errors
 	@ninja -C build/release -j$(JOBS) adaattn_proto
