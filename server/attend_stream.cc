@@ -176,7 +176,7 @@ class AttendStreamReactor final : public grpc::ServerBidiReactor<Bytes, Bytes> {
   void Answer(Slot* slot, int code, Bytes reply) {
     const MutexLock lock(&mutex_);
     slot->code = code;
-    slot->reply = std::move(reply);
+    slot->reply.Swap(&reply);
     slot->ready = true;
   }
 
@@ -246,7 +246,7 @@ class AttendStreamReactor final : public grpc::ServerBidiReactor<Bytes, Bytes> {
       while (cancelled_ && !slots_.empty() && slots_.front().ready) PopLocked();
       if (!writing_ && !slots_.empty() && slots_.front().ready) {
         writing_ = true;
-        outgoing_ = std::move(slots_.front().reply);
+        outgoing_.Swap(&slots_.front().reply);
         service_.metrics->OnWire(WireDirection::kOut, transport_,
                                  static_cast<int64_t>(outgoing_.Length()));
         PopLocked();
