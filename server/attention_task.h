@@ -84,7 +84,7 @@ struct AttentionReply {
   std::shared_ptr<const ReplyBuffer> buffer;  // rows of failed sequences are 0, their lse -inf
   std::vector<SequenceOutcome> sequences;     // as in the task
   std::vector<HeadDecision> heads;  // kPerHead: [num_sequences, num_kv_heads], unattended ones 0
-  DecisionDetail detail = DecisionDetail::kSummary;  // of the first sequence
+  DecisionDetail detail = DecisionDetail::kSummary;  // of what was attended
   TaskTimes times;
 };
 

@@ -93,7 +93,7 @@ void BatchRunner::SettleOutcome(Step* step) {
   const PageFormat format = step->exact_table ? PageFormat::kBf16 : step->task->format;
   outcome.decision = Summarize(heads, shape_, format, step->options, step->target_raised);
   AttentionReply& reply = step->task->reply;
-  if (step->sequence_idx == 0) reply.detail = step->options.detail;
+  reply.detail = step->options.detail;
   if (step->options.detail == DecisionDetail::kPerHead) {
     reply.heads.resize(step->task->sequences.size() * shape_.num_kv_heads);
     std::copy(heads.begin(), heads.end(),

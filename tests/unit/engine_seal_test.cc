@@ -209,6 +209,18 @@ TEST_F(EngineSealTest, PerHeadDetailBringsTheDecisions) {
   EXPECT_TRUE(Attend(session, 100, {})->reply.heads.empty());
 }
 
+TEST_F(EngineSealTest, PerHeadDetailOutlivesAFailedFirstSequence) {
+  const auto session = OpenProgressive();
+  TaskBuilder builder(session);
+  builder.AddFailed(absl::NotFoundError("gone"), 0, 1).Add(session, 0, 1, 70, 1, 1);
+  builder->options.detail = DecisionDetail::kPerHead;
+  const auto task = Run(std::move(builder));
+  EXPECT_EQ(task->reply.detail, DecisionDetail::kPerHead);
+  ASSERT_EQ(task->reply.heads.size(), 2u);
+  EXPECT_EQ(task->reply.heads[0].dense_tokens, 0);
+  EXPECT_EQ(task->reply.heads[1].dense_tokens, 70);
+}
+
 TEST_F(EngineSealTest, AuditsAShareOfStatisticalSteps) {
   options_.audit_share = 0.25;
   const auto session = OpenProgressive();
