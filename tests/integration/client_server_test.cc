@@ -1,0 +1,216 @@
+// The client against the real server, in this process, over a Unix socket.
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <random>
+
+#include "absl/strings/str_cat.h"
+#include "client/client.h"
+#include "client/lse_merge.h"
+#include "client/replay.h"
+#include "client/trace.h"
+#include "server/server.h"
+
+namespace adaattn::client {
+namespace {
+
+constexpr int32_t kQHeads = 4, kKvHeads = 2, kHeadDim = 64;
+constexpr int64_t kRowElements = kKvHeads * kHeadDim;
+
+class ClientServerTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    char name[] = "/tmp/adaattn-real-XXXXXX";
+    directory_ = mkdtemp(name);
+    ServerOptions options;
+    options.listen = options.metrics_listen = "";
+    options.unix_socket = absl::StrCat(directory_, "/socket");
+    options.backend = "cpu";
+    options.device.pool_bytes = int64_t{256} << 20;
+    options.device.num_threads = 2;
+    auto server = Server::Start(options);
+    ASSERT_TRUE(server.ok()) << server.status();
+    server_ = *std::move(server);
+    ClientOptions client_options;
+    client_options.address = absl::StrCat("unix:", options.unix_socket);
+    auto client = Client::Create(client_options);
+    ASSERT_TRUE(client.ok()) << client.status();
+    client_ = *std::move(client);
+  }
+
+  // Every page is back when the sessions are closed.
+  void TearDown() override {
+    const auto sessions = client_->ListSessions();
+    ASSERT_TRUE(sessions.ok()) << sessions.status();
+    EXPECT_TRUE(sessions->empty());
+    const auto info = client_->GetServerInfo();
+    ASSERT_TRUE(info.ok()) << info.status();
+    EXPECT_EQ(info->pool_bytes_free, info->pool_bytes);
+    client_.reset();
+    server_.reset();
+    (void)unlink(absl::StrCat(directory_, "/socket").c_str());
+    (void)rmdir(directory_.c_str());
+  }
+
+  std::unique_ptr<Session> Open(int32_t num_layers, int64_t start_position = 0) {
+    SessionOptions options;
+    options.model = {num_layers, kQHeads, kKvHeads, kHeadDim, 0};
+    options.page_format = PageFormat::kF32;
+    options.start_position = start_position;
+    auto session = client_->OpenSession(options);
+    EXPECT_TRUE(session.ok()) << session.status();
+    return *std::move(session);
+  }
+
+  std::vector<float> Random(int64_t size) {
+    std::vector<float> values(size);
+    std::normal_distribution<float> normal;
+    for (float& value : values) value = normal(random_);
+    return values;
+  }
+
+  static TensorView Rows(absl::Span<const float> values, int32_t heads) {
+    const auto rows = static_cast<int64_t>(values.size()) / heads / kHeadDim;
+    return MakeView<float>(DType::kF32, {rows, heads, kHeadDim}, values);
+  }
+
+  std::string directory_;
+  std::unique_ptr<Server> server_;
+  std::unique_ptr<Client> client_;
+  std::mt19937 random_{20260103};
+};
+
+TEST_F(ClientServerTest, ShardsOfASequenceMergeIntoTheWhole) {
+  constexpr int64_t kTokens = 300, kCut = 130;
+  const std::vector<float> k = Random(kTokens * kRowElements), v = Random(kTokens * kRowElements);
+  const std::vector<float> q = Random(kQHeads * kHeadDim);
+  const auto attend = [&](int64_t begin, int64_t end) {
+    auto session = Open(1, begin);
+    const absl::Span<const float> all_k(k), all_v(v);
+    const int64_t offset = begin * kRowElements, size = (end - begin) * kRowElements;
+    const absl::Status imported = session->Import({0,
+                                                   Rows(all_k.subspan(offset, size), kKvHeads),
+                                                   Rows(all_v.subspan(offset, size), kKvHeads),
+                                                   {},
+                                                   {},
+                                                   {}});
+    EXPECT_TRUE(imported.ok()) << imported;
+    Step step;
+    step.q_len = 1;
+    step.q = Rows(q, kQHeads);
+    step.q_position = kTokens - 1;
+    auto output = session->Attend(step);
+    EXPECT_TRUE(output.ok()) << output.status();
+    return *std::move(output);
+  };
+  const AttendOutput whole = attend(0, kTokens);
+  const AttendOutput first = attend(0, kCut), second = attend(kCut, kTokens);
+  std::vector<float> o(kQHeads * kHeadDim), lse(kQHeads);
+  const PartialAttention parts[] = {{first.o.floats(), first.lse.floats()},
+                                    {second.o.floats(), second.lse.floats()}};
+  MergePartials(parts, absl::MakeSpan(o), absl::MakeSpan(lse));
+  for (size_t i = 0; i < o.size(); ++i) EXPECT_NEAR(o[i], whole.o.floats()[i], 2e-6);
+  for (size_t i = 0; i < lse.size(); ++i) EXPECT_NEAR(lse[i], whole.lse.floats()[i], 2e-6);
+}
+
+TEST_F(ClientServerTest, ASessionLivesThroughEveryCall) {
+  constexpr int64_t kTokens = 150;
+  auto session = Open(/*num_layers=*/2);
+  const std::vector<float> k = Random(2 * kTokens * kRowElements);
+  ImportInput input;
+  input.k = input.v = MakeView<float>(DType::kF32, {2, kTokens, kKvHeads, kHeadDim}, k);
+  const absl::Status imported = session->Import(input);
+  ASSERT_TRUE(imported.ok()) << imported;
+  EXPECT_EQ(session->length(1), kTokens);
+
+  const std::vector<float> q = Random(kQHeads * kHeadDim), row = Random(kRowElements);
+  Step step;
+  step.append_len = step.q_len = 1;
+  step.q = Rows(q, kQHeads);
+  step.k = step.v = Rows(row, kKvHeads);
+  const auto stream = client_->OpenStream({session->route_key(), 4, absl::ZeroDuration()});
+  for (step.layer = 0; step.layer < 2; ++step.layer) {
+    AttendInput message;
+    message.layer = step.layer;
+    message.sequences.push_back(session->NextStep(step.layer, 1, 1));
+    message.q = step.q;
+    message.k = message.v = step.k;
+    const auto streamed = stream->Attend(message);
+    ASSERT_TRUE(streamed.ok()) << streamed.status();
+    ASSERT_TRUE(streamed->sequences[0].status.ok()) << streamed->sequences[0].status;
+    // The session was not told: its next step is this one again, and is not appended twice.
+    const auto again = session->Attend(step);
+    ASSERT_TRUE(again.ok()) << again.status();
+    EXPECT_TRUE(again->sequences[0].replayed);
+    EXPECT_EQ(again->o.data, streamed->o.data);
+    EXPECT_EQ(session->length(step.layer), kTokens + 1);
+  }
+  EXPECT_TRUE(stream->Finish().ok());
+
+  auto branches = session->Fork(2);
+  ASSERT_TRUE(branches.ok()) << branches.status();
+  const auto truncated = session->Truncate(100);
+  ASSERT_TRUE(truncated.ok()) << truncated.status();
+  EXPECT_EQ(truncated->kv_len, 100);
+  step.layer = 0;
+  EXPECT_TRUE(session->Attend(step).ok());
+  EXPECT_TRUE((*branches)[1]->Attend(step).ok());
+  std::vector<float> back;
+  const absl::Status exported =
+      (*branches)[0]->Export({1, 1, 0, kTokens, DType::kF32}, [&](const ExportChunk& chunk) {
+        back.insert(back.end(), chunk.k.floats().begin(), chunk.k.floats().end());
+        return absl::OkStatus();
+      });
+  ASSERT_TRUE(exported.ok()) << exported;
+  EXPECT_EQ(back, std::vector<float>(k.begin() + kTokens * kRowElements, k.end()));
+  EXPECT_GT(session->KeepAlive().value_or(absl::ZeroDuration()), absl::ZeroDuration());
+  EXPECT_EQ(client_->ListSessions()->size(), 3u);
+  EXPECT_TRUE(session->Close().ok());
+  EXPECT_EQ(session->Attend(step).status().code(), absl::StatusCode::kNotFound);
+}
+
+TEST_F(ClientServerTest, AStepElsewhereIsRefusedAndNamesTheLength) {
+  auto session = Open(1);
+  AttendInput input;
+  input.sequences.push_back(session->NextStep(0, 1, 0));
+  input.sequences[0].position = 7;
+  const std::vector<float> row = Random(kRowElements);
+  input.k = input.v = Rows(row, kKvHeads);
+  const auto output = client_->Attend(input, session->route_key());
+  ASSERT_TRUE(output.ok()) << output.status();
+  EXPECT_EQ(output->sequences[0].status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(output->sequences[0].kv_len, 0);
+}
+
+TEST_F(ClientServerTest, ReplaysMeetTheirLimitsWhateverTheTiming) {
+  const auto trace = LoadTrace("data/smollm2-135m-layer15-8k.safetensors");
+  ASSERT_TRUE(trace.ok()) << trace.status();
+  ReplayConfig config;
+  config.max_rows = 4;
+  config.concurrency = 2;
+  config.page_format = PageFormat::kF32;
+  const auto exact = Replay(client_.get(), *trace, "smollm2", config, nullptr);
+  ASSERT_TRUE(exact.ok()) << exact.status();
+  EXPECT_LE(exact->relative_error_p99, 1e-5);
+  EXPECT_LE(exact->lse_error_max, 1e-4);
+  EXPECT_DOUBLE_EQ(exact->bytes_fraction, 2);
+
+  config.page_format = PageFormat::kProgressive;
+  config.options.policy = Policy::kThreshold;
+  config.options.theta = 0.004f;
+  const auto first = Replay(client_.get(), *trace, "smollm2", config, nullptr);
+  const auto second = Replay(client_.get(), *trace, "smollm2", config, nullptr);
+  ASSERT_TRUE(first.ok()) << first.status();
+  ASSERT_TRUE(second.ok()) << second.status();
+  EXPECT_LE(first->relative_error_mean, 0.04);
+  EXPECT_LE(first->bytes_fraction, 0.2);
+  EXPECT_FLOAT_EQ(first->theta, 0.004f);  // a ladder ran in every step
+  EXPECT_EQ(first->bytes_read, second->bytes_read);
+  EXPECT_DOUBLE_EQ(first->relative_error_mean, second->relative_error_mean);
+}
+
+}  // namespace
+}  // namespace adaattn::client
