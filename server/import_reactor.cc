@@ -53,7 +53,7 @@ class ImportReactor final : public grpc::ServerReadReactor<v1::ImportKvRequest> 
     service_.metrics->OnWire(WireDirection::kIn, TransportOf(*context_), bytes);
     auto request = std::make_shared<v1::ImportKvRequest>();
     request->Swap(&incoming_);
-    const absl::Status status = Schedule(std::move(request), bytes);
+    const absl::Status status = Schedule(request, bytes);
     if (!status.ok()) SetError(status, RetryAfter(service_, status));
   }
 
@@ -116,7 +116,7 @@ class ImportReactor final : public grpc::ServerReadReactor<v1::ImportKvRequest> 
     if (!posted) End(absl::UnavailableError("draining: this server takes no new work"));
   }
 
-  absl::Status Schedule(std::shared_ptr<v1::ImportKvRequest> request, int64_t bytes) {
+  absl::Status Schedule(const std::shared_ptr<v1::ImportKvRequest>& request, int64_t bytes) {
     {
       const MutexLock lock(&mutex_);
       if (!error_.ok()) return absl::OkStatus();  // The rest of a failed import is not looked at.
