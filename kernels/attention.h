@@ -27,17 +27,17 @@ struct BackendOptions {
   int64_t pool_bytes = int64_t{1} << 30;  // one allocation, made at start and never grown
   int32_t num_threads = 0;                // cpu only; 0 = one per core
   int32_t device = 0;                     // cuda only: ordinal
-  std::string tuning_file;                // measured split sizes and crossovers; "" = built-in table
+  std::string tuning_file;  // measured split sizes and crossovers; "" = built-in table
 };
 
 struct BackendInfo {
-  std::string name;              // "cpu" or "cuda"
-  std::string device;            // processor or GPU name
-  std::string kernels;           // instruction set or architecture the kernels run with
+  std::string name;     // "cpu" or "cuda"
+  std::string device;   // processor or GPU name
+  std::string kernels;  // instruction set or architecture the kernels run with
   std::vector<int32_t> head_dims;
   std::vector<PageFormat> formats;
   int32_t max_group_size = 0;
-  int32_t max_q_len = 0;         // rows of q per sequence and step
+  int32_t max_q_len = 0;  // rows of q per sequence and step
   int64_t pool_bytes = 0;
 };
 
@@ -61,8 +61,8 @@ struct SequenceStep {
   absl::Span<const BasisRun> bases;  // cover the sealed pages; at most kMaxBasisRuns
   int32_t stored_bits = 8;           // of the sealed pages: 8, 6, 4
   float softmax_scale = 0;
-  float softcap = 0;                 // s = softcap * tanh(s / softcap); 0 = none
-  int64_t window = 0;                // a row at position p sees keys in (p - window, p]; 0 = all
+  float softcap = 0;   // s = softcap * tanh(s / softcap); 0 = none
+  int64_t window = 0;  // a row at position p sees keys in (p - window, p]; 0 = all
   // FP8 pages: [num_kv_heads], stored = value / scale; empty = 1.
   absl::Span<const float> key_scales;
   absl::Span<const float> value_scales;
@@ -86,11 +86,11 @@ struct StageTimes {
 // How large the batches of one StepBuffers can be.
 struct StepLimits {
   int32_t max_sequences = 0;
-  int64_t max_q_bytes = 0;       // of q, and of out
-  int64_t max_kv_bytes = 0;      // of k, and of v
-  int64_t max_q_rows = 0;        // q_len * num_q_heads over all sequences: entries of lse
-  int64_t max_decisions = 0;     // num_sequences * num_kv_heads
-  int64_t max_table_entries = 0; // pages over all sequences
+  int64_t max_q_bytes = 0;        // of q, and of out
+  int64_t max_kv_bytes = 0;       // of k, and of v
+  int64_t max_q_rows = 0;         // q_len * num_q_heads over all sequences: entries of lse
+  int64_t max_decisions = 0;      // num_sequences * num_kv_heads
+  int64_t max_table_entries = 0;  // pages over all sequences
 };
 
 // Host memory of one batch in flight, pinned where the device wants it. Made once and reused; the
@@ -182,16 +182,16 @@ struct ReadTask {
   int32_t num_sealed_pages = 0;
   absl::Span<const BasisRun> bases;
   int32_t stored_bits = 8;
-  absl::Span<const float> key_scales;    // as in SequenceStep
+  absl::Span<const float> key_scales;  // as in SequenceStep
   absl::Span<const float> value_scales;
-  int64_t begin = 0;  // cache position of the first token
-  int64_t end = 0;    // one past the last
-  float* k = nullptr; // host, [end - begin, num_kv_heads, head_dim]
-  float* v = nullptr; // likewise
+  int64_t begin = 0;   // cache position of the first token
+  int64_t end = 0;     // one past the last
+  float* k = nullptr;  // host, [end - begin, num_kv_heads, head_dim]
+  float* v = nullptr;  // likewise
 };
 
-// A device and its pool. Threads: every call comes from one thread (the engine's), but info() may be
-// called from any. Errors: kUnavailable when the device is lost; all later calls fail alike.
+// A device and its pool. Threads: every call comes from one thread (the engine's), but info() may
+// be called from any. Errors: kUnavailable when the device is lost; all later calls fail alike.
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -199,7 +199,8 @@ class Backend {
   virtual const BackendInfo& info() const = 0;
 
   // kResourceExhausted when host memory is short.
-  virtual absl::StatusOr<std::unique_ptr<StepBuffers>> CreateStepBuffers(const StepLimits& limits) = 0;
+  virtual absl::StatusOr<std::unique_ptr<StepBuffers>> CreateStepBuffers(
+      const StepLimits& limits) = 0;
 
   // kUnimplemented, listing what is supported, for a shape without a kernel. The plan lives as long
   // as the backend.
@@ -207,14 +208,16 @@ class Backend {
 
   // Enqueues append and attend of every sequence. The batch's spans are read before it returns; its
   // buffers belong to the backend until Wait.
-  virtual absl::StatusOr<StepTicket> RunAttend(const AttendPlan& plan, const AttendBatch& batch) = 0;
+  virtual absl::StatusOr<StepTicket> RunAttend(const AttendPlan& plan,
+                                               const AttendBatch& batch) = 0;
 
   // Returns when the results of `ticket` stand in the batch's buffers.
   virtual absl::Status Wait(StepTicket ticket) = 0;
 
   // Page work, ordered after everything enqueued before and before everything enqueued later.
   // SealPages returns when the results are known.
-  virtual absl::Status SealPages(absl::Span<const SealTask> tasks, absl::Span<SealResult> results) = 0;
+  virtual absl::Status SealPages(absl::Span<const SealTask> tasks,
+                                 absl::Span<SealResult> results) = 0;
   virtual absl::Status ReopenPages(absl::Span<const ReopenTask> tasks) = 0;
   virtual absl::Status FitBasis(const FitBasisTask& task) = 0;
   virtual absl::Status LoadBasis(const LoadBasisTask& task) = 0;

@@ -10,10 +10,14 @@ std::string AttentionShape::DebugString() const {
 
 const char* DTypeName(DType type) {
   switch (type) {
-    case DType::kF32: return "fp32";
-    case DType::kF16: return "fp16";
-    case DType::kBf16: return "bf16";
-    case DType::kF8E4m3: return "fp8_e4m3";
+    case DType::kF32:
+      return "fp32";
+    case DType::kF16:
+      return "fp16";
+    case DType::kBf16:
+      return "bf16";
+    case DType::kF8E4m3:
+      return "fp8_e4m3";
   }
   return "unknown";
 }

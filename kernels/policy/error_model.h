@@ -12,9 +12,10 @@
 // average, and var_v = head_dim * (scale_rms 2^(1-b))^2 / 12. The Hadamard rotation changes no
 // length, so all of it may be taken in the rotated frame.
 //
-// Errors of different tokens are taken as independent. Values that all share one channel much larger
-// than the rest, after the Hadamard rotation, break this: that channel always falls into the same
-// cell, its rounding adds up over tokens, and the actual error at 2 bits can be twice the predicted.
+// Errors of different tokens are taken as independent. Values that all share one channel much
+// larger than the rest, after the Hadamard rotation, break this: that channel always falls into the
+// same cell, its rounding adds up over tokens, and the actual error at 2 bits can be twice the
+// predicted.
 
 #include <cstdint>
 
