@@ -10,11 +10,9 @@ namespace adaattn {
 void PlanProgressive(int32_t num_sms, ProgressiveParams* params) {
   const int32_t head_groups = CeilDiv(params->shape.num_kv_heads, kScanWarps);
   const int32_t pages = std::max(params->max_sealed, 1);
-  // Scan: one wave, the dense tails included, as far as a warp's list of pages reaches.
+  // Scan: about two waves (four CTAs a multiprocessor), so that the hardware evens out their ends.
   const int32_t dense = params->num_sequences * params->shape.num_kv_heads;
-  const int32_t wave = ScanCtasPerSm(params->shape.head_dim) * num_sms;
-  const int32_t slots = wave > 2 * dense ? wave - dense : wave;
-  const int32_t scan_chunks = std::max(slots / (head_groups * params->num_sequences), 1);
+  const int32_t scan_chunks = std::max(4 * num_sms / (head_groups * params->num_sequences), 1);
   const int32_t warps_per_head = kScanWarps / std::min(params->shape.num_kv_heads, kScanWarps);
   params->scan_chunk =
       std::min(std::max(CeilDiv(pages, scan_chunks), 2), kMaxScanItems * warps_per_head);
@@ -35,8 +33,9 @@ absl::Status RunProgressive(const ProgressiveParams& params, cudaStream_t stream
   }
   ProgressiveArgs args;
   static_cast<ProgressiveParams&>(args) = params;
+  args.two_stage = params.two_stage && params.shape.group_size() * params.max_q_len <= kTileColumns;
   args.layout = MakePageLayout(params.shape, params.stored_bits);
-  args.work = MakeProgressiveWorkspace(params);
+  args.work = MakeProgressiveWorkspace(args);
   switch (params.shape.head_dim) {
     case 64:
       return RunProgressiveD64(args, stream);

@@ -12,7 +12,10 @@
 
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/progressive.h"
+#include "kernels/format/nested_code.h"
 #include "kernels/format/page_layout.h"
+#include "kernels/format/planes.h"
+#include "kernels/policy/budget.h"
 #include "kernels/policy/ladder.h"
 
 namespace adaattn {
@@ -28,7 +31,7 @@ inline constexpr int32_t kMaxScanItems = 16;  // pages of one warp
 inline constexpr int32_t kAttendWarps = 8;
 inline constexpr int32_t kAttendThreads = kAttendWarps * 32;
 inline constexpr int32_t kMaxAttendChunk = 64;  // pages; four threads decide each
-ADAATTN_HD constexpr int32_t ScanCtasPerSm(int32_t head_dim) { return head_dim <= 128 ? 3 : 1; }
+ADAATTN_HD constexpr int32_t ScanCtasPerSm(int32_t head_dim) { return head_dim <= 128 ? 2 : 1; }
 
 // Log mass of one page for one column, as far as its keys have been read.
 struct PageStats {
@@ -58,12 +61,14 @@ struct ProgressiveWorkspace {
   int64_t stats = 0;       // PageStats [S, H, pages, C]
   int64_t scores = 0;      // uint4 [S, H, pages, C / 8, 2, 32]: half2 scores minus max, B fragments
   int64_t scan_lse = 0;    // float [S, H, scan chunks, C]: estimated log mass
-  int64_t dense_lse = 0;   // float [S, H, C]
-  int64_t dense_out = 0;   // float [S, H, C, D]
-  int64_t theta = 0;       // float [S, H]
-  int64_t global_lse = 0;  // float [S, H, C]: what the attend kernel's sums are relative to
-  int64_t partial = 0;     // float [S, H, attend chunks, C, 2, D]: output, weighted mean
-  int64_t state = 0;       // AttendState [S, H, attend chunks, C]
+  int64_t refined_lse = 0;  // likewise, after the second stage
+  int64_t dense_lse = 0;    // float [S, H, C]
+  int64_t dense_out = 0;    // float [S, H, C, D]
+  int64_t theta = 0;        // float [S, H]
+  int64_t budget = 0;       // PageBudget [S, H, pages]
+  int64_t global_lse = 0;   // float [S, H, C]: what the attend kernel's sums are relative to
+  int64_t partial = 0;      // float [S, H, attend chunks, C, 2, D]: output, weighted mean
+  int64_t state = 0;        // AttendState [S, H, attend chunks, C]
   int64_t bytes = 0;
   int32_t columns = 0;
   int32_t scan_chunks = 0;
@@ -91,9 +96,11 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   w.stats = add(heads * p.max_sealed * w.columns * static_cast<int64_t>(sizeof(PageStats)));
   w.scores = add(heads * p.max_sealed * w.columns * kPageTokens * 2);
   w.scan_lse = add(heads * w.scan_chunks * w.columns * 4);
+  w.refined_lse = add(p.two_stage ? heads * w.scan_chunks * w.columns * 4 : 0);
   w.dense_lse = add(heads * w.columns * 4);
   w.dense_out = add(heads * w.columns * d * 4);
   w.theta = add(heads * 4);
+  w.budget = add(p.budget ? heads * p.max_sealed * static_cast<int64_t>(sizeof(PageBudget)) : 0);
   w.global_lse = add(heads * w.columns * 4);
   w.partial = add(heads * w.attend_chunks * w.columns * 2 * d * 4);
   w.state = add(heads * w.attend_chunks * w.columns * static_cast<int64_t>(sizeof(AttendState)));
@@ -250,18 +257,38 @@ __device__ __forceinline__ void AddBytes(int64_t* counter, int64_t bytes) {
   atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(bytes));
 }
 
+// Rank chunks of the coarse stage; 0: the sequence scans in one stage.
+template <class Traits>
+__device__ __forceinline__ int CoarseStage(const ProgressiveArgs& p,
+                                           const DecisionParams& decision) {
+  return p.two_stage ? CoarseChunks(decision, Traits::kHeadDim) : 0;
+}
+
 // Rank chunks of the keys that the scan reads of every page: all, the coarse rank, or the static
 // rank.
 template <class Traits>
-__device__ __forceinline__ int ScanChunks(const DecisionParams& decision) {
+__device__ __forceinline__ int ScanChunks(const ProgressiveArgs& p,
+                                          const DecisionParams& decision) {
   constexpr int kD = Traits::kHeadDim;
   int chunks = NumRankChunks(kD);
   if (decision.policy == Policy::kStatic) {
     chunks = StaticDepth(decision, kD, 8).key.chunks;
-  } else if (const int coarse = CoarseChunks(decision, kD); coarse > 0) {
+  } else if (const int coarse = CoarseStage<Traits>(p, decision); coarse > 0) {
     chunks = coarse;
   }
   return chunks;
+}
+
+// The scan's chunk masses of a head, as the last stage that ran left them.
+__device__ __forceinline__ const float* ChunkMasses(const ProgressiveArgs& p, int64_t head_index) {
+  return reinterpret_cast<const float*>(p.workspace +
+                                        (p.two_stage ? p.work.refined_lse : p.work.scan_lse)) +
+         head_index * p.work.scan_chunks * p.work.columns;
+}
+__device__ __forceinline__ const float4* PageStatsOf(const ProgressiveArgs& p, int64_t head_index,
+                                                     int page) {
+  return reinterpret_cast<const float4*>(p.workspace + p.work.stats) +
+         (head_index * p.max_sealed + page) * p.work.columns;
 }
 
 // A head's queries for one basis and column tile, as the rotate kernel left them.
@@ -326,6 +353,27 @@ __device__ __forceinline__ uint32_t Exp2Halves(uint32_t x) {
   uint32_t out;
   asm("ex2.approx.f16x2 %0, %1;" : "=r"(out) : "r"(x));
   return out;
+}
+
+__device__ __forceinline__ float WarpSum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// Channel of the value of a page's first token at the stored depth, in units of its range.
+template <class Traits>
+__device__ __forceinline__ float FirstValue(const PageLayout& layout, const std::byte* page,
+                                            int head, int channel) {
+  const BitPosition at = ValuePlanePosition(TileOrder::kMma, 0, channel % kTileChannels);
+  uint32_t code = 0;
+  for (int plane = 0; plane < layout.stored_bits / 2; ++plane) {
+    const PageLayout::Section& section = layout.value_plane[plane];
+    const std::byte* tile =
+        page + section.offset + head * section.bytes + channel / kTileChannels * kPlaneTileBytes;
+    code = code << 2 | (static_cast<uint32_t>(tile[at.byte]) >> at.shift & 3u);
+  }
+  return DecodeNested(code, layout.stored_bits, 1.0f);
 }
 
 #endif  // __CUDACC__

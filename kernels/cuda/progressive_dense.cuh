@@ -80,7 +80,8 @@ __device__ __forceinline__ void DenseSoftmax(DenseShared<Traits>& shared, int wa
 }
 
 template <class Traits>
-__device__ void DenseTail(const ProgressiveArgs& p, int sequence, int head, int column_tile) {
+__device__ __noinline__ void DenseTail(const ProgressiveArgs& p, int sequence, int head,
+                                       int column_tile) {
   constexpr int kD = Traits::kHeadDim, kStride = DenseShared<Traits>::kStride;
   constexpr int kParts = kDenseThreads / kD;  // threads that share a channel
   constexpr int kColumnsEach = (kTileColumns + kParts - 1) / kParts;

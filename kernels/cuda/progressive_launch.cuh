@@ -5,8 +5,9 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/progressive_budget.cuh"
 #include "kernels/cuda/progressive_inst.h"
-#include "kernels/cuda/progressive_merge.cuh"
+#include "kernels/cuda/progressive_refine.cuh"
 #include "kernels/cuda/progressive_rotate.cuh"
 #include "kernels/cuda/status.h"
 
@@ -41,10 +42,14 @@ template <class Traits>
 absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   constexpr size_t kRotateShared = sizeof(RotateShared<Traits>);
   constexpr size_t kScanShared = std::max(sizeof(ScanShared<Traits>), sizeof(DenseShared<Traits>));
+  constexpr size_t kRefineShared = sizeof(ScanShared<Traits>);
+  constexpr size_t kBudgetShared = sizeof(BudgetShared<Traits>);
   constexpr size_t kAttendShared = sizeof(AttendShared<Traits>);
   static const absl::Status allowed = [] {
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveRotateKernel<Traits>, kRotateShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveScanKernel<Traits>, kScanShared));
+    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveRefineKernel<Traits>, kRefineShared));
+    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveBudgetKernel<Traits>, kBudgetShared));
     return AllowShared(ProgressiveAttendKernel<Traits>, kAttendShared);
   }();
   ADAATTN_RETURN_IF_ERROR(allowed);
@@ -60,6 +65,17 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
       (static_cast<unsigned>(p.work.scan_chunks) * head_groups + heads) * sequences * tiles;
   ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveScanKernel<Traits>, dim3(scan_ctas),
                                             kScanWarps * 32, kScanShared, true, p, stream, "scan"));
+  if (p.two_stage) {
+    const dim3 grid(static_cast<unsigned>(p.work.scan_chunks) * head_groups * sequences);
+    ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveRefineKernel<Traits>, grid,
+                                              kScanWarps * 32, kRefineShared, true, p, stream,
+                                              "refine"));
+  }
+  if (p.budget) {
+    ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveBudgetKernel<Traits>,
+                                              dim3(heads, sequences), kBudgetThreads, kBudgetShared,
+                                              true, p, stream, "budget"));
+  }
   ADAATTN_RETURN_IF_ERROR(
       LaunchProgressive(ProgressiveAttendKernel<Traits>,
                         dim3(static_cast<unsigned>(p.work.attend_chunks) * tiles, heads, sequences),

@@ -56,12 +56,6 @@ __device__ __forceinline__ void StoreElement(void* tensor, int64_t at, DType typ
   }
 }
 
-__device__ __forceinline__ float WarpSum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
-
 // The sums beside a column's partial outputs, by warp 0.
 __device__ __forceinline__ AttendState SumStates(const AttendState* states, int chunks,
                                                  int64_t stride, int lane) {

@@ -18,7 +18,7 @@
 
 namespace adaattn {
 
-inline constexpr int kScanStages = 2;
+inline constexpr int kScanStages = 3;
 
 template <class Traits>
 struct ScanShared {
@@ -261,7 +261,7 @@ __device__ __forceinline__ float WarpMass(const typename ScanShared<Traits>::War
 template <class Traits>
 __device__ __forceinline__ void StoreChunkMass(const ProgressiveArgs& p, int sequence, int chunk,
                                                int head_begin, int column_tile, float mass,
-                                               ScanShared<Traits>& shared) {
+                                               int64_t target, ScanShared<Traits>& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int heads = min(kScanWarps, p.shape.num_kv_heads - head_begin);
   if (lane < kTileColumns) shared.lse[warp][lane] = mass;
@@ -274,43 +274,37 @@ __device__ __forceinline__ void StoreChunkMass(const ProgressiveArgs& p, int seq
     }
     const int64_t at = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head_begin + local;
     reinterpret_cast<float*>(p.workspace +
-                             p.work.scan_lse)[(at * p.work.scan_chunks + chunk) * p.work.columns +
-                                              column_tile * kTileColumns + column] = total;
+                             target)[(at * p.work.scan_chunks + chunk) * p.work.columns +
+                                     column_tile * kTileColumns + column] = total;
   }
 }
 
 // Brings the keys' first four bits of rank chunks [chunk_begin, chunk_end) and their scales to a
 // stage of shared memory. Offsets are from the start of a page, for this lane.
 template <class Traits>
-struct KeyFetch {
-  uint32_t chunk[NumRankChunks(Traits::kHeadDim)], scales;
-
-  __device__ __forceinline__ KeyFetch(const PageLayout& layout, int head, int lane) {
+__device__ __forceinline__ void FetchKeys(const PageLayout& layout, const std::byte* page,
+                                          std::byte* stage, int head, int chunk_begin,
+                                          int chunk_end, int lane) {
 #pragma unroll
-    for (int c = 0; c < NumRankChunks(Traits::kHeadDim); ++c) {
-      chunk[c] = static_cast<uint32_t>(layout.key_base[c].offset + head * layout.key_base[c].bytes +
-                                       lane * 16);
-    }
-    scales = static_cast<uint32_t>(layout.key_scales.offset + head * layout.key_scales.bytes +
-                                   lane * 16);
-  }
-  __device__ __forceinline__ void Start(const std::byte* page, std::byte* stage, int chunk_begin,
-                                        int chunk_end, int lane) const {
+  for (int c = 0; c < NumRankChunks(Traits::kHeadDim); ++c) {
+    if (c < chunk_begin || c >= chunk_end) continue;
+    const auto offset =
+        static_cast<uint32_t>(layout.key_base[c].offset) +
+        static_cast<uint32_t>(head) * static_cast<uint32_t>(layout.key_base[c].bytes);
 #pragma unroll
-    for (int c = 0; c < NumRankChunks(Traits::kHeadDim); ++c) {
-      if (c < chunk_begin || c >= chunk_end) continue;
-#pragma unroll
-      for (int i = 0; i < Traits::kChunkTiles; ++i) {
-        const int k = c * Traits::kChunkTiles + i;
-        if (k >= Traits::kTiles) break;
-        CopyAsync16(stage + k * kKeyTileBytes + lane * 16, page + chunk[c] + i * kKeyTileBytes);
-      }
-    }
-    if (lane < Traits::kHeadDim / 16) {
-      CopyAsync16(stage + Traits::kTiles * kKeyTileBytes + lane * 16, page + scales);
+    for (int i = 0; i < Traits::kChunkTiles; ++i) {
+      const int k = c * Traits::kChunkTiles + i;
+      if (k >= Traits::kTiles) break;
+      CopyAsync16(stage + k * kKeyTileBytes + lane * 16,
+                  page + offset + i * kKeyTileBytes + lane * 16);
     }
   }
-};
+  if (lane < Traits::kHeadDim / 16) {
+    CopyAsync16(stage + Traits::kTiles * kKeyTileBytes + lane * 16,
+                page + static_cast<uint32_t>(layout.key_scales.offset) +
+                    static_cast<uint32_t>(head * Traits::kHeadDim) + lane * 16);
+  }
+}
 
 template <class Traits>
 __device__ void ScanChunk(const ProgressiveArgs& p, int sequence, int chunk, int head_begin,
@@ -323,40 +317,44 @@ __device__ void ScanChunk(const ProgressiveArgs& p, int sequence, int chunk, int
   const int lane = threadIdx.x % 32;
   const ScanWork<Traits> work(p, from, sequence, chunk, head_begin);
   typename Shared::Warp& mine = shared.warps[threadIdx.x / 32];
-  const int chunk_end = ScanChunks<Traits>(from.decision);
+  const int chunk_end = ScanChunks<Traits>(p, from.decision);
 
   // Lane i holds the id of the warp's i-th page.
   const int mine_at = work.first + lane * work.stride;
   const uint32_t ids = mine_at < work.end ? p.table[from.table_begin + mine_at] : 0;
-  const KeyFetch<Traits> keys(p.layout, work.head, lane);
   auto fetch = [&](int page, int item, int stage) {
     const uint32_t id = __shfl_sync(0xffffffffu, ids, item);
     if (page < work.end && PageVisibility(s, page) != Visibility::kNone) {
-      keys.Start(p.pool + static_cast<int64_t>(id) * kPageAlignment, mine.stages[stage], 0,
-                 chunk_end, lane);
+      FetchKeys<Traits>(p.layout, p.pool + static_cast<int64_t>(id) * kPageAlignment,
+                        mine.stages[stage], work.head, 0, chunk_end, lane);
     }
     CommitCopies();
   };
 
-  if (!work.idle) fetch(work.first, 0, 0);
+  if (!work.idle) {
+#pragma unroll
+    for (int i = 0; i < kScanStages - 1; ++i) fetch(work.first + i * work.stride, i, i);
+  }
   WaitForDependencies();
-  int stage = 0, item = 0, basis = -1, pages_read = 0;
+  int stage = 0, item = 0, basis_end = 0, pages_read = 0;
   uint2 query[Traits::kTiles];
   float unit = 0, mean[2] = {};
   const PageSinks sinks = MakePageSinks<Traits>(p, s, work.head_index, column_tile, lane);
   for (int page = work.first; !work.idle && page < work.end; page += work.stride) {
-    fetch(page + work.stride, item + 1, stage ^ 1);
-    WaitCopies<1>();
+    constexpr int kAhead = kScanStages - 1;
+    fetch(page + kAhead * work.stride, item + kAhead, (stage + kAhead) % kScanStages);
+    WaitCopies<kAhead>();
     __syncwarp();
     const Visibility visibility = PageVisibility(s, page);
     if (visibility == Visibility::kNone) {  // no kernel looks at such a page's statistics
       if (lane < kTileColumns) mine.mass[item][lane] = -INFINITY;
       ++item;
-      stage ^= 1;
+      stage = (stage + 1) % kScanStages;
       continue;
     }
-    if (const int run = BasisOfPage(s, page); run != basis) {
-      basis = run;
+    if (page >= basis_end) {
+      const int run = BasisOfPage(SequenceView(from), page);
+      basis_end = run + 1 < from.num_bases ? from.basis_end[run] : work.end;
       const QueryFragments<Traits> fragments(p, work.head_index, run, column_tile);
 #pragma unroll
       for (int k = 0; k < Traits::kTiles; ++k) query[k] = fragments.halves[k * 32 + lane];
@@ -388,7 +386,7 @@ __device__ void ScanChunk(const ProgressiveArgs& p, int sequence, int chunk, int
     if (lane < 4) *reinterpret_cast<float2*>(&mine.mass[item][2 * lane]) = mass;
     ++pages_read;
     ++item;
-    stage ^= 1;
+    stage = (stage + 1) % kScanStages;
     __syncwarp();
   }
   LaunchDependents();
@@ -397,7 +395,7 @@ __device__ void ScanChunk(const ProgressiveArgs& p, int sequence, int chunk, int
              pages_read * (KeyReadBytes(Traits::kHeadDim, kScanBits, chunk_end)));
   }
   StoreChunkMass<Traits>(p, sequence, chunk, head_begin, column_tile,
-                         WarpMass<Traits>(mine, item, lane), shared);
+                         WarpMass<Traits>(mine, item, lane), p.work.scan_lse, shared);
 }
 
 template <class Traits>
