@@ -91,6 +91,7 @@ absl::StatusOr<PlanKey> MakePlanKey(const AttendBatch& batch) {
     group.max_sealed = std::max(group.max_sealed, RoundUpPages(sequence.num_sealed_pages));
     group.two_stage |= CoarseChunks(sequence.decision, batch.shape.head_dim) > 0;
     group.budget |= sequence.decision.policy == Policy::kBudget;
+    group.softcap |= sequence.softcap != 0;
   }
   if (exact_q_len > 0) {
     const int32_t group_size = batch.shape.group_size();
@@ -163,6 +164,7 @@ ProgressiveParams CudaPlan::GroupParams(int32_t group) const {
   params.max_sealed = key_.sealed[group].max_sealed;
   params.two_stage = key_.sealed[group].two_stage;
   params.budget = key_.sealed[group].budget;
+  params.softcap = key_.sealed[group].softcap;
   params.in_type = key_.in_type;
   params.out_type = key_.out_type;
   PlanProgressive(num_sms_, &params);

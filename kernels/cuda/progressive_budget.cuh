@@ -133,6 +133,7 @@ __device__ __forceinline__ void EstimateOutput(const ProgressiveArgs& p,
     }
   }
   const ProgressiveWorkspace& w = p.work;
+#pragma unroll 1
   for (int n = 0; n < kTileColumns; ++n) {
     const int64_t at = head_index * w.columns + column_begin + n;
     const float dense_lse = reinterpret_cast<const float*>(p.workspace + w.dense_lse)[at];
@@ -245,6 +246,7 @@ __device__ __forceinline__ void ChooseThetaOfHead(const ProgressiveArgs& p,
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const PageBudget* budgets =
       reinterpret_cast<const PageBudget*>(p.workspace + p.work.budget) + head_index * p.max_sealed;
+#pragma unroll 1
   for (int i = 0; i <= kNumBudgetThetas; ++i) {
     const float theta = i < kNumBudgetThetas ? BudgetTheta(i) : 0.0f;
     float sum = 0;
@@ -266,7 +268,7 @@ __device__ __forceinline__ void ChooseThetaOfHead(const ProgressiveArgs& p,
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kBudgetThreads)
+__global__ void __launch_bounds__(kBudgetThreads, 2)
     ProgressiveBudgetKernel(const __grid_constant__ ProgressiveArgs p) {
   extern __shared__ __align__(16) std::byte shared_bytes[];
   auto& shared = *reinterpret_cast<BudgetShared<Traits>*>(shared_bytes);
