@@ -250,8 +250,8 @@ absl::StatusOr<std::unique_ptr<AttentionTask>> ValidateAttend(AttendMessage mess
 }
 
 absl::StatusOr<std::unique_ptr<AttentionTask>> ValidateImport(
-    std::shared_ptr<const v1::ImportKvRequest> request, const std::shared_ptr<Session>& session,
-    const Caller& caller) {
+    const std::shared_ptr<const v1::ImportKvRequest>& request,
+    const std::shared_ptr<Session>& session, const Caller& caller) {
   const SessionConfig& config = session->config();
   const int32_t layers = request->num_layers() == 0 ? 1 : request->num_layers();
   for (const absl::Status& status :
@@ -294,8 +294,8 @@ absl::StatusOr<std::unique_ptr<AttentionTask>> ValidateImport(
   sequence.position = request->position();
   sequence.append_len = static_cast<int32_t>(tokens);
   task->sequences.push_back(std::move(sequence));
-  task->payload_owner =
-      std::const_pointer_cast<v1::ImportKvRequest>(std::move(request));  // only kept, never written
+  // Only kept, never written.
+  task->payload_owner = std::const_pointer_cast<v1::ImportKvRequest>(request);
   return task;
 }
 

@@ -58,7 +58,7 @@ absl::StatusOr<std::unique_ptr<AttentionTask>> ValidateAttend(AttendMessage mess
 
 // One chunk of an import; the task shares `request`.
 absl::StatusOr<std::unique_ptr<AttentionTask>> ValidateImport(
-    std::shared_ptr<const v1::ImportKvRequest> request, const std::shared_ptr<Session>& session,
+    const std::shared_ptr<const v1::ImportKvRequest>& request, const std::shared_ptr<Session>& session,
     const Caller& caller);
 
 absl::StatusOr<std::shared_ptr<const ModelProfile>> ValidateProfile(

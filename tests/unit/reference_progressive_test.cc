@@ -181,7 +181,7 @@ TEST(ProgressiveF64Test, TwoStagesLeaveColdPagesAtTheirPrefix) {
 TEST(ProgressiveF64Test, AllMassOnOneTokenReadsItsPageAlone) {
   std::vector<float> keys = RandomNormal(54, 1024 * kDim, 0.01f);
   const std::vector<float> values = RandomNormal(55, 1024 * kDim);
-  for (int32_t c = 0; c < kDim; ++c) keys[static_cast<size_t>(500 * kDim + c)] = 3.0f;
+  for (int32_t c = 0; c < kDim; ++c) keys[size_t{500} * kDim + static_cast<size_t>(c)] = 3.0f;
   const Cache cache(keys, values);
   const std::vector<float> q(kGroup * kDim, 4.0f);  // its score is 96, all others near 0
   ProgressiveStepF64 step = cache.Step(q, 64);
