@@ -13,13 +13,15 @@ double Dot(const float* a, const float* b, int32_t n) {
   return sum;
 }
 
-// One row of one q head over `visible`; k and v point at the kv head's first token.
+// One row of one q head over `visible`; kv_offset leads to its kv head in k and v.
 void AttendRow(const AttentionF64Params& params, VisibleRange visible, const float* q,
-               const float* k, const float* v, double* out, double* lse) {
+               const float* k, const float* v, int64_t kv_offset, double* out, double* lse) {
   const int32_t d = params.shape.head_dim;
   const int64_t stride = int64_t{params.shape.num_kv_heads} * d;
   *lse = -std::numeric_limits<double>::infinity();
-  if (visible.begin >= visible.end) return;
+  if (visible.begin >= visible.end) return;  // k and v may be null
+  k += kv_offset;
+  v += kv_offset;
   std::vector<double> scores;
   scores.reserve(static_cast<size_t>(visible.end - visible.begin));
   double largest = -std::numeric_limits<double>::infinity();
@@ -58,7 +60,7 @@ AttentionF64Result AttentionF64(const AttentionF64Params& params, const float* q
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t kv_offset = row % heads / params.shape.group_size() * d;
     AttendRow(params, VisibleTokens(params.q_start + row / heads, params.kv_len, params.window),
-              q + row * d, k + kv_offset, v + kv_offset, result.out.data() + row * d,
+              q + row * d, k, v, kv_offset, result.out.data() + row * d,
               &result.lse[static_cast<size_t>(row)]);
   }
   return result;

@@ -62,8 +62,10 @@ ProgressiveHarness::ProgressiveHarness(const ProgressiveOptions& options)
   if (!harness_.ok()) return;
   sequence_.stored_bits = options.stored_bits;
   const int32_t heads = options.shape.num_kv_heads;
-  harness_.AppendTokens(&sequence_, StructuredRows(options.length, heads, true),
-                        harness_.RandomRows(options.length, heads));
+  // Drawn one after the other: the order of arguments is the compiler's.
+  const std::vector<float> values = harness_.RandomRows(options.length, heads);
+  const std::vector<float> keys = StructuredRows(options.length, heads, true);
+  harness_.AppendTokens(&sequence_, keys, values);
   const int32_t sealed = static_cast<int32_t>(options.length / kPageTokens) - 1;
   for (int32_t run = 0; run < options.num_bases; ++run) {
     const int32_t begin = sealed * run / options.num_bases;
