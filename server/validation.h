@@ -58,8 +58,8 @@ absl::StatusOr<std::unique_ptr<AttentionTask>> ValidateAttend(AttendMessage mess
 
 // One chunk of an import; the task shares `request`.
 absl::StatusOr<std::unique_ptr<AttentionTask>> ValidateImport(
-    const std::shared_ptr<const v1::ImportKvRequest>& request, const std::shared_ptr<Session>& session,
-    const Caller& caller);
+    const std::shared_ptr<const v1::ImportKvRequest>& request,
+    const std::shared_ptr<Session>& session, const Caller& caller);
 
 absl::StatusOr<std::shared_ptr<const ModelProfile>> ValidateProfile(
     const v1::UploadProfileRequest& request, const ValidationContext& context);
