@@ -16,7 +16,7 @@ void PlanProgressive(int32_t num_sms, ProgressiveParams* params) {
   const int32_t warps_per_head = kScanWarps / std::min(params->shape.num_kv_heads, kScanWarps);
   params->scan_chunk =
       std::min(std::max(CeilDiv(pages, scan_chunks), 2), kMaxScanItems * warps_per_head);
-  // Attend: two CTAs a multiprocessor, so that the hardware evens out heads that differ in work.
+  // Attend: four CTAs a multiprocessor, so that the hardware evens out heads that differ in work.
   const int32_t attend_chunks = std::max(4 * num_sms / dense, 1);
   params->attend_chunk = std::min(std::max(CeilDiv(pages, attend_chunks), 16), kMaxAttendChunk);
 }

@@ -68,8 +68,8 @@ struct ProgressiveParams {
   std::byte* workspace = nullptr;
 };
 
-// Fills scan_chunk and attend_chunk for a device with `num_sms` multiprocessors. Pure: one wave of
-// two scan CTAs a multiprocessor, and at least two attend CTAs, where the pages suffice.
+// Fills scan_chunk and attend_chunk for a device with `num_sms` multiprocessors. Pure: about four
+// scan CTAs a multiprocessor (two waves) and four attend CTAs, where the pages suffice.
 void PlanProgressive(int32_t num_sms, ProgressiveParams* params);
 
 // Bytes of workspace that params' shapes need.

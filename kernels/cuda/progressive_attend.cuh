@@ -7,12 +7,13 @@
 //   first
 // L is the estimated global LSE, the same for every CTA of a head, so partial results just add up.
 //
-// A CTA takes a chunk of one head's pages: a thread decides each page, then every warp takes
-// attended pages in turn (planes arrive by asynchronous copies one page ahead), then all threads
-// add the means of the skipped ones. Values enter the MMA transposed: channels are its M, tokens
-// its K, columns its N; 2-bit fields enter in place as FP16 subnormals, and the powers of 4 that
-// their places add are taken out of B (fields of token + 8) and of the sums (channels + 8). grid
-// (attend_chunks, num_kv_heads, num_sequences).
+// A CTA takes a chunk of one head's pages: four threads decide each page, then every warp
+// takes attended pages in turn (as many at a time as its shared memory holds), then the means of
+// the skipped ones are added, an MMA over pages. Values enter the MMA transposed: channels are its
+// M, tokens its K, columns its N; 2-bit fields enter in place as FP16 subnormals, and the powers of
+// 4 that their places add are taken out of B (fields of token + 8) and of the sums (channels + 8).
+// grid (attend_chunks x column tiles, num_kv_heads, num_sequences); decisions come from all
+// columns, so every tile makes the same, and further tiles find the planes in L2.
 
 #include "kernels/cuda/progressive_decide.cuh"
 

@@ -108,7 +108,7 @@ __device__ __forceinline__ void RefineScores(const std::byte* fine, const __half
 
 // Adds one page's values to out[tile] (channels 16 tile + lane / 4 and + 8, columns 2 (lane % 4)
 // and
-// + 1), weighted by probability[i] (tokens of packed scores) times exp2(`log_weight`) of the
+// + 1), weighted by probability[i] (tokens of packed scores) times `weight` of the
 // column.
 template <class Traits>
 __device__ __forceinline__ void AddValues(const std::byte* planes, const float* token_ranges,
