@@ -206,6 +206,25 @@ int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, DecodeSchedule*
   return Packer(plan, batch, block).Pack(schedule);
 }
 
+ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,
+                               int32_t group) {
+  const PlanKey& key = plan.key();
+  const std::byte* block = scratch.block();
+  const int32_t first = plan.FirstSealed(group);
+  ProgressiveParams params = plan.GroupParams(group);
+  params.pool = pool;
+  params.sequences =
+      reinterpret_cast<const ProgressiveSequence*>(block + plan.layout().progressive) + first;
+  params.table = reinterpret_cast<const uint32_t*>(block + plan.layout().tail);
+  params.q = scratch.q();
+  params.out = scratch.out();
+  params.lse = scratch.lse();
+  params.decisions =
+      scratch.decisions() + int64_t{key.max_sequences + first} * key.shape.num_kv_heads;
+  params.workspace = scratch.workspace();
+  return params;
+}
+
 absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,
                          int32_t num_sms, cudaStream_t stream) {
   const PlanKey& key = plan.key();
@@ -251,19 +270,7 @@ absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte
   }
   for (int32_t i = 0; i < kNumSealedGroups; ++i) {
     if (key.sealed[i].num_sequences == 0) continue;
-    const int32_t first = plan.FirstSealed(i);
-    ProgressiveParams params = plan.GroupParams(i);
-    params.pool = pool;
-    params.sequences =
-        reinterpret_cast<const ProgressiveSequence*>(block + layout.progressive) + first;
-    params.table = reinterpret_cast<const uint32_t*>(block + layout.tail);
-    params.q = scratch.q();
-    params.out = scratch.out();
-    params.lse = scratch.lse();
-    params.decisions =
-        scratch.decisions() + int64_t{key.max_sequences + first} * key.shape.num_kv_heads;
-    params.workspace = scratch.workspace();
-    ADAATTN_RETURN_IF_ERROR(RunProgressive(params, stream));
+    ADAATTN_RETURN_IF_ERROR(RunProgressive(SealedParams(plan, scratch, pool, i), stream));
   }
   return LaunchReturn(step, num_sms, stream);
 }

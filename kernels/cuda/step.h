@@ -20,6 +20,11 @@ namespace adaattn {
 int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, DecodeSchedule* schedule,
                  std::byte* block);
 
+// What the progressive launch of one group of sealed sequences gets: shapes from the plan, data
+// from the block in `scratch`. Requires: the plan's key has sequences in `group`.
+ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,
+                               int32_t group);
+
 // Enqueues the kernels of every step of `plan`: all that changes between steps is in the block.
 // kUnimplemented for sealed sequences of a shape without a kernel.
 absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,
