@@ -31,6 +31,10 @@ __device__ __forceinline__ void ArriveExpectBytes(uint32_t barrier, uint32_t byt
                : "memory");
 }
 
+__device__ __forceinline__ void Arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ void WaitBarrier(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"

@@ -120,6 +120,7 @@ CudaPlan::CudaPlan(const PlanKey& key, int32_t num_sms)
   layout_.steps = add(n * int64_t{sizeof(StepSequence)});
   layout_.sequences = add(n * int64_t{sizeof(DeviceSequence)});
   layout_.progressive = add(FirstSealed(kNumSealedGroups) * int64_t{sizeof(ProgressiveSequence)});
+  layout_.scan_runs = add(FirstScanRun(kNumSealedGroups) * int64_t{sizeof(ScanRun)});
   const bool scaled = key.format == PageFormat::kF8E4m3;
   layout_.scales = add(scaled ? n * 2 * key.shape.num_kv_heads * int64_t{sizeof(float)} : 0);
   layout_.cta_items = add(exact_ != nullptr ? (num_ctas_ + 1) * int64_t{sizeof(int32_t)} : 0);
@@ -139,8 +140,8 @@ std::string CudaPlan::DebugString() const {
     if (group.num_sequences == 0) continue;
     const ProgressiveParams params = GroupParams(i);
     absl::StrAppend(&text, "; ", SealedGroupBits(i), " bits: ", group.num_sequences,
-                    " sequences of up to ", group.max_sealed, " pages, scan ", params.scan_chunk,
-                    ", attend ", params.attend_chunk);
+                    " sequences of up to ", group.max_sealed, " pages, scan in ", params.scan_share,
+                    " runs");
   }
   return text;
 }
@@ -152,6 +153,14 @@ int32_t CudaPlan::num_decisions() const {
 int32_t CudaPlan::FirstSealed(int32_t group) const {
   int32_t first = 0;
   for (int32_t i = 0; i < group; ++i) first += key_.sealed[i].num_sequences;
+  return first;
+}
+
+int32_t CudaPlan::FirstScanRun(int32_t group) const {
+  int32_t first = 0;
+  for (int32_t i = 0; i < group; ++i) {
+    if (key_.sealed[i].num_sequences > 0) first += NumScanRuns(GroupParams(i));
+  }
   return first;
 }
 

@@ -73,6 +73,7 @@ struct BlockLayout {
   int64_t steps = 0;        // StepSequence [max_sequences]
   int64_t sequences = 0;    // DeviceSequence [max_sequences]
   int64_t progressive = 0;  // ProgressiveSequence, group after group
+  int64_t scan_runs = 0;    // ScanRun, likewise
   int64_t scales = 0;       // float [max_sequences, 2, num_kv_heads], FP8 only
   int64_t cta_items = 0;    // int32_t [num_ctas + 1]
   int64_t items = 0;        // DecodeItem [max_items]
@@ -99,8 +100,10 @@ class CudaPlan final : public AttendPlan {
   int32_t num_decisions() const;  // on the device: exact rows first, then the progressive groups
   // Sequences of the groups before `group`.
   int32_t FirstSealed(int32_t group) const;
-  // Shapes and chunks of one progressive launch; memory not filled in.
+  // Shapes of one progressive launch; memory not filled in.
   ProgressiveParams GroupParams(int32_t group) const;
+  // ScanRuns of the groups before `group`.
+  int32_t FirstScanRun(int32_t group) const;
   // Scratch for `batch`, whose key this plan has.
   ScratchNeeds Needs(const AttendBatch& batch) const;
 

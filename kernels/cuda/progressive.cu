@@ -8,17 +8,47 @@
 namespace adaattn {
 
 void PlanProgressive(int32_t num_sms, ProgressiveParams* params) {
+  params->num_sms = num_sms;
   const int32_t head_groups = CeilDiv(params->shape.num_kv_heads, kScanWarps);
-  const int32_t pages = std::max(params->max_sealed, 1);
-  // Scan: about two waves (four CTAs a multiprocessor), so that the hardware evens out their ends.
-  const int32_t dense = params->num_sequences * params->shape.num_kv_heads;
-  const int32_t scan_chunks = std::max(4 * num_sms / (head_groups * params->num_sequences), 1);
-  const int32_t warps_per_head = kScanWarps / std::min(params->shape.num_kv_heads, kScanWarps);
-  params->scan_chunk =
-      std::min(std::max(CeilDiv(pages, scan_chunks), 2), kMaxScanItems * warps_per_head);
-  // Attend: four CTAs a multiprocessor, so that the hardware evens out heads that differ in work.
-  const int32_t attend_chunks = std::max(4 * num_sms / dense, 1);
-  params->attend_chunk = std::min(std::max(CeilDiv(pages, attend_chunks), 16), kMaxAttendChunk);
+  const int32_t tiles = CeilDiv(params->shape.group_size() * params->max_q_len, kTileColumns);
+  const int32_t dense = params->num_sequences * params->shape.num_kv_heads * tiles;
+  int32_t ctas = ScanCtasPerSm(params->shape.head_dim) * num_sms;
+  if (2 * dense <= ctas) ctas -= dense;
+  params->scan_share = std::max(ctas / (head_groups * tiles), 1);
+}
+
+void ScheduleScan(const ProgressiveParams& params, absl::Span<ProgressiveSequence> sequences,
+                  ScanRun* runs) {
+  const auto visible = [](const ProgressiveSequence& s) {
+    ScanRun pages;
+    const int32_t first = s.window > 0 ? std::max(s.q_start - s.window + 1, 0) / kPageTokens : 0;
+    pages.page_end = std::min(s.num_sealed, (s.q_start + s.q_len - 1) / kPageTokens + 1);
+    pages.page_begin = std::min(first, pages.page_end);
+    return pages;
+  };
+  int64_t total = 0;
+  for (const ProgressiveSequence& s : sequences) {
+    const ScanRun pages = visible(s);
+    total += pages.page_end - pages.page_begin;
+  }
+  // A CTA takes several pages at once where it has few heads.
+  const int32_t heads = std::min(params.shape.num_kv_heads, kScanWarps);
+  const int32_t at_once = kScanWarps / heads;
+  const auto share = static_cast<int32_t>((total + params.scan_share - 1) / params.scan_share);
+  const int32_t length = std::max(CeilDiv(share, at_once), 1) * at_once;
+  int32_t next = 0;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    ScanRun pages = visible(sequences[i]);
+    sequences[i].scan_begin = next;
+    for (; pages.page_begin < pages.page_end; pages.page_begin += length) {
+      runs[next] = pages;
+      runs[next].sequence = static_cast<int32_t>(i);
+      runs[next].page_end = std::min(pages.page_begin + length, pages.page_end);
+      ++next;
+    }
+    sequences[i].num_scan_runs = next - sequences[i].scan_begin;
+  }
+  std::fill(runs + next, runs + NumScanRuns(params), ScanRun());
 }
 
 int64_t ProgressiveWorkspaceBytes(const ProgressiveParams& params) {

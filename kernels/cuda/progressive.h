@@ -7,7 +7,8 @@
 //   scan     4 bits of every sealed page's keys -> scores, page log mass; the dense tail exactly
 //   refine   two-stage sequences only: the rest of the rank where the coarse page log mass asks
 //   budget   kBudget sequences only: theta per kv head from the predicted error
-//   attend   depths from the global LSE, finer key planes, value planes, means of skipped pages
+//   select   depths from the global LSE; one list of what to read for all heads; means of the rest
+//   attend   finer key planes and value planes of what is listed
 //   merge    partial results -> out, lse, decision
 //
 // Each is one launch with a grid that depends on shapes only, so a captured graph stays valid while
@@ -18,7 +19,9 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "absl/types/span.h"
 #include "kernels/format/page_layout.h"
+#include "kernels/host_device.h"
 #include "kernels/policy/decision.h"
 #include "kernels/shape.h"
 
@@ -40,7 +43,16 @@ struct ProgressiveSequence {
   int32_t num_bases = 0;
   int32_t basis_end[kMaxDeviceBasisRuns] = {};  // first page after each run
   uint32_t basis[kMaxDeviceBasisRuns] = {};     // PageId of its block
+  int32_t scan_begin = 0;                       // its first ScanRun
+  int32_t num_scan_runs = 0;
   DecisionParams decision;
+};
+
+// Neighbouring sealed pages of one sequence, scanned by the same CTAs.
+struct ScanRun {
+  int32_t sequence = -1;  // -1: no run
+  int32_t page_begin = 0;
+  int32_t page_end = 0;
 };
 
 struct ProgressiveParams {
@@ -49,28 +61,41 @@ struct ProgressiveParams {
   int32_t stored_bits = 8;
   int32_t num_sequences = 0;
   int32_t max_q_len = 1;
-  int32_t max_sealed = 0;    // pages of the longest sequence
-  bool two_stage = false;    // some sequence scans in two stages
-  bool softcap = false;      // some sequence has a soft cap
-  bool budget = false;       // some sequence's policy is kBudget
-  int32_t scan_chunk = 0;    // pages of one scan CTA
-  int32_t attend_chunk = 0;  // pages of one attend CTA
+  int32_t max_sealed = 0;  // pages of the longest sequence
+  bool two_stage = false;  // some sequence scans in two stages
+  bool softcap = false;    // some sequence has a soft cap
+  bool budget = false;     // some sequence's policy is kBudget
+  int32_t num_sms = 0;
+  int32_t scan_share = 0;  // runs among which ScheduleScan shares out the pages
   DType in_type = DType::kBf16;
   DType out_type = DType::kBf16;
   // Device memory.
   std::byte* pool = nullptr;
   const ProgressiveSequence* sequences = nullptr;
   const uint32_t* table = nullptr;
-  const void* q = nullptr;            // [rows, num_q_heads, head_dim] in_type
-  void* out = nullptr;                // likewise, out_type
-  float* lse = nullptr;               // [rows, num_q_heads]
-  HeadDecision* decisions = nullptr;  // [num_sequences, num_kv_heads]
+  const ScanRun* scan_runs = nullptr;  // [NumScanRuns(params)]
+  const void* q = nullptr;             // [rows, num_q_heads, head_dim] in_type
+  void* out = nullptr;                 // likewise, out_type
+  float* lse = nullptr;                // [rows, num_q_heads]
+  HeadDecision* decisions = nullptr;   // [num_sequences, num_kv_heads]
   std::byte* workspace = nullptr;
 };
 
-// Fills scan_chunk and attend_chunk for a device with `num_sms` multiprocessors. Pure: about four
-// scan CTAs a multiprocessor (two waves) and four attend CTAs, where the pages suffice.
+// Fills num_sms and scan_share for a device with `num_sms` multiprocessors: one wave of scan CTAs,
+// less those that the dense tails take where these are few.
 void PlanProgressive(int32_t num_sms, ProgressiveParams* params);
+
+// An upper bound on the runs of a step: every sequence may end inside one.
+ADAATTN_HD constexpr int32_t NumScanRuns(const ProgressiveParams& params) {
+  return params.scan_share + params.num_sequences;
+}
+
+// Cuts the visible sealed pages of `sequences` into runs of equal length, about params.scan_share
+// of them, and tells each sequence which are its own; what is left of `runs`
+// [NumScanRuns(params)] becomes empty. So long and short sequences of a batch share the device by
+// their pages.
+void ScheduleScan(const ProgressiveParams& params, absl::Span<ProgressiveSequence> sequences,
+                  ScanRun* runs);
 
 // Bytes of workspace that params' shapes need.
 int64_t ProgressiveWorkspaceBytes(const ProgressiveParams& params);

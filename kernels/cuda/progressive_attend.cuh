@@ -1,23 +1,68 @@
 #ifndef ADAATTN_KERNELS_CUDA_PROGRESSIVE_ATTEND_CUH_
 #define ADAATTN_KERNELS_CUDA_PROGRESSIVE_ATTEND_CUH_
 
-// Attend: depths from the global LSE, then the values.
-//   out = sum over attended tokens exp2(s - L) x_b(v) + sum over skipped pages share * mean
+// Attend: the values of the pages that select listed, and their keys' finer planes.
+//   out = sum over attended tokens exp2(s - L) x_b(v)
 //   x_b(code) r = (sum_i m_i 4^-i / 2 + 2^-b - 1) r         m_i: 2-bit plane i, most significant
 //   first
-// L is the estimated global LSE, the same for every CTA of a head, so partial results just add up.
+// L is the estimated global LSE, the same for every unit of a head, so partial results just add up.
 //
-// A CTA takes a chunk of one head's pages: four threads decide each page, then every warp
-// takes attended pages in turn (as many at a time as its shared memory holds), then the means of
-// the skipped ones are added, an MMA over pages. Values enter the MMA transposed: channels are its
-// M, tokens its K, columns its N; 2-bit fields enter in place as FP16 subnormals, and the powers of
-// 4 that their places add are taken out of B (fields of token + 8) and of the sums (channels + 8).
-// grid (attend_chunks x column tiles, num_kv_heads, num_sequences); decisions come from all
-// columns, so every tile makes the same, and further tiles find the planes in L2.
+// A warp takes a unit of up to kUnitPages pages, whichever head they are of, has all that it needs
+// of them (or as much as its buffer holds) brought by bulk copies at once, and leaves one partial
+// output. Values enter the MMA transposed: channels are its M, tokens its K, columns its N; 2-bit
+// fields enter in place as FP16 subnormals, and the powers of 4 that their places add are taken out
+// of B (fields of token + 8) and of the sums (channels + 8).
+// grid: as many CTAs as the device holds; further column tiles find the planes in L2.
 
-#include "kernels/cuda/progressive_decide.cuh"
+#include "kernels/cuda/progressive_values.cuh"
 
 namespace adaattn {
+
+inline constexpr int kAttendWarps = 4;
+inline constexpr int kAttendThreads = kAttendWarps * 32;
+ADAATTN_HD constexpr int32_t AttendCtasPerSm(int32_t head_dim) {
+  return head_dim <= 96 ? 4 : head_dim <= 128 ? 3 : 2;
+}
+
+// What of an attended page is copied, in the order in which it stands in a warp's buffer.
+enum AttendPart : int {
+  kScoresLow = 0,
+  kScoresHigh = 1,
+  kValueScales = 2,
+  kValuePlane = 3,  // 3..6
+  kKeyScales = 7,
+  kKeyFine = 8,  // 8, 9
+  kNumAttendParts = 10
+};
+
+template <class Traits>
+struct AttendBuffer {
+  static constexpr int kScoreBytes = kPageTokens * kTileColumns;  // half of them
+  static constexpr int kValues = 2 * kScoreBytes;
+  static constexpr int kFixedBytes = kValues + Traits::kValueScaleBytes;
+  static constexpr int kMostBytes = kFixedBytes + 6 * Traits::kPlaneBytes + Traits::kHeadDim;
+  static constexpr int kUsualBytes = kUnitPages * (kFixedBytes + Traits::kPlaneBytes);
+  // Any single page, or a unit of pages at 2 bits; where there is room, a few deeper ones too.
+  static constexpr int kBytes = Traits::kHeadDim == 128    ? 16384
+                                : kMostBytes > kUsualBytes ? kMostBytes
+                                                           : kUsualBytes;
+  static_assert(kBytes >= kMostBytes && kBytes >= kUsualBytes, "at least one page at a time");
+  __host__ __device__ static constexpr int PageBytes(const PackedPage& page) {
+    return kFixedBytes + (page.value_planes + page.fine_planes) * Traits::kPlaneBytes +
+           (page.fine_planes > 0 ? Traits::kHeadDim : 0);
+  }
+};
+
+template <class Traits>
+struct AttendShared {
+  struct Warp {
+    alignas(16) std::byte pages[AttendBuffer<Traits>::kBytes];
+    alignas(16) __half ranges[Traits::kHeadDim];  // of channels, spread for the MMA
+    alignas(16) float token_ranges[kPageTokens * Traits::kValueGroups];
+    alignas(8) uint64_t barrier;
+  };
+  Warp warps[kAttendWarps];
+};
 
 // The packed scores of a page and the maximum that they are relative to, column lane / 4.
 struct PageScores {
@@ -25,56 +70,33 @@ struct PageScores {
   float max;
 };
 
-template <class Traits>
-__device__ __forceinline__ PageScores LoadScores(const ProgressiveArgs& p, const SequenceView& s,
-                                                 int64_t page_index, int column_tile, int lane) {
-  const ProgressiveWorkspace& w = p.work;
-  PageScores scores;
-  uint4 low = make_uint4(0, 0, 0, 0), high = low;
-  scores.max = -INFINITY;
-  const int column = column_tile * kTileColumns + lane / 4;
-  if (column < p.shape.group_size() * s.q_len) {
-    const uint4* from = reinterpret_cast<const uint4*>(p.workspace + w.scores) +
-                        (page_index * (w.columns / kTileColumns) + column_tile) * 64 + lane;
-    low = from[0];
-    high = from[32];
-    scores.max =
-        reinterpret_cast<const float4*>(p.workspace + w.stats)[page_index * w.columns + column].x;
-  }
-  const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) scores.packed[i] = words[i];
-  return scores;
-}
-
 // Adds one page whose value scales and planes stand at `data`.
 template <class Traits>
-__device__ __forceinline__ void AttendValues(const SequenceView& s, const std::byte* data,
-                                             int value_bits, const PageScores& scores, float lse,
-                                             int lane, typename AttendShared<Traits>::Warp& mine,
+__device__ __forceinline__ void AttendValues(float softcap, const std::byte* data, int value_bits,
+                                             const PageScores& scores, float lse, int lane,
+                                             typename AttendShared<Traits>::Warp& mine,
                                              float (&out)[Traits::kTiles][4], float* mass) {
-  using Shared = AttendShared<Traits>;
   // Token ranges relative to the page's largest, so that probability times range fits FP16.
   uint32_t top = 0;
   const auto* scales = reinterpret_cast<const uint8_t*>(data);
 #pragma unroll
-  for (int i = lane; i < Shared::kScaleBytes; i += 32) top = umax(top, scales[i]);
+  for (int i = lane; i < Traits::kValueScaleBytes; i += 32) top = umax(top, scales[i]);
   top = __reduce_max_sync(0xffffffffu, top);
 #pragma unroll
-  for (int i = lane; i < Shared::kScaleBytes; i += 32) {
+  for (int i = lane; i < Traits::kValueScaleBytes; i += 32) {
     mine.token_ranges[i % Traits::kValueGroups * kPageTokens + i / Traits::kValueGroups] =
         Exp2(0.25f * (static_cast<float>(scales[i]) - static_cast<float>(top)));
   }
   __syncwarp();
   float2 probability[8];
-  const float base = SoftCap<Traits>(scores.max, s.softcap);
+  const float base = SoftCap<Traits>(scores.max, softcap);
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     float2 y = HalvesToFloats(scores.packed[i]);
-    if (s.softcap != 0) {
-      y.x = SoftCap<Traits>(y.x + scores.max, s.softcap) - base;
-      y.y = SoftCap<Traits>(y.y + scores.max, s.softcap) - base;
+    if (softcap != 0) {
+      y.x = SoftCap<Traits>(y.x + scores.max, softcap) - base;
+      y.y = SoftCap<Traits>(y.y + scores.max, softcap) - base;
     }
     probability[i] =
         scores.max == -INFINITY ? make_float2(0, 0) : make_float2(Exp2(y.x), Exp2(y.y));
@@ -85,239 +107,235 @@ __device__ __forceinline__ void AttendValues(const SequenceView& s, const std::b
   const float scaled = weight * RangeOf(top);
   const float weights[2] = {__shfl_sync(0xffffffffu, scaled, lane % 4 * 8),
                             __shfl_sync(0xffffffffu, scaled, lane % 4 * 8 + 4)};
-  AddValues<Traits>(data + Shared::kScaleBytes, mine.token_ranges, value_bits, probability, weights,
-                    lane, out);
+  AddValues<Traits>(data + Traits::kValueScaleBytes, mine.token_ranges, value_bits, probability,
+                    weights, lane, out);
   __syncwarp();
 }
 
-// A warp's share of the listed pages; sums go to out and mass (column lane / 4).
+// One unit for one tile of columns.
 template <class Traits>
-struct PageAttender {
-  using Shared = AttendShared<Traits>;
+struct UnitAttender {
+  using Buffer = AttendBuffer<Traits>;
   const ProgressiveArgs& p;
-  const SequenceView& s;
-  Shared& shared;
-  typename Shared::Warp& mine;
-  int64_t head_index;
-  int head, begin, column_tile, lane;
-  int32_t key_bytes = 0, value_bytes = 0;
+  typename AttendShared<Traits>::Warp& mine;
+  int lane;
+  uint32_t parity = 0;
+  // The part that this lane copies: where in a page's memory, how much of it.
+  uint32_t part_offset = 0, part_bytes = 0;
+  // The unit.
+  int64_t head_index = 0;
+  int head = 0, column_tile = 0, columns = 0;  // columns: of the tile
+  float softcap = 0;
 
-  __device__ __forceinline__ void Copy(std::byte* to, const std::byte* base,
-                                       const PageLayout::Section& from, int bytes) const {
-    WarpCopyAsync(to, base + from.offset + head * from.bytes, bytes, lane);
-  }
-  __device__ __forceinline__ const std::byte* Base(int local) const {
-    return p.pool + static_cast<int64_t>(shared.base[local]) * kPageAlignment;
-  }
-  __device__ __forceinline__ int KeyTiles(int local) const {
-    return min(shared.key_chunks[local] * Traits::kChunkTiles, Traits::kTiles);
-  }
-
-  __device__ __forceinline__ void FetchValues(int local, std::byte* target) {
-    const AttendedPage<Traits> page(shared, local);
-    Copy(target, Base(local), p.layout.value_scales, Shared::kScaleBytes);
-    for (int i = 0; i < page.value_bits / 2; ++i) {
-      Copy(target + Shared::kScaleBytes + i * Shared::kPlaneBytes, Base(local),
-           p.layout.value_plane[i], Shared::kPlaneBytes);
+  __device__ __forceinline__ UnitAttender(const ProgressiveArgs& args,
+                                          typename AttendShared<Traits>::Warp& warp, int lane_index)
+      : p(args), mine(warp), lane(lane_index) {
+    PageLayout::Section part;
+    if (lane == kValueScales) part = p.layout.value_scales;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (lane == kValuePlane + i) part = p.layout.value_plane[i];
     }
-    value_bytes += page.value_bytes();
-  }
-  __device__ __forceinline__ void FetchKeys(int local, std::byte* target) {
-    const AttendedPage<Traits> page(shared, local);
-    if (page.fine_planes == 0) return;
-    Copy(target, Base(local), p.layout.key_scales, Traits::kHeadDim);
-    for (int i = 0; i < page.fine_planes; ++i) {
-      Copy(target + Traits::kHeadDim + i * Shared::kPlaneBytes, Base(local), p.layout.key_fine[i],
-           KeyTiles(local) * kPlaneTileBytes);
+    if (lane == kKeyScales) part = p.layout.key_scales;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (lane == kKeyFine + i) part = p.layout.key_fine[i];
     }
-    key_bytes += page.fine_planes * KeyTiles(local) * kPlaneTileBytes;
-  }
-  __device__ __forceinline__ void Refine(int local, const std::byte* data, PageScores* scores) {
-    const AttendedPage<Traits> page(shared, local);
-    if (page.fine_planes == 0) return;
-    const float top = SpreadKeyRanges<Traits>(data, mine.ranges, lane);
-    __syncwarp();
-    const QueryFragments<Traits> query(p, head_index, BasisOfPage(s, begin + local), column_tile);
-    RefineScores<Traits>(data + Traits::kHeadDim, mine.ranges, query.halves, query.unit * top,
-                         page.fine_planes, KeyTiles(local), lane, scores->packed);
-  }
-  __device__ __forceinline__ PageScores Scores(int local) const {
-    return LoadScores<Traits>(p, s, head_index * p.max_sealed + begin + local, column_tile, lane);
-  }
-  __device__ __forceinline__ static void Arrive() {
-    CommitCopies();
-    WaitCopies<0>();
-    __syncwarp();
+    part_offset = static_cast<uint32_t>(part.offset);
+    part_bytes = static_cast<uint32_t>(part.bytes);
   }
 
-  __device__ __forceinline__ void Run(int count, int warp, float (&out)[Traits::kTiles][4],
-                                      float* mass) {
-    const float lse = shared.lse[column_tile * kTileColumns + lane / 4];
-    for (int item = warp; item < count;) {
-      int bytes = 0, next = item;
-      while (next < count) {
-        const int local = shared.list[next];
-        const AttendedPage<Traits> page(shared, local);
-        if (bytes + page.key_bytes() + page.value_bytes() > Shared::kBufferBytes) break;
-        FetchKeys(local, mine.pages + bytes);
-        FetchValues(local, mine.pages + bytes + page.key_bytes());
-        bytes += page.key_bytes() + page.value_bytes();
-        next += kAttendWarps;
+  __device__ __forceinline__ int KeyTiles(const PackedPage& page) const {
+    return min(page.key_chunks * Traits::kChunkTiles, Traits::kTiles);
+  }
+  // Bytes of scores that exist: a lane's 16 for each of its 4 lanes a column, twice.
+  __device__ __forceinline__ uint32_t ScoreBytes() const {
+    return static_cast<uint32_t>(columns) * (Buffer::kScoreBytes / kTileColumns);
+  }
+  __device__ __forceinline__ uint32_t KeyBytes(const PackedPage& page) const {
+    return page.fine_planes * KeyTiles(page) * kPlaneTileBytes;
+  }
+  __device__ __forceinline__ uint32_t ValueBytes(const PackedPage& page) const {
+    return Traits::kValueScaleBytes + page.value_planes * Traits::kPlaneBytes;
+  }
+  __device__ __forceinline__ uint32_t CopiedBytes(const PackedPage& page) const {
+    return 2 * ScoreBytes() + ValueBytes(page) + KeyBytes(page) +
+           (page.fine_planes > 0 ? Traits::kHeadDim : 0);
+  }
+
+  // Starts the copies of one page to `at` of the buffer; a lane a part.
+  __device__ __forceinline__ void Fetch(const PackedPage& page, uint32_t id, int at) const {
+    const int plane = lane - kValuePlane, fine = lane - kKeyFine;
+    const int keys = Buffer::kFixedBytes + page.value_planes * Traits::kPlaneBytes;
+    const std::byte* from =
+        p.pool + static_cast<int64_t>(id) * kPageAlignment + part_offset + head * part_bytes;
+    uint32_t bytes = part_bytes;
+    int target = 0;
+    bool wanted = true;
+    if (lane < kValueScales) {
+      const int64_t tile =
+          (head_index * p.max_sealed + page.page) * (p.work.columns / kTileColumns) + column_tile;
+      from = p.workspace + p.work.scores + (2 * tile + lane) * Buffer::kScoreBytes;
+      target = lane * Buffer::kScoreBytes;
+      bytes = ScoreBytes();
+    } else if (lane == kValueScales) {
+      target = Buffer::kValues;
+    } else if (lane < kKeyScales) {
+      target = Buffer::kFixedBytes + plane * Traits::kPlaneBytes;
+      wanted = plane < page.value_planes;
+    } else if (lane == kKeyScales) {
+      target = keys;
+      wanted = page.fine_planes > 0;
+    } else {
+      target = keys + Traits::kHeadDim + fine * Traits::kPlaneBytes;
+      bytes = static_cast<uint32_t>(KeyTiles(page) * kPlaneTileBytes);
+      wanted = fine < page.fine_planes;
+    }
+    if (wanted && lane < kNumAttendParts) {
+      BulkCopy(SharedAddress(mine.pages + at + target), from, bytes, SharedAddress(&mine.barrier));
+    }
+  }
+
+  // Adds a page that has arrived at `data`; `max` is its largest score in column lane / 4.
+  __device__ __forceinline__ void Attend(const PackedPage& page, const std::byte* data, float max,
+                                         float lse, float (&out)[Traits::kTiles][4], float* mass) {
+    PageScores scores;
+    uint4 low = make_uint4(0, 0, 0, 0), high = low;
+    scores.max = -INFINITY;
+    if (lane / 4 < columns) {
+      low = reinterpret_cast<const uint4*>(data)[lane];
+      high = reinterpret_cast<const uint4*>(data + Buffer::kScoreBytes)[lane];
+      scores.max = max;
+    }
+    const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scores.packed[i] = words[i];
+    if (page.fine_planes > 0) {
+      const std::byte* keys = data + Buffer::kFixedBytes + page.value_planes * Traits::kPlaneBytes;
+      const float top = SpreadKeyRanges<Traits>(keys, mine.ranges, lane);
+      __syncwarp();
+      const QueryFragments<Traits> query(p, head_index, page.basis_run, column_tile);
+      RefineScores<Traits>(keys + Traits::kHeadDim, mine.ranges, query.halves, query.unit * top,
+                           page.fine_planes, KeyTiles(page), lane, scores.packed);
+      __syncwarp();
+    }
+    AttendValues<Traits>(softcap, data + Buffer::kValues, 2 * page.value_planes, scores, lse, lane,
+                         mine, out, mass);
+  }
+
+  __device__ __forceinline__ void Store(int64_t slot, const float (&out)[Traits::kTiles][4],
+                                        float mass) const {
+    const int tiles = p.work.columns / kTileColumns;
+    auto* partial = reinterpret_cast<float4*>(p.workspace + p.work.partial) +
+                    (slot * tiles + column_tile) * Traits::kTiles * 32 + lane;
+    if (lane % 4 * 2 < columns) {
+#pragma unroll
+      for (int i = 0; i < Traits::kTiles; ++i) {
+        partial[i * 32] = make_float4(out[i][0], out[i][1], out[i][2], out[i][3]);
       }
-      if (next == item) {  // Too deep for one go: keys, then values.
-        const int local = shared.list[item];
-        FetchKeys(local, mine.pages);
-        PageScores scores = Scores(local);
-        Arrive();
-        Refine(local, mine.pages, &scores);
-        __syncwarp();
-        FetchValues(local, mine.pages);
-        Arrive();
-        AttendValues<Traits>(s, mine.pages, shared.value_bits[local], scores, lse, lane, mine, out,
-                             mass);
-        item += kAttendWarps;
-        continue;
+    }
+    if (lane % 4 == 0) {
+      reinterpret_cast<float*>(
+          p.workspace +
+          p.work.mass)[slot * p.work.columns + column_tile * kTileColumns + lane / 4] = mass;
+    }
+  }
+
+  // `word`: word `lane` of the unit.
+  __device__ __forceinline__ void Run(uint32_t word, int tile) {
+    head_index = __shfl_sync(0xffffffffu, word, 0);
+    const int slot = __shfl_sync(0xffffffffu, word, 1), count = __shfl_sync(0xffffffffu, word, 2);
+    const int sequence = static_cast<int>(head_index / p.shape.num_kv_heads);
+    head = static_cast<int>(head_index % p.shape.num_kv_heads);
+    column_tile = tile;
+    columns =
+        min(kTileColumns, p.shape.group_size() * p.sequences[sequence].q_len - tile * kTileColumns);
+    if (columns <= 0) return;
+    if constexpr (Traits::kSoftCap) softcap = p.sequences[sequence].softcap;
+    const int column = tile * kTileColumns + lane / 4;
+    const float lse = reinterpret_cast<const float*>(
+        p.workspace + p.work.global_lse)[head_index * p.work.columns + column];
+    float max[kUnitPages];
+#pragma unroll
+    for (int i = 0; i < kUnitPages; ++i) {
+      const PackedPage page = UnpackPage(__shfl_sync(0xffffffffu, word, 4 + kUnitPages + i));
+      max[i] = i < count ? PageStatsOf(p, head_index, page.page)[column].x : -INFINITY;
+    }
+    float out[Traits::kTiles][4], mass = 0;
+#pragma unroll
+    for (int i = 0; i < Traits::kTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[i][e] = 0;
+    }
+    uint32_t key_bytes = 0, value_bytes = 0;
+    for (int first = 0; first < count;) {
+      // As many as fit the buffer at once.
+      int last = first, used = 0;
+      uint32_t copied = 0;
+      while (last < count) {
+        const PackedPage page = UnpackPage(__shfl_sync(0xffffffffu, word, 4 + kUnitPages + last));
+        if (used + Buffer::PageBytes(page) > Buffer::kBytes) break;
+        used += Buffer::PageBytes(page);
+        copied += CopiedBytes(page);
+        key_bytes += KeyBytes(page);
+        value_bytes += ValueBytes(page);
+        ++last;
       }
-      Arrive();
-      bytes = 0;
-      for (; item < next; item += kAttendWarps) {
-        const int local = shared.list[item];
-        const AttendedPage<Traits> page(shared, local);
-        PageScores scores = Scores(local);
-        Refine(local, mine.pages + bytes, &scores);
-        AttendValues<Traits>(s, mine.pages + bytes + page.key_bytes(), page.value_bits, scores, lse,
-                             lane, mine, out, mass);
-        bytes += page.key_bytes() + page.value_bytes();
+      const uint32_t barrier = SharedAddress(&mine.barrier);
+      if (lane == 0) ArriveExpectBytes(barrier, copied);
+      __syncwarp();
+      for (int i = first, at = 0; i < last; ++i) {
+        const PackedPage page = UnpackPage(__shfl_sync(0xffffffffu, word, 4 + kUnitPages + i));
+        Fetch(page, __shfl_sync(0xffffffffu, word, 4 + i), at);
+        at += Buffer::PageBytes(page);
       }
+      WaitBarrier(barrier, parity);
+      parity ^= 1;
+      int at = 0;
+#pragma unroll
+      for (int i = 0; i < kUnitPages; ++i) {
+        if (i < first || i >= last) continue;
+        const PackedPage page = UnpackPage(__shfl_sync(0xffffffffu, word, 4 + kUnitPages + i));
+        Attend(page, mine.pages + at, max[i], lse, out, &mass);
+        at += Buffer::PageBytes(page);
+      }
+      first = last;
+      FenceAsyncShared();
+      __syncwarp();
+    }
+    Store(slot, out, mass);
+    if (tile == 0 && lane == 0) {
+      HeadDecision& decision = p.decisions[head_index];
+      if (key_bytes > 0) AddBytes(&decision.key_bytes, key_bytes);
+      AddBytes(&decision.value_bytes, value_bytes);
     }
   }
 };
 
-// Starts the copies of the chunk's value summaries, which depend on no earlier kernel.
 template <class Traits>
-__device__ __forceinline__ void FetchSummaries(const ProgressiveArgs& p,
-                                               const ProgressiveSequence& from, int head, int begin,
-                                               int pages, AttendShared<Traits>& shared) {
-  if (threadIdx.x < pages) {
-    shared.base[threadIdx.x] = p.table[from.table_begin + begin + threadIdx.x];
-  }
-  if (threadIdx.x < kNumKeyDepths) shared.key_pages[threadIdx.x] = 0;
-  if (threadIdx.x < kNumValueDepths) shared.value_pages[threadIdx.x] = 0;
-  __syncthreads();
-  const PageLayout::Section& section = p.layout.value_summary;
-  constexpr int kPieces = AttendShared<Traits>::kSummaryBytes / 16;
-  for (int i = threadIdx.x; i < pages * kPieces; i += kAttendThreads) {
-    CopyAsync16(shared.summaries[i / kPieces] + i % kPieces * 16,
-                p.pool + static_cast<int64_t>(shared.base[i / kPieces]) * kPageAlignment +
-                    section.offset + head * section.bytes + i % kPieces * 16);
-  }
-  CommitCopies();
-}
-
-// Writes the CTA's sums beside its partial output.
-template <class Traits>
-__device__ __forceinline__ void StoreState(const ProgressiveArgs& p, int64_t head_index,
-                                           int64_t slot, const AttendShared<Traits>& shared) {
-  const int n = threadIdx.x;
-  if (n >= kTileColumns) return;
-  AttendState state{};
-  state.mass = shared.figures[n][0];
-  for (int i = 0; i < kAttendWarps; ++i) state.mass += shared.mass[i][n];
-  state.entropy = shared.figures[n][1];
-  state.rest = shared.figures[n][2];
-  state.mean_squares = shared.figures[n][3];
-  state.weight = shared.figures[n][4];
-  reinterpret_cast<AttendState*>(p.workspace + p.work.state)[slot + n] = state;
-}
-
-// Adds the CTA's page counts and what it loaded to the head's decision.
-template <class Traits>
-__device__ __forceinline__ void CountReads(HeadDecision* decision,
-                                           const PageAttender<Traits>& attender,
-                                           const AttendShared<Traits>& shared) {
-  const int i = threadIdx.x;
-  if (i < kNumKeyDepths && shared.key_pages[i] > 0) {
-    atomicAdd(&decision->key_pages[i], shared.key_pages[i]);
-  }
-  if (i < kNumValueDepths && shared.value_pages[i] > 0) {
-    atomicAdd(&decision->value_pages[i], shared.value_pages[i]);
-  }
-  int64_t value_bytes = attender.value_bytes;
-  if (i == 0) {
-    for (int j = 0; j < kNumValueDepths; ++j) {
-      value_bytes += shared.value_pages[j] * AttendShared<Traits>::kSummaryBytes;
-    }
-  }
-  if (i % 32 != 0) return;
-  if (attender.key_bytes > 0) AddBytes(&decision->key_bytes, attender.key_bytes);
-  if (value_bytes > 0) AddBytes(&decision->value_bytes, value_bytes);
-}
-
-template <class Traits>
-__global__ void __launch_bounds__(kAttendThreads,
-                                  Traits::kHeadDim <= 128 && !Traits::kSoftCap ? 2 : 1)
+__global__ void __launch_bounds__(kAttendThreads, AttendCtasPerSm(Traits::kHeadDim))
     ProgressiveAttendKernel(const __grid_constant__ ProgressiveArgs p) {
-  constexpr int kD = Traits::kHeadDim;
-  using Shared = AttendShared<Traits>;
   extern __shared__ __align__(16) std::byte shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  const ProgressiveWorkspace& w = p.work;
-  const int tiles = w.columns / kTileColumns;
-  const int chunk = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-  const int head = blockIdx.y, sequence = blockIdx.z;
-  const ProgressiveSequence& from = p.sequences[sequence];
-  const SequenceView s(from);
-  const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
+  auto& shared = *reinterpret_cast<AttendShared<Traits>*>(shared_bytes);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int begin = chunk * p.attend_chunk, end = min(begin + p.attend_chunk, from.num_sealed);
-  const int pages = max(end - begin, 0);
-  FetchSummaries<Traits>(p, from, head, begin, pages, shared);
+  auto& mine = shared.warps[warp];
+  if (lane == 0) {
+    InitBarrier(SharedAddress(&mine.barrier), 1);
+    FenceBarrierInit();
+  }
+  __syncwarp();
+  UnitAttender<Traits> attender(p, mine, lane);
+  const auto* units = reinterpret_cast<const uint32_t*>(p.workspace + p.work.units);
   WaitForDependencies();
   LaunchDependents();
-  GlobalLse<kAttendThreads>(p, head_index, shared.lse, shared.lse_parts);
-  if (blockIdx.x == 0 && threadIdx.x < w.columns) {
-    reinterpret_cast<float*>(p.workspace + w.global_lse)[head_index * w.columns + threadIdx.x] =
-        shared.lse[threadIdx.x];
+  const int tiles = p.work.columns / kTileColumns;
+  const int count = *reinterpret_cast<const int32_t*>(p.workspace + p.work.num_units) * tiles;
+  // Neighbouring units to different multiprocessors.
+  for (int i = warp * gridDim.x + blockIdx.x; i < count; i += kAttendWarps * gridDim.x) {
+    constexpr int kWords = sizeof(AttendUnit) / 4;
+    const uint32_t word = lane < kWords ? units[int64_t{i / tiles} * kWords + lane] : 0;
+    attender.Run(word, i % tiles);
   }
-  if (pages == 0) return;  // The merge knows how many chunks there are.
-  const float theta = from.decision.policy == Policy::kBudget
-                          ? reinterpret_cast<const float*>(p.workspace + w.theta)[head_index]
-                          : from.decision.theta;
-  WaitCopies<0>();
-  __syncthreads();
-  if (begin == 0) SubstituteSink<Traits>(p, s, head_index, shared);
-  DecidePages<Traits>(p, from.decision, s, head_index, tile * kTileColumns, theta, begin, end,
-                      shared);
-  int count = 0;
-#pragma unroll
-  for (int i = 0; i < kAttendWarps; ++i) count += shared.warp_count[i];
-
-  float out[Traits::kTiles][4];
-#pragma unroll
-  for (int i = 0; i < Traits::kTiles; ++i) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) out[i][e] = 0;
-  }
-  float mass = 0;
-  PageAttender<Traits> attender{p,     s,    shared, shared.warps[warp], head_index, head,
-                                begin, tile, lane};
-  attender.Run(count, warp, out, &mass);
-  if (lane % 4 == 0) shared.mass[warp][lane / 4] = mass;
-  __syncthreads();  // every warp is done with its pages: they become partial outputs
-#pragma unroll
-  for (int i = 0; i < Traits::kTiles; ++i) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int column = lane % 4 * 2 + e % 2, channel = 16 * i + lane / 4 + (e >= 2 ? 8 : 0);
-      reinterpret_cast<float*>(&shared.warps[warp])[column * kD + channel] = out[i][e];
-    }
-  }
-  __syncthreads();
-  const int64_t slot = (head_index * w.attend_chunks + chunk) * w.columns + tile * kTileColumns;
-  AddMeans<Traits>(pages, shared,
-                   reinterpret_cast<float*>(p.workspace + w.partial) + slot * 2 * kD);
-  StoreState<Traits>(p, head_index, slot, shared);
-  if (tile == 0) CountReads(&p.decisions[head_index], attender, shared);
 }
 
 }  // namespace adaattn

@@ -7,7 +7,7 @@
 //   theta   the largest of the grid whose predicted relative error stays under the target
 // grid (num_kv_heads, num_sequences); sequences of other policies leave at once.
 
-#include "kernels/cuda/progressive_merge.cuh"
+#include "kernels/cuda/progressive_select.cuh"
 
 namespace adaattn {
 
@@ -17,7 +17,7 @@ inline constexpr int kBudgetPages = 64;  // in shared memory at a time; four thr
 template <class Traits>
 struct BudgetShared {
   static constexpr int kD = Traits::kHeadDim;
-  static constexpr int kSummaryBytes = AttendShared<Traits>::kSummaryBytes;
+  static constexpr int kSummaryBytes = SelectShared<Traits>::kSummaryBytes;
   alignas(16) std::byte summaries[kBudgetPages][kSummaryBytes];
   float share[kBudgetPages][kTileColumns];
   float out[kTileColumns][kD];  // o, unnormalised shares: they sum to 1
@@ -29,7 +29,7 @@ struct BudgetShared {
   float norm[kTileColumns];            // |o|^2
   float first_distance[kTileColumns];  // |v_0 - o|^2
   float lse[kMaxColumns];
-  float lse_parts[kBudgetThreads / 32][kTileColumns];
+  float2 lse_parts[kBudgetThreads / 32][kMaxColumns];
   float sums[kBudgetThreads / 32][kNumBudgetThetas + 1];
 };
 
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kBudgetThreads, 2)
   if (from.decision.policy != Policy::kBudget) return;
   const SequenceView s(from);
   const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
-  GlobalLse<kBudgetThreads>(p, head_index, shared.lse, shared.lse_parts);
+  GlobalLse<kBudgetThreads / 32>(p, from, head_index, shared.lse, shared.lse_parts);
   const int columns = p.shape.group_size() * s.q_len;
   for (int column_begin = 0; column_begin < columns; column_begin += kTileColumns) {
     LoadFirstToken<Traits>(p, from, s, head_index, head, column_begin, shared);

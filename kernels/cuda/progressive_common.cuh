@@ -26,11 +26,10 @@ inline constexpr int32_t kTileColumns = 8;   // columns of one MMA
 inline constexpr int32_t kMaxColumns = 128;  // group size 16, q_len 8
 
 // Shapes of the CTAs, which the plan has to know.
-inline constexpr int32_t kScanWarps = 8;
-inline constexpr int32_t kMaxScanItems = 16;  // pages of one warp
-inline constexpr int32_t kAttendWarps = 8;
-inline constexpr int32_t kAttendThreads = kAttendWarps * 32;
-inline constexpr int32_t kMaxAttendChunk = 64;  // pages; four threads decide each
+inline constexpr int32_t kScanWarps = 8;     // and one that fetches
+inline constexpr int32_t kSelectPages = 64;  // of one select CTA; four threads decide each
+inline constexpr int32_t kUnitPages = 4;     // attended pages that one warp takes at a time
+inline constexpr int32_t kSelectUnits = kSelectPages / kUnitPages;
 ADAATTN_HD constexpr int32_t ScanCtasPerSm(int32_t head_dim) { return head_dim <= 128 ? 2 : 1; }
 
 // Log mass of one page for one column, as far as its keys have been read.
@@ -42,16 +41,44 @@ struct PageStats {
 };
 static_assert(sizeof(PageStats) == 16, "stored with one instruction");
 
-// One attend CTA's sums for one column, beside its partial output. The error terms are those of
-// policy/error_model.h with o left open: E|do|^2 = mean_squares - 2 o.weighted_mean + |o|^2 weight
-// + rest, where weighted_mean is the vector that follows the partial output.
-struct AttendState {
-  float mass;          // sum of probabilities relative to the estimated LSE
+// One select CTA's sums for one column, beside the weighted sum of its skipped pages' means. The
+// error terms are those of policy/error_model.h with o left open: E|do|^2 = mean_squares
+// - 2 o.weighted_mean + |o|^2 weight + rest, where weighted_mean is the vector that follows.
+struct SelectState {
+  float mass;          // of the skipped pages, relative to the estimated LSE
   float entropy;       // -sum share log share, nats
   float weight;        // sum of w^2 var_s
   float mean_squares;  // sum of w^2 var_s |mean|^2
   float rest;          // sum of w^2 c
 };
+
+// Up to kUnitPages attended pages of one head, for one warp; 64 bytes.
+struct AttendUnit {
+  int32_t head_index;
+  int32_t slot;  // of its partial output
+  int32_t count;
+  int32_t spare;
+  uint32_t page_id[kUnitPages];
+  uint32_t page[kUnitPages];  // as PackPage
+  uint32_t unused[4];
+};
+static_assert(sizeof(AttendUnit) == 64, "read with one instruction a warp");
+
+// An attended page: its number, what of it is read, its basis.
+struct PackedPage {
+  int page, value_planes, fine_planes, key_chunks, basis_run;
+};
+ADAATTN_HD constexpr uint32_t PackPage(const PackedPage& x) {
+  return static_cast<uint32_t>(x.page) | static_cast<uint32_t>(x.value_planes) << 21 |
+         static_cast<uint32_t>(x.fine_planes) << 24 | static_cast<uint32_t>(x.key_chunks) << 26 |
+         static_cast<uint32_t>(x.basis_run) << 29;
+}
+ADAATTN_HD constexpr PackedPage UnpackPage(uint32_t x) {
+  return PackedPage{static_cast<int>(x & 0x1fffffu), static_cast<int>(x >> 21 & 7u),
+                    static_cast<int>(x >> 24 & 3u), static_cast<int>(x >> 26 & 7u),
+                    static_cast<int>(x >> 29)};
+}
+inline constexpr int32_t kMaxSealedPages = 1 << 21;
 
 // Byte offsets into the workspace. Row-major, outermost first; H kv heads, S sequences, C columns.
 struct ProgressiveWorkspace {
@@ -60,19 +87,23 @@ struct ProgressiveWorkspace {
   int64_t query_mean = 0;  // float [S, H, bases, C]: q.mu
   int64_t stats = 0;       // PageStats [S, H, pages, C]
   int64_t scores = 0;      // uint4 [S, H, pages, C / 8, 2, 32]: half2 scores minus max, B fragments
-  int64_t scan_lse = 0;    // float [S, H, scan chunks, C]: estimated log mass
+  int64_t scan_lse = 0;    // float [scan runs, H, C]: estimated log mass
   int64_t refined_lse = 0;  // likewise, after the second stage
   int64_t dense_lse = 0;    // float [S, H, C]
   int64_t dense_out = 0;    // float [S, H, C, D]
   int64_t theta = 0;        // float [S, H]
   int64_t budget = 0;       // PageBudget [S, H, pages]
-  int64_t global_lse = 0;   // float [S, H, C]: what the attend kernel's sums are relative to
-  int64_t partial = 0;      // float [S, H, attend chunks, C, 2, D]: output, weighted mean
-  int64_t state = 0;        // AttendState [S, H, attend chunks, C]
+  int64_t global_lse = 0;   // float [S, H, C]: what all sums are relative to
+  int64_t means = 0;        // float [S, H, chunks, C, 2, D]: of skipped pages; weighted mean
+  int64_t state = 0;        // SelectState [S, H, chunks, C]
+  int64_t num_units = 0;    // int32_t: AttendUnits of the step; [S, H, chunks]: of each select CTA
+  int64_t units = 0;        // AttendUnit [S, H, chunks, kSelectUnits], in no order
+  int64_t partial = 0;      // float4 [S, H, chunks, kSelectUnits, C / 8, tiles, 32]: accumulators
+  int64_t mass = 0;         // float [S, H, chunks, kSelectUnits, C]: of attended pages
   int64_t bytes = 0;
   int32_t columns = 0;
-  int32_t scan_chunks = 0;
-  int32_t attend_chunks = 0;
+  int32_t scan_runs = 0;
+  int32_t chunks = 0;  // of kSelectPages
 };
 
 ADAATTN_HD constexpr int32_t CeilDiv(int32_t a, int32_t b) { return (a + b - 1) / b; }
@@ -81,8 +112,8 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   ProgressiveWorkspace w;
   const int32_t d = p.shape.head_dim;
   w.columns = CeilDiv(p.shape.group_size() * p.max_q_len, kTileColumns) * kTileColumns;
-  w.scan_chunks = p.scan_chunk > 0 ? CeilDiv(p.max_sealed, p.scan_chunk) : 0;
-  w.attend_chunks = p.attend_chunk > 0 ? CeilDiv(p.max_sealed, p.attend_chunk) : 0;
+  w.scan_runs = NumScanRuns(p);
+  w.chunks = CeilDiv(p.max_sealed, kSelectPages);
   const int64_t heads = static_cast<int64_t>(p.num_sequences) * p.shape.num_kv_heads;
   int64_t end = 0;
   auto add = [&end](int64_t bytes) {
@@ -95,15 +126,21 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   w.query_mean = add(heads * kMaxDeviceBasisRuns * w.columns * 4);
   w.stats = add(heads * p.max_sealed * w.columns * static_cast<int64_t>(sizeof(PageStats)));
   w.scores = add(heads * p.max_sealed * w.columns * kPageTokens * 2);
-  w.scan_lse = add(heads * w.scan_chunks * w.columns * 4);
-  w.refined_lse = add(p.two_stage ? heads * w.scan_chunks * w.columns * 4 : 0);
+  const int64_t masses = int64_t{w.scan_runs} * p.shape.num_kv_heads * w.columns * 4;
+  w.scan_lse = add(masses);
+  w.refined_lse = add(p.two_stage ? masses : 0);
   w.dense_lse = add(heads * w.columns * 4);
   w.dense_out = add(heads * w.columns * d * 4);
   w.theta = add(heads * 4);
   w.budget = add(p.budget ? heads * p.max_sealed * static_cast<int64_t>(sizeof(PageBudget)) : 0);
   w.global_lse = add(heads * w.columns * 4);
-  w.partial = add(heads * w.attend_chunks * w.columns * 2 * d * 4);
-  w.state = add(heads * w.attend_chunks * w.columns * static_cast<int64_t>(sizeof(AttendState)));
+  const int64_t chunks = heads * w.chunks, units = chunks * kSelectUnits;
+  w.means = add(chunks * w.columns * 2 * d * 4);
+  w.state = add(chunks * w.columns * static_cast<int64_t>(sizeof(SelectState)));
+  w.num_units = add((chunks + 1) * 4);
+  w.units = add(units * static_cast<int64_t>(sizeof(AttendUnit)));
+  w.partial = add(units * w.columns * d * 4);
+  w.mass = add(units * w.columns * 4);
   w.bytes = end;
   return w;
 }
@@ -125,6 +162,8 @@ struct ProgressiveTraits {
   static constexpr int kValueGroups = kHeadDim % 64 == 0 ? kHeadDim / 64 : 1;
   static constexpr int kTilesPerGroup = kTiles / kValueGroups;
   static constexpr int kChunkTiles = ChunkChannels(kHeadDim) / kTileChannels;
+  static constexpr int kPlaneBytes = kTiles * kPlaneTileBytes;  // of one 2-bit plane
+  static constexpr int kValueScaleBytes = kPageTokens * kValueGroups;
   static_assert(kHeadDim % kTileChannels == 0, "whole tiles");
 };
 
@@ -279,11 +318,15 @@ __device__ __forceinline__ int ScanChunks(const ProgressiveArgs& p,
   return chunks;
 }
 
-// The scan's chunk masses of a head, as the last stage that ran left them.
-__device__ __forceinline__ const float* ChunkMasses(const ProgressiveArgs& p, int64_t head_index) {
-  return reinterpret_cast<const float*>(p.workspace +
-                                        (p.two_stage ? p.work.refined_lse : p.work.scan_lse)) +
-         head_index * p.work.scan_chunks * p.work.columns;
+// The scan's masses of a sequence's runs for one head, as the last stage that ran left them: run
+// i's column n at [i * MassStride(p) + n].
+__device__ __forceinline__ int64_t MassStride(const ProgressiveArgs& p) {
+  return int64_t{p.shape.num_kv_heads} * p.work.columns;
+}
+__device__ __forceinline__ const float* RunMasses(const ProgressiveArgs& p, int64_t masses,
+                                                  int scan_begin, int head) {
+  return reinterpret_cast<const float*>(p.workspace + masses) +
+         (int64_t{scan_begin} * p.shape.num_kv_heads + head) * p.work.columns;
 }
 __device__ __forceinline__ const float4* PageStatsOf(const ProgressiveArgs& p, int64_t head_index,
                                                      int page) {
@@ -295,8 +338,8 @@ __device__ __forceinline__ const float4* PageStatsOf(const ProgressiveArgs& p, i
 template <class Traits>
 struct QueryFragments {
   const uint2* halves;  // [tiles, 32]
-  float unit;
-  const float* mean;  // [8]
+  float unit;           // what a stored half of 1 is worth
+  const float* mean;    // [8]
   __device__ __forceinline__ QueryFragments(const ProgressiveArgs& p, int64_t head_index, int run,
                                             int column_tile) {
     const ProgressiveWorkspace& w = p.work;

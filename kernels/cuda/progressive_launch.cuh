@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/progressive_budget.cuh"
 #include "kernels/cuda/progressive_inst.h"
+#include "kernels/cuda/progressive_merge.cuh"
 #include "kernels/cuda/progressive_refine.cuh"
 #include "kernels/cuda/progressive_rotate.cuh"
 #include "kernels/cuda/status.h"
@@ -38,36 +39,40 @@ absl::Status AllowShared(Kernel kernel, size_t bytes) {
                   "cudaFuncSetAttribute");
 }
 
+inline constexpr size_t kMostMergeShared = 200 << 10;  // sequences of 160 million tokens
+
 template <class Traits>
 absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   constexpr size_t kRotateShared = sizeof(RotateShared<Traits>);
   constexpr size_t kScanShared = std::max(sizeof(ScanShared<Traits>), sizeof(DenseShared<Traits>));
-  constexpr size_t kRefineShared = sizeof(ScanShared<Traits>);
+  constexpr size_t kRefineShared = sizeof(RefineShared<Traits>);
   constexpr size_t kBudgetShared = sizeof(BudgetShared<Traits>);
+  constexpr size_t kSelectShared = sizeof(SelectShared<Traits>);
   constexpr size_t kAttendShared = sizeof(AttendShared<Traits>);
+  const size_t merge_shared = MergeSharedBytes<Traits>(p);
   static const absl::Status allowed = [] {
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveRotateKernel<Traits>, kRotateShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveScanKernel<Traits>, kScanShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveRefineKernel<Traits>, kRefineShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveBudgetKernel<Traits>, kBudgetShared));
+    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveSelectKernel<Traits>, kSelectShared));
+    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveMergeKernel<Traits>, kMostMergeShared));
     return AllowShared(ProgressiveAttendKernel<Traits>, kAttendShared);
   }();
   ADAATTN_RETURN_IF_ERROR(allowed);
   const auto heads = static_cast<unsigned>(p.shape.num_kv_heads);
   const auto sequences = static_cast<unsigned>(p.num_sequences);
-  const auto columns = static_cast<unsigned>(p.shape.group_size() * p.max_q_len);
   const auto tiles = static_cast<unsigned>(p.work.columns / kTileColumns);
   ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveRotateKernel<Traits>,
                                             dim3(heads, sequences, tiles), kRotateThreads,
                                             kRotateShared, false, p, stream, "rotate"));
   const auto head_groups = static_cast<unsigned>(CeilDiv(p.shape.num_kv_heads, kScanWarps));
-  const unsigned scan_ctas =
-      (static_cast<unsigned>(p.work.scan_chunks) * head_groups + heads) * sequences * tiles;
-  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveScanKernel<Traits>, dim3(scan_ctas),
-                                            kScanWarps * 32, kScanShared, true, p, stream, "scan"));
+  const unsigned runs = static_cast<unsigned>(p.work.scan_runs) * head_groups;
+  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveScanKernel<Traits>,
+                                            dim3((runs + heads * sequences) * tiles), kScanThreads,
+                                            kScanShared, true, p, stream, "scan"));
   if (p.two_stage) {
-    const dim3 grid(static_cast<unsigned>(p.work.scan_chunks) * head_groups * sequences);
-    ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveRefineKernel<Traits>, grid,
+    ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveRefineKernel<Traits>, dim3(runs),
                                               kScanWarps * 32, kRefineShared, true, p, stream,
                                               "refine"));
   }
@@ -77,11 +82,15 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
                                               true, p, stream, "budget"));
   }
   ADAATTN_RETURN_IF_ERROR(
-      LaunchProgressive(ProgressiveAttendKernel<Traits>,
-                        dim3(static_cast<unsigned>(p.work.attend_chunks) * tiles, heads, sequences),
-                        kAttendThreads, kAttendShared, true, p, stream, "attend"));
-  return LaunchProgressive(ProgressiveMergeKernel<Traits>, dim3(columns, heads, sequences),
-                           Traits::kHeadDim, 0, true, p, stream, "merge");
+      LaunchProgressive(ProgressiveSelectKernel<Traits>,
+                        dim3(static_cast<unsigned>(p.work.chunks) * tiles, heads, sequences),
+                        kSelectThreads, kSelectShared, true, p, stream, "select"));
+  const auto attend_ctas = static_cast<unsigned>(AttendCtasPerSm(Traits::kHeadDim) * p.num_sms);
+  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveAttendKernel<Traits>, dim3(attend_ctas),
+                                            kAttendThreads, kAttendShared, true, p, stream,
+                                            "attend"));
+  return LaunchProgressive(ProgressiveMergeKernel<Traits>, dim3(heads, sequences),
+                           MergeTraits<Traits>::kThreads, merge_shared, true, p, stream, "merge");
 }
 
 template <int kHeadDim>

@@ -1,42 +1,122 @@
 #ifndef ADAATTN_KERNELS_CUDA_PROGRESSIVE_MERGE_CUH_
 #define ADAATTN_KERNELS_CUDA_PROGRESSIVE_MERGE_CUH_
 
-// Merge: the attend CTAs' sums of one column, brought back from the Hadamard frame, and the dense
-// tail -> out, lse, and the column's part of the decision.
-//   mass = sum of partial masses + exp2(dense_lse - L);  out = (H^T sum + exp2(...) dense_out) /
-//   mass lse  = L + log2 mass
-// grid (columns, num_kv_heads, num_sequences), a thread a channel.
+// Merge: a head's partial outputs and the means of its skipped pages, brought back from the
+// Hadamard frame, and its dense tail -> out, lse, decision.
+//   mass = sum of partial masses + exp2(dense_lse - L)
+//   out  = (H^T (sum of partial outputs + sum of means) + exp2(dense_lse - L) dense_out) / mass
+//   lse  = L + log2 mass
+// Every sum has an order of its own: nothing depends on timing.
+// grid (num_kv_heads, num_sequences)
 
 #include "kernels/cuda/progressive_attend.cuh"
+#include "kernels/cuda/progressive_select.cuh"
 
 namespace adaattn {
 
-// Block Hadamard transform of two vectors that the CTA's threads hold, a channel each, times the
-// norm. 80 = 64 + 16, 96 = 64 + 32 (format/hadamard.h). Steps below 32 stay inside a warp.
 template <class Traits>
-__device__ __forceinline__ float2 Hadamard(float2 x, float2* scratch, int channel) {
+struct MergeTraits {
+  static constexpr int kD = Traits::kHeadDim;
+  static constexpr int kSlotThreads = Traits::kTiles * 32;  // that read one partial output
+  static constexpr int kParts = 1024 / kSlotThreads;        // partial outputs at a time
+  static constexpr int kThreads = kParts * kSlotThreads;
+  static constexpr int kColumnsAtOnce = kThreads / kD < kTileColumns ? kThreads / kD : kTileColumns;
+};
+
+template <class Traits>
+struct MergeShared {
+  using Merge = MergeTraits<Traits>;
+  float parts[Merge::kParts][Traits::kTiles * 128];  // accumulators, in fragment order
+  float2 vector[kTileColumns][Traits::kHeadDim];     // output, weighted mean
+  SelectState sums[kTileColumns];
+  float error[kTileColumns], entropy[kTileColumns];
+  int num_slots;
+  int unit_begin[1];  // [chunks], then the head's slots: dynamic
+};
+
+template <class Traits>
+size_t MergeSharedBytes(const ProgressiveArgs& p) {
+  return sizeof(MergeShared<Traits>) +
+         static_cast<size_t>(p.work.chunks) * (1 + kSelectUnits) * sizeof(int);
+}
+
+// The slots of the head's units, in the order of their pages.
+template <class Traits>
+__device__ __forceinline__ void ListSlots(const ProgressiveArgs& p, int64_t head_index, int chunks,
+                                          MergeShared<Traits>& shared) {
+  const int64_t first = head_index * p.work.chunks;
+  const int32_t* units =
+      reinterpret_cast<const int32_t*>(p.workspace + p.work.num_units) + 1 + first;
+  int* begin = shared.unit_begin;
+  int* slots = shared.unit_begin + chunks;
+  for (int i = threadIdx.x; i < chunks; i += MergeTraits<Traits>::kThreads) begin[i] = units[i];
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    int before = 0;
+    for (int i = threadIdx.x; i < CeilDiv(chunks, 32) * 32; i += 32) {
+      const int count = i < chunks ? begin[i] : 0;
+      int sum = count;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, sum, step);
+        if (static_cast<int>(threadIdx.x) >= step) sum += other;
+      }
+      for (int j = 0; j < count; ++j) {
+        slots[before + sum - count + j] = static_cast<int>(first + i) * kSelectUnits + j;
+      }
+      before += __shfl_sync(0xffffffffu, sum, 31);
+    }
+    if (threadIdx.x == 0) shared.num_slots = before;
+  }
+  __syncthreads();
+}
+
+// Sums a tile's partial outputs into shared.parts, part i those of every kParts-th slot.
+template <class Traits>
+__device__ __forceinline__ void SumPartials(const ProgressiveArgs& p, int column_tile, int columns,
+                                            const int* slots, MergeShared<Traits>& shared) {
+  using Merge = MergeTraits<Traits>;
+  const int part = threadIdx.x / Merge::kSlotThreads, at = threadIdx.x % Merge::kSlotThreads;
+  const int tiles = p.work.columns / kTileColumns;
+  const auto* partial = reinterpret_cast<const float4*>(p.workspace + p.work.partial) +
+                        int64_t{column_tile} * Merge::kSlotThreads + at;
+  const int64_t stride = int64_t{tiles} * Merge::kSlotThreads;
+  float4 sum = make_float4(0, 0, 0, 0);
+  if (at % 4 * 2 < columns) {
+#pragma unroll 4
+    for (int i = part; i < shared.num_slots; i += Merge::kParts) {
+      const float4 x = partial[slots[i] * stride];
+      sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+    }
+  }
+  reinterpret_cast<float4*>(shared.parts[part])[at] = sum;
+  __syncthreads();
+}
+
+// Block Hadamard transforms of what the CTA's threads hold, an element each of vectors that lie
+// side by side in `scratch`, times the norm. 80 = 64 + 16, 96 = 64 + 32 (format/hadamard.h). By all
+// threads; those that hold nothing pass active = false.
+template <class Traits>
+__device__ __forceinline__ float2 Hadamard(float2 x, float2* scratch, int channel, bool active) {
   constexpr int kD = Traits::kHeadDim;
-  constexpr bool kWhole = (kD & (kD - 1)) == 0;
+  constexpr bool kWhole = (kD & (kD - 1)) == 0, kShuffles = kD % 32 == 0;
   const int block = kWhole ? kD : channel < 64 ? 64 : kD - 64;
   auto butterfly = [channel](float2 mine, float2 other, int step) {
     return (channel & step) == 0 ? make_float2(mine.x + other.x, mine.y + other.y)
                                  : make_float2(other.x - mine.x, other.y - mine.y);
   };
-  // Head dim 80 has half a warp at its end.
-  const uint32_t mask = kD % 32 == 0 || channel < kD / 32 * 32 ? 0xffffffffu : 0x0000ffffu;
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    if (step >= block) continue;
-    const float2 other =
-        make_float2(__shfl_xor_sync(mask, x.x, step), __shfl_xor_sync(mask, x.y, step));
-    x = butterfly(x, other, step);
-  }
-#pragma unroll
-  for (int step = 32; step < kD; step *= 2) {
+  for (int step = 1; step < kD; step *= 2) {
+    if (kShuffles && step < 32) {
+      const float2 other = make_float2(__shfl_xor_sync(0xffffffffu, x.x, step),
+                                       __shfl_xor_sync(0xffffffffu, x.y, step));
+      x = butterfly(x, other, step);
+      continue;
+    }
     __syncthreads();
-    scratch[channel] = x;
+    if (active) scratch[0] = x;
     __syncthreads();
-    if (step < block) x = butterfly(x, scratch[channel ^ step], step);
+    if (active && step < block) x = butterfly(x, scratch[(channel ^ step) - channel], step);
   }
   const float norm = rsqrtf(static_cast<float>(block));
   return make_float2(x.x * norm, x.y * norm);
@@ -56,18 +136,23 @@ __device__ __forceinline__ void StoreElement(void* tensor, int64_t at, DType typ
   }
 }
 
-// The sums beside a column's partial outputs, by warp 0.
-__device__ __forceinline__ AttendState SumStates(const AttendState* states, int chunks,
-                                                 int64_t stride, int lane) {
-  AttendState sum{};
+// The sums beside a column's vectors, by a warp.
+__device__ __forceinline__ SelectState SumStates(const ProgressiveArgs& p, int64_t head_index,
+                                                 int chunks, int column, const int* slots,
+                                                 int num_slots, int lane) {
+  const auto* states = reinterpret_cast<const SelectState*>(p.workspace + p.work.state) +
+                       head_index * p.work.chunks * p.work.columns + column;
+  const auto* masses = reinterpret_cast<const float*>(p.workspace + p.work.mass) + column;
+  SelectState sum{};
   for (int i = lane; i < chunks; i += 32) {
-    const AttendState state = states[i * stride];
+    const SelectState state = states[int64_t{i} * p.work.columns];
     sum.mass += state.mass;
     sum.entropy += state.entropy;
     sum.weight += state.weight;
     sum.mean_squares += state.mean_squares;
     sum.rest += state.rest;
   }
+  for (int i = lane; i < num_slots; i += 32) sum.mass += masses[int64_t{slots[i]} * p.work.columns];
   sum.mass = WarpSum(sum.mass);
   sum.entropy = WarpSum(sum.entropy);
   sum.weight = WarpSum(sum.weight);
@@ -76,86 +161,122 @@ __device__ __forceinline__ AttendState SumStates(const AttendState* states, int 
   return sum;
 }
 
-// Adds one column's figures to the head's decision.
-__device__ __forceinline__ void StoreFigures(const ProgressiveArgs& p, const ProgressiveSequence& s,
-                                             int64_t head_index, bool first, const AttendState& sum,
-                                             float norm, float cross) {
-  const float error = fmaxf(sum.mean_squares - 2 * cross + norm * sum.weight + sum.rest, 0.0f);
+// A column's two vectors before the transform: channel `channel`.
+template <class Traits>
+__device__ __forceinline__ float2 SumVectors(const ProgressiveArgs& p, int64_t head_index,
+                                             int chunks, int column_tile, int n, int channel,
+                                             const MergeShared<Traits>& shared) {
+  constexpr int kD = Traits::kHeadDim;
+  const int row = channel % kTileChannels;
+  const int at = ((channel / kTileChannels * 32 + row % 8 * 4 + n / 2) * 4) + n % 2 + row / 8 * 2;
+  float2 x = make_float2(0, 0);
+#pragma unroll
+  for (int i = 0; i < MergeTraits<Traits>::kParts; ++i) x.x += shared.parts[i][at];
+  const float* means =
+      reinterpret_cast<const float*>(p.workspace + p.work.means) +
+      (head_index * p.work.chunks * p.work.columns + column_tile * kTileColumns + n) * 2 * kD +
+      channel;
+#pragma unroll 8
+  for (int i = 0; i < chunks; ++i) {
+    const float* from = means + int64_t{i} * p.work.columns * 2 * kD;
+    x.x += from[0];
+    x.y += from[kD];
+  }
+  return x;
+}
+
+// One tile of columns: outputs and lse stored, shared.error and shared.entropy set.
+template <class Traits>
+__device__ __forceinline__ void MergeTile(const ProgressiveArgs& p, const ProgressiveSequence& s,
+                                          int head, int64_t head_index, int chunks, int column_tile,
+                                          int columns, const int* slots,
+                                          MergeShared<Traits>& shared) {
+  using Merge = MergeTraits<Traits>;
+  constexpr int kD = Traits::kHeadDim;
+  const ProgressiveWorkspace& w = p.work;
+  const int group_size = p.shape.group_size(), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int first = column_tile * kTileColumns;
+  const int64_t at = head_index * w.columns + first;
+  const float* lse = reinterpret_cast<const float*>(p.workspace + w.global_lse) + at;
+  const float* dense_lse = reinterpret_cast<const float*>(p.workspace + w.dense_lse) + at;
+  const float* dense_out = reinterpret_cast<const float*>(p.workspace + w.dense_out) + at * kD;
+  SumPartials<Traits>(p, column_tile, columns, slots, shared);
+  if (warp < columns) {
+    const SelectState sum =
+        SumStates(p, head_index, chunks, first + warp, slots, shared.num_slots, lane);
+    if (lane == 0) shared.sums[warp] = sum;
+  }
+  __syncthreads();
+  for (int begin = 0; begin < columns; begin += Merge::kColumnsAtOnce) {
+    const int local = threadIdx.x / kD, n = begin + local, channel = threadIdx.x % kD;
+    const bool active = local < Merge::kColumnsAtOnce && n < columns;
+    float2 x = make_float2(0, 0);
+    if (active) x = SumVectors<Traits>(p, head_index, chunks, column_tile, n, channel, shared);
+    x = Hadamard<Traits>(x, &shared.vector[active ? n : 0][channel], channel, active);
+    __syncthreads();
+    if (!active) continue;
+    const float dense_mass = dense_lse[n] == -INFINITY ? 0.0f : Exp2(dense_lse[n] - lse[n]);
+    const float mass = shared.sums[n].mass + dense_mass;
+    const float out = mass > 0 ? (x.x + dense_mass * dense_out[n * kD + channel]) / mass : 0.0f;
+    const int column = first + n;
+    const int64_t row =
+        static_cast<int64_t>(s.q_begin + column / group_size) * p.shape.num_q_heads +
+        head * group_size + column % group_size;
+    StoreElement(p.out, row * kD + channel, p.out_type, out);
+    if (channel == 0) p.lse[row] = mass > 0 ? (lse[n] + Log2(mass)) * kLn2 : -INFINITY;
+    shared.vector[n][channel] = make_float2(out, x.y);
+  }
+  __syncthreads();
+  if (warp < columns) {
+    float norm = 0, cross = 0;
+    for (int c = lane; c < kD; c += 32) {
+      const float2 x = shared.vector[warp][c];
+      norm = fmaf(x.x, x.x, norm);
+      cross = fmaf(x.x, x.y, cross);
+    }
+    norm = WarpSum(norm);
+    cross = WarpSum(cross);
+    const SelectState& sum = shared.sums[warp];
+    if (lane == 0) {
+      const float square = fmaxf(sum.mean_squares - 2 * cross + norm * sum.weight + sum.rest, 0.0f);
+      shared.error[warp] = norm > 0 ? square / norm : 0.0f;
+      shared.entropy[warp] = sum.entropy;
+    }
+  }
+  __syncthreads();
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(MergeTraits<Traits>::kThreads)
+    ProgressiveMergeKernel(const __grid_constant__ ProgressiveArgs p) {
+  extern __shared__ __align__(16) std::byte shared_bytes[];
+  auto& shared = *reinterpret_cast<MergeShared<Traits>*>(shared_bytes);
+  const int head = blockIdx.x, sequence = blockIdx.y;
+  const ProgressiveSequence& s = p.sequences[sequence];
+  const int columns = p.shape.group_size() * s.q_len, chunks = CeilDiv(s.num_sealed, kSelectPages);
+  const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
+  WaitForDependencies();
+  ListSlots<Traits>(p, head_index, chunks, shared);
+  float error = 0, entropy = 0;
+  for (int first = 0; first < columns; first += kTileColumns) {
+    const int count = min(kTileColumns, columns - first);
+    MergeTile<Traits>(p, s, head, head_index, chunks, first / kTileColumns, count,
+                      shared.unit_begin + chunks, shared);
+    for (int n = 0; n < count; ++n) {
+      error += shared.error[n];
+      entropy += shared.entropy[n];
+    }
+  }
+  if (threadIdx.x != 0) return;
   HeadDecision& decision = p.decisions[head_index];
-  const float share = 1.0f / static_cast<float>(p.shape.group_size() * s.q_len);
-  // The mean square; the host takes the root once all columns are in.
-  atomicAdd(&decision.predicted_error, norm > 0 ? share * error / norm : 0.0f);
-  atomicAdd(&decision.entropy, share * sum.entropy);
-  if (first && s.decision.policy >= Policy::kThreshold) {
+  // The mean square; the host takes the root.
+  decision.predicted_error = error / static_cast<float>(columns);
+  decision.entropy = entropy / static_cast<float>(columns);
+  if (s.decision.policy >= Policy::kThreshold) {
     decision.theta = s.decision.policy == Policy::kBudget
                          ? reinterpret_cast<const float*>(p.workspace + p.work.theta)[head_index]
                          : s.decision.theta;
   }
-}
-
-template <class Traits>
-__global__ void __launch_bounds__((Traits::kHeadDim + 31) / 32 * 32)
-    ProgressiveMergeKernel(const __grid_constant__ ProgressiveArgs p) {
-  constexpr int kD = Traits::kHeadDim, kWarps = (kD + 31) / 32;
-  __shared__ float2 scratch[kD];
-  __shared__ float2 norms[kWarps];
-  __shared__ AttendState sums;
-  const ProgressiveWorkspace& w = p.work;
-  const int column = blockIdx.x, head = blockIdx.y, sequence = blockIdx.z, channel = threadIdx.x;
-  const ProgressiveSequence& s = p.sequences[sequence];
-  const int group_size = p.shape.group_size();
-  const int columns = group_size * s.q_len, q_begin = s.q_begin;
-  const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
-  const int chunks = CeilDiv(s.num_sealed, p.attend_chunk);
-  if (column >= columns) return;
-  WaitForDependencies();
-  const int64_t at = head_index * w.columns + column;
-  const int64_t slot = head_index * w.attend_chunks * w.columns + column;
-  const float* partial = reinterpret_cast<const float*>(p.workspace + w.partial) + slot * 2 * kD;
-  const float lse = reinterpret_cast<const float*>(p.workspace + w.global_lse)[at];
-  const float dense_lse = reinterpret_cast<const float*>(p.workspace + w.dense_lse)[at];
-  const float dense_out =
-      reinterpret_cast<const float*>(p.workspace + w.dense_out)[at * kD + channel];
-  float2 x = make_float2(0, 0);  // output, weighted mean
-#pragma unroll 8
-  for (int i = 0; i < chunks; ++i) {
-    const float* from = partial + static_cast<int64_t>(i) * w.columns * 2 * kD + channel;
-    x.x += from[0];
-    x.y += from[kD];
-  }
-  if (channel < 32) {
-    const AttendState sum =
-        SumStates(reinterpret_cast<const AttendState*>(p.workspace + w.state) + slot, chunks,
-                  w.columns, channel);
-    if (channel == 0) sums = sum;
-  }
-  x = Hadamard<Traits>(x, scratch, channel);
-  __syncthreads();
-  const float dense_mass = dense_lse == -INFINITY ? 0.0f : Exp2(dense_lse - lse);
-  const float mass = sums.mass + dense_mass;
-  const float out = mass > 0 ? (x.x + dense_mass * dense_out) / mass : 0.0f;
-  const int64_t row = static_cast<int64_t>(q_begin + column / group_size) * p.shape.num_q_heads +
-                      head * group_size + column % group_size;
-  StoreElement(p.out, row * kD + channel, p.out_type, out);
-  const uint32_t mask = kD % 32 == 0 || channel < kD / 32 * 32 ? 0xffffffffu : 0x0000ffffu;
-  float norm = out * out, cross = out * x.y;
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    if (step == 16 && mask != 0xffffffffu) continue;
-    norm += __shfl_xor_sync(mask, norm, step);
-    cross += __shfl_xor_sync(mask, cross, step);
-  }
-  if (channel % 32 == 0) norms[channel / 32] = make_float2(norm, cross);
-  __syncthreads();
-  if (channel != 0) return;
-  norm = cross = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) {
-    norm += norms[i].x;
-    cross += norms[i].y;
-  }
-  p.lse[row] = mass > 0 ? (lse + Log2(mass)) * kLn2 : -INFINITY;
-  StoreFigures(p, s, head_index, column == 0, sums, norm, cross);
 }
 
 }  // namespace adaattn

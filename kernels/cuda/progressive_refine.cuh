@@ -7,39 +7,55 @@
 //   always
 // L is the global LSE of the coarse masses. What was scanned is kept: the rest of the rank adds to
 // the packed scores. Sequences that scan in one stage pass through with their masses.
-// grid: sequences x chunks x head groups; the same warps take the same pages as in the scan. One
-// tile of columns only: more would have to agree on what is open (RunProgressive scans those in one
-// stage).
+// A warp takes the pages that it scanned, decides eight at a time, then has what the opened ones
+// need brought through a ring of its own. grid: runs x head groups. One tile of columns only: more
+// would have to agree on what is open (RunProgressive scans those in one stage).
 
-#include "kernels/cuda/progressive_scan.cuh"
+#include "kernels/cuda/progressive_select.cuh"
 
 namespace adaattn {
 
-// The head's LSE of column lane % 8 of a tile from the coarse masses; every warp on its own.
-__device__ __forceinline__ float CoarseLse(const ProgressiveArgs& p, int64_t head_index, int column,
-                                           int lane) {
-  const ProgressiveWorkspace& w = p.work;
-  const float* chunks = reinterpret_cast<const float*>(p.workspace + w.scan_lse) +
-                        head_index * w.scan_chunks * w.columns;
-  float lse = -INFINITY;
-  for (int i = lane / 8; i < w.scan_chunks; i += 4) {
-    lse = AddLog2(lse, chunks[i * w.columns + column]);
-  }
-  lse = AddLog2(lse, __shfl_xor_sync(0xffffffffu, lse, 8));
-  lse = AddLog2(lse, __shfl_xor_sync(0xffffffffu, lse, 16));
-  return AddLog2(lse, reinterpret_cast<const float*>(p.workspace +
-                                                     w.dense_lse)[head_index * w.columns + column]);
-}
+inline constexpr int kRefineStages = 3;
+inline constexpr int kRefineList = 32;  // pages of a warp that are decided before any is read
 
-// Whether any column opens the page; `lse` is of column lane % 8.
-__device__ __forceinline__ bool OpensForAny(const float4* stats, float lse, int columns,
-                                            const DecisionParams& decision, int lane) {
-  bool opens = false;
-  if (lane < columns) {
-    const float4 x = stats[lane];
-    opens = OpensPage(x.y * kLn2, x.z, decision.coarse_z, lse * kLn2, decision.theta);
+template <class Traits>
+struct RefineShared {
+  struct Stage {
+    alignas(16) std::byte scores[kPageTokens * kTileColumns * 2];
+    alignas(16) float4 stats[kTileColumns];
+    alignas(16) std::byte scales[Traits::kHeadDim];
+    // The coarse rank is at least one chunk.
+    alignas(16) std::byte keys[(Traits::kTiles - Traits::kChunkTiles) * kKeyTileBytes];
+  };
+  struct Warp {
+    Stage stages[kRefineStages];
+    alignas(16) __half ranges[Traits::kHeadDim];
+    int list[kRefineList];  // opened pages
+  };
+  Warp warps[kScanWarps];
+  float lse[kScanWarps * kTileColumns];
+  float run_mass[kScanWarps][kTileColumns];
+};
+
+// The head's LSE of every column from the coarse masses, by one warp, to lse [8].
+__device__ __forceinline__ void CoarseLse(const ProgressiveArgs& p, const ProgressiveSequence& from,
+                                          int64_t head_index, int head, int lane, float* lse) {
+  const float* runs = RunMasses(p, p.work.scan_lse, from.scan_begin, head) + lane % kTileColumns;
+  const int64_t stride = MassStride(p);
+  RunningMass sum;
+#pragma unroll 8
+  for (int i = lane / kTileColumns; i < from.num_scan_runs; i += 4) {
+    sum.Add(make_float2(runs[i * stride], -INFINITY));
   }
-  return __any_sync(0xffffffffu, opens);
+  float total = sum.Log2Sum().x;
+  total = AddLog2(total, __shfl_xor_sync(0xffffffffu, total, 8));
+  total = AddLog2(total, __shfl_xor_sync(0xffffffffu, total, 16));
+  if (lane < kTileColumns) {
+    lse[lane] =
+        AddLog2(total, reinterpret_cast<const float*>(
+                           p.workspace + p.work.dense_lse)[head_index * p.work.columns + lane]);
+  }
+  __syncwarp();
 }
 
 // Adds the rest's scores to the packed ones and takes the new maximum: high, columns 2 (lane % 4)
@@ -74,100 +90,206 @@ __device__ __forceinline__ void AddScores(const float (&sums)[4][4], float unit,
   high[1] = __shfl_sync(0xffffffffu, next, lane % 4 * 8 + 4);
 }
 
+// Reads on in the pages of one (run, kv head).
 template <class Traits>
-__device__ __forceinline__ float2 RefinePage(const ProgressiveArgs& p, const SequenceView& s,
-                                             const ScanWork<Traits>& work, const PageSinks& sinks,
-                                             const std::byte* data, int page, int chunk_begin,
-                                             int column_tile, int lane, __half* ranges) {
-  const QueryFragments<Traits> fragments(p, work.head_index, BasisOfPage(s, page), column_tile);
-  uint2 query[Traits::kTiles];
-#pragma unroll
-  for (int k = 0; k < Traits::kTiles; ++k) query[k] = fragments.halves[k * 32 + lane];
-  const float scale =
-      fragments.unit * SpreadKeyRanges<Traits>(data + Traits::kTiles * kKeyTileBytes, ranges, lane);
-  __syncwarp();
-  float sums[4][4], ones[4], high[2];
-  uint32_t unused = 0, packed[8];
-  MultiplyPage<Traits>(data, ranges, query, chunk_begin, NumRankChunks(Traits::kHeadDim), lane,
-                       sums, ones, &unused);
-  const float variance = QuadSum(SumHalves(UnreadSquares<Traits>(ranges, query, 0, lane))) *
-                         (kLn2 * kLn2 / 256 / 768) * scale * scale;
-  uint4 low = make_uint4(0, 0, 0, 0), up = low;
-  float max = -INFINITY;
-  if (sinks.has_scores) {
-    const uint4* from = sinks.scores + static_cast<int64_t>(page) * (p.work.columns * 8);
-    low = from[0];
-    up = from[32];
-    max = PageStatsOf(p, work.head_index, page)[column_tile * kTileColumns + lane / 4].x;
+struct PageRefiner {
+  using Shared = RefineShared<Traits>;
+  using Stage = typename Shared::Stage;
+  const ProgressiveArgs& p;
+  const ProgressiveSequence& from;
+  const SequenceView& s;
+  typename Shared::Warp& mine;
+  const PageSinks& sinks;
+  int64_t head_index;
+  int head, chunk_begin, columns, lane;
+  RunningMass mass;
+  int pages_read = 0;
+
+  __device__ __forceinline__ bool AlwaysOpens(int page) const {
+    return page == 0 || PageVisibility(s, page) == Visibility::kPart;
   }
-  const uint32_t words[8] = {low.x, low.y, low.z, low.w, up.x, up.y, up.z, up.w};
+
+  // Eight pages from `page` on, `stride` apart, a quad each: the mask of those that open, at the
+  // first bit of each quad. The others' masses are final.
+  __device__ __forceinline__ uint32_t Decide(int page, int stride, int end, const float* lse) {
+    page += lane / 4 * stride;
+    const int n = lane % 4 * 2;
+    const bool visible = page < end && PageVisibility(s, page) != Visibility::kNone;
+    bool opens = false;
+    float2 masses = make_float2(-INFINITY, -INFINITY);
+    if (visible) {
+      const float4* at = PageStatsOf(p, head_index, page) + n;
+      const float4 x[2] = {at[0], at[1]};
+      masses = make_float2(EstimatedLog2Mass(PageStats{x[0].x, x[0].y, x[0].z, x[0].w}),
+                           EstimatedLog2Mass(PageStats{x[1].x, x[1].y, x[1].z, x[1].w}));
 #pragma unroll
-  for (int i = 0; i < 8; ++i) packed[i] = words[i];
-  const float offset[2] = {-0.9375f * scale * ones[0], -0.9375f * scale * ones[1]};
-  AddScores(sums, 2097152.0f * scale, offset, max, lane, packed, high);
-  return StorePage<Traits>(sinks, p.work.columns, s.softcap, page, lane, packed, high, variance,
-                           true);
-}
+      for (int i = 0; i < 2; ++i) {
+        opens |= n + i < columns && OpensPage(x[i].y * kLn2, x[i].z, from.decision.coarse_z,
+                                              lse[n + i] * kLn2, from.decision.theta);
+      }
+      opens = chunk_begin > 0 && (opens || AlwaysOpens(page));
+    }
+    uint32_t quads = __ballot_sync(0xffffffffu, opens);
+    quads |= quads >> 1;
+    quads = (quads | quads >> 2) & 0x11111111u;
+    if ((quads >> (lane & ~3) & 1) == 0) mass.Add(masses);
+    return quads;
+  }
+
+  __device__ __forceinline__ void Fetch(int page, Stage& stage) const {
+    const std::byte* base =
+        p.pool + static_cast<int64_t>(p.table[from.table_begin + page]) * kPageAlignment;
+    const int64_t index = head_index * p.max_sealed + page;
+    const std::byte* scores = p.workspace + p.work.scores + index * (p.work.columns * 128);
+    if (sinks.has_scores) {
+      CopyAsync16(stage.scores + lane * 16, scores + lane * 16);
+      CopyAsync16(stage.scores + 512 + lane * 16, scores + 512 + lane * 16);
+    }
+    if (lane < kTileColumns)
+      CopyAsync16(&stage.stats[lane], PageStatsOf(p, head_index, page) + lane);
+    if (lane < Traits::kHeadDim / 16) {
+      CopyAsync16(stage.scales + lane * 16,
+                  base + p.layout.key_scales.offset + head * Traits::kHeadDim + lane * 16);
+    }
+#pragma unroll
+    for (int c = 1; c < NumRankChunks(Traits::kHeadDim); ++c) {
+      if (c < chunk_begin) continue;
+      const PageLayout::Section& section = p.layout.key_base[c];
+      WarpCopyAsync(stage.keys + (c - chunk_begin) * Traits::kChunkTiles * kKeyTileBytes,
+                    base + section.offset + head * section.bytes, static_cast<int>(section.bytes),
+                    lane);
+    }
+  }
+
+  // The rest of one opened page's rank.
+  __device__ __forceinline__ void Refine(int page, const Stage& stage) {
+    constexpr int kChunks = NumRankChunks(Traits::kHeadDim);
+    const QueryFragments<Traits> fragments(p, head_index, BasisOfPage(s, page), 0);
+    uint2 query[Traits::kTiles];
+#pragma unroll
+    for (int k = 0; k < Traits::kTiles; ++k) query[k] = fragments.halves[k * 32 + lane];
+    const float scale = fragments.unit * SpreadKeyRanges<Traits>(stage.scales, mine.ranges, lane);
+    __syncwarp();
+    uint32_t chunks[kChunks];
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      chunks[c] =
+          SharedAddress(stage.keys) + (c - chunk_begin) * Traits::kChunkTiles * kKeyTileBytes;
+    }
+    float sums[4][4], ones[4], high[2];
+    uint32_t unused = 0, packed[8];
+    MultiplyPage<Traits>(chunks, mine.ranges, query, chunk_begin, kChunks, lane, sums, ones,
+                         &unused);
+    const float variance = QuadSum(SumHalves(UnreadSquares<Traits>(mine.ranges, query, 0, lane))) *
+                           (kLn2 * kLn2 / 768) * scale * scale;
+    uint4 low = make_uint4(0, 0, 0, 0), up = low;
+    float max = -INFINITY;
+    if (sinks.has_scores) {
+      low = reinterpret_cast<const uint4*>(stage.scores)[lane];
+      up = reinterpret_cast<const uint4*>(stage.scores)[32 + lane];
+      max = stage.stats[lane / 4].x;
+    }
+    const uint32_t words[8] = {low.x, low.y, low.z, low.w, up.x, up.y, up.z, up.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) packed[i] = words[i];
+    const float offset[2] = {-0.9375f * scale * ones[0], -0.9375f * scale * ones[1]};
+    AddScores(sums, 2097152.0f * scale, offset, max, lane, packed, high);
+    const float2 masses = StorePage<Traits>(sinks, p.work.columns, s.softcap, page, lane, packed,
+                                            high, variance, true);
+    if (lane < 4) mass.Add(masses);  // once for each column
+    ++pages_read;
+  }
+
+  __device__ __forceinline__ void RefineList(int count) {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kRefineStages - 1; ++i) {
+      if (i < count) Fetch(mine.list[i], mine.stages[i]);
+      CommitCopies();
+    }
+    int stage = 0, next = kRefineStages - 1;
+    for (int i = 0; i < count; ++i) {
+      if (i + kRefineStages - 1 < count) {
+        Fetch(mine.list[i + kRefineStages - 1], mine.stages[next]);
+      }
+      CommitCopies();
+      WaitCopies<kRefineStages - 1>();
+      __syncwarp();
+      Refine(mine.list[i], mine.stages[stage]);
+      __syncwarp();
+      stage = stage + 1 == kRefineStages ? 0 : stage + 1;
+      next = next + 1 == kRefineStages ? 0 : next + 1;
+    }
+  }
+
+  __device__ __forceinline__ void Run(const ScanRun& run, int place, int stride, const float* lse) {
+    constexpr int kAtOnce = 8;
+    for (int first = run.page_begin + place; first < run.page_end; first += kRefineList * stride) {
+      int count = 0;
+#pragma unroll
+      for (int i = 0; i < kRefineList; i += kAtOnce) {
+        const int page = first + i * stride;
+        if (page >= run.page_end) continue;
+        const uint32_t quads = Decide(page, stride, run.page_end, lse);
+        if (lane % 4 == 0 && (quads >> lane & 1) != 0) {
+          mine.list[count + __popc(quads & ((1u << lane) - 1))] = page + lane / 4 * stride;
+        }
+        count += __popc(quads);
+      }
+      RefineList(count);
+    }
+    // Each quad saw other pages.
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) {
+      const float2 mine_so_far = mass.Log2Sum();
+      const float2 others = make_float2(__shfl_xor_sync(0xffffffffu, mine_so_far.x, step),
+                                        __shfl_xor_sync(0xffffffffu, mine_so_far.y, step));
+      mass.Add(others);
+    }
+  }
+};
 
 template <class Traits>
-__global__ void __launch_bounds__(kScanWarps * 32, ScanCtasPerSm(Traits::kHeadDim))
+__global__ void __launch_bounds__(kScanWarps * 32, Traits::kHeadDim <= 128 ? 2 : 1)
     ProgressiveRefineKernel(const __grid_constant__ ProgressiveArgs p) {
-  using Shared = ScanShared<Traits>;
   extern __shared__ __align__(16) std::byte shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  auto& shared = *reinterpret_cast<RefineShared<Traits>*>(shared_bytes);
   const int head_groups = CeilDiv(p.shape.num_kv_heads, kScanWarps);
-  constexpr int column_tile = 0;
-  int block = blockIdx.x;
-  const int head_begin = block % head_groups * kScanWarps;
-  block /= head_groups;
-  const int chunk = block % p.work.scan_chunks, sequence = block / p.work.scan_chunks;
-  const ProgressiveSequence& from = p.sequences[sequence];
+  const int run_index = blockIdx.x / head_groups;
+  const HeadGroup group(p, blockIdx.x % head_groups);
+  const ScanRun run = p.scan_runs[run_index];
+  if (run.sequence < 0) return;
+  const ProgressiveSequence& from = p.sequences[run.sequence];
   const SequenceView s(from);
-  const int lane = threadIdx.x % 32;
-  const ScanWork<Traits> work(p, from, sequence, chunk, head_begin);
-  typename Shared::Warp& mine = shared.warps[threadIdx.x / 32];
-  const int columns = p.shape.group_size() * s.q_len;
-  const int chunk_begin = CoarseStage<Traits>(p, from.decision);
-  const PageSinks sinks = MakePageSinks<Traits>(p, s, work.head_index, column_tile, lane);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int place = warp / group.heads, head = group.begin + warp % group.heads;
+  const int64_t first_head = static_cast<int64_t>(run.sequence) * p.shape.num_kv_heads;
+  const int64_t head_index = first_head + head;
   WaitForDependencies();
   LaunchDependents();
-  const float lse = CoarseLse(p, work.head_index, lane % kTileColumns, lane);
-  int item = 0;
-  int64_t bytes = 0;
-  for (int page = work.first; !work.idle && page < work.end; page += work.stride, ++item) {
-    const Visibility visibility = PageVisibility(s, page);
-    const float4* stats = PageStatsOf(p, work.head_index, page);
-    float2 mass = make_float2(-INFINITY, -INFINITY);
-    if (visibility != Visibility::kNone) {
-      const bool opens = chunk_begin > 0 && (page == 0 || visibility == Visibility::kPart ||
-                                             OpensForAny(stats, lse, columns, from.decision, lane));
-      if (opens) {
-        const std::byte* base =
-            p.pool + static_cast<int64_t>(p.table[from.table_begin + page]) * kPageAlignment;
-        FetchKeys<Traits>(p.layout, base, mine.stages[0], work.head, chunk_begin,
-                          NumRankChunks(Traits::kHeadDim), lane);
-        CommitCopies();
-        WaitCopies<0>();
-        __syncwarp();
-        mass = RefinePage<Traits>(p, s, work, sinks, mine.stages[0], page, chunk_begin, column_tile,
-                                  lane, mine.ranges);
-        bytes += KeyReadBytes(Traits::kHeadDim, kScanBits, NumRankChunks(Traits::kHeadDim)) -
-                 KeyReadBytes(Traits::kHeadDim, kScanBits, chunk_begin);
-        __syncwarp();
-      } else {
-        const float4 a = stats[column_tile * kTileColumns + lane % 4 * 2];
-        const float4 b = stats[column_tile * kTileColumns + lane % 4 * 2 + 1];
-        mass = make_float2(EstimatedLog2Mass(PageStats{a.x, a.y, a.z, a.w}),
-                           EstimatedLog2Mass(PageStats{b.x, b.y, b.z, b.w}));
-      }
+  const PageSinks sinks = MakePageSinks<Traits>(p, s, head_index, 0, lane);
+  PageRefiner<Traits> refiner{p,
+                              from,
+                              s,
+                              shared.warps[warp],
+                              sinks,
+                              head_index,
+                              head,
+                              CoarseStage<Traits>(p, from.decision),
+                              p.shape.group_size() * s.q_len,
+                              lane};
+  if (place < group.pages) {
+    CoarseLse(p, from, head_index, head, lane, shared.lse + warp * kTileColumns);
+    refiner.Run(run, place, group.pages, shared.lse + warp * kTileColumns);
+    if (lane == 0 && refiner.pages_read > 0) {
+      const int64_t whole =
+          KeyReadBytes(Traits::kHeadDim, kScanBits, NumRankChunks(Traits::kHeadDim));
+      const int64_t coarse = KeyReadBytes(Traits::kHeadDim, kScanBits, refiner.chunk_begin);
+      AddBytes(&p.decisions[head_index].key_bytes, refiner.pages_read * (whole - coarse));
     }
-    if (lane < 4) *reinterpret_cast<float2*>(&mine.mass[item][2 * lane]) = mass;
   }
-  if (lane == 0 && bytes > 0) {
-    AddBytes(&p.decisions[work.head_index].key_bytes, bytes);
-  }
-  StoreChunkMass<Traits>(p, sequence, chunk, head_begin, column_tile,
-                         WarpMass<Traits>(mine, item, lane), p.work.refined_lse, shared);
+  StoreRunMass<Traits>(p, group, run_index, 0, refiner.mass.Log2Sum(), p.work.refined_lse,
+                       shared.run_mass);
 }
 
 }  // namespace adaattn

@@ -46,14 +46,18 @@ __device__ __forceinline__ void MultiplySlice(RotateShared<Traits>& shared) {
   const int pair = threadIdx.x % kPairs, slice = threadIdx.x / kPairs;
   if (slice >= kSlices) return;
   float2 sums[kTileColumns] = {};
-#pragma unroll 4
-  for (int i = slice; i < kD; i += kSlices) {
-    const float2 b = __half22float2(shared.basis[i * kPairs + pair]);
+#pragma unroll 2
+  for (int i = 4 * slice; i < kD; i += 4 * kSlices) {
+    float2 b[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) b[j] = __half22float2(shared.basis[(i + j) * kPairs + pair]);
 #pragma unroll
     for (int n = 0; n < kTileColumns; ++n) {
-      const float q = shared.query[n * kD + i];
-      sums[n].x = fmaf(q, b.x, sums[n].x);
-      sums[n].y = fmaf(q, b.y, sums[n].y);
+      const float4 q = *reinterpret_cast<const float4*>(&shared.query[n * kD + i]);
+      sums[n].x = fmaf(q.x, b[0].x, fmaf(q.y, b[1].x, sums[n].x));
+      sums[n].y = fmaf(q.x, b[0].y, fmaf(q.y, b[1].y, sums[n].y));
+      sums[n].x = fmaf(q.z, b[2].x, fmaf(q.w, b[3].x, sums[n].x));
+      sums[n].y = fmaf(q.z, b[2].y, fmaf(q.w, b[3].y, sums[n].y));
     }
   }
 #pragma unroll
@@ -111,7 +115,8 @@ __global__ void __launch_bounds__(kRotateThreads)
       }
       high = fmaxf(high, fabsf(sums[j]));
     }
-    const float unit = QueryUnit(high, shared.max);
+    // Halves up to 16, so that the squares of small products do not vanish.
+    const float unit = QueryUnit(high, shared.max) * 0.0625f;
     const int64_t at = (head_index * kMaxDeviceBasisRuns + run) * (w.columns / kTileColumns) + tile;
     auto* out = reinterpret_cast<__half*>(p.workspace + w.query) + at * kElements;
 #pragma unroll
@@ -135,6 +140,9 @@ __global__ void __launch_bounds__(kRotateThreads)
     }
     if (threadIdx.x == 0) reinterpret_cast<float*>(p.workspace + w.query_unit)[at] = unit;
     __syncthreads();
+  }
+  if (blockIdx.x + blockIdx.y + blockIdx.z == 0 && threadIdx.x == 0) {
+    *reinterpret_cast<int32_t*>(p.workspace + w.num_units) = 0;
   }
   static_assert(sizeof(HeadDecision) % 4 == 0, "cleared by words");
   if (tile == 0 && threadIdx.x < 32) {

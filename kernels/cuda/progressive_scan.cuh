@@ -4,45 +4,45 @@
 // Scan: the 4-bit score of every token of every sealed page, and each page's log mass.
 //   s[t] = sum_c q_c r_c (n_tc - 7.5) / 8 + q.mu     n: nibbles; r: the page's channel ranges
 //
-// A warp serves one kv head and takes pages of its CTA's chunk in turn; the warps of a CTA serve
-// neighbouring heads, so that a page's nibbles of all heads are read as one run. Tokens are the M
-// of the MMA, columns the N. Nibbles enter the MMA as FP16 subnormals (n 2^-24, or 16 n 2^-24 for
-// the upper nibble, which only ever holds rows 8..15 of a tile), so that unpacking is one AND;
-// products are exact and the sums FP32. The offset 7.5 is one more MMA, with ones; so are the
-// page's sums. Queries and ranges are halves relative to their largest: nothing overflows, whatever
-// the keys. grid: dense CTAs (progressive_dense.cuh), then sequences x chunks x head groups x
-// column tiles; further column tiles find the page in L2 and count no bytes.
+// A CTA takes a run of a sequence's pages. One warp fetches: a page's nibbles of neighbouring heads
+// are one long read, so bulk copies fill a ring of stages, each kScanWarps (page, kv head) pairs;
+// the other warps take a pair each. Tokens are the M of the MMA, columns the N. Nibbles enter the
+// MMA as FP16 subnormals (n 2^-24, or 16 n 2^-24 for the upper nibble, which only ever holds rows
+// 8..15 of a tile), so that unpacking is one AND; products are exact and the sums FP32. The offset
+// 7.5 is one more MMA, with ones; so are the page's sums. Queries and ranges are halves relative to
+// their largest: nothing overflows, whatever the keys. grid: dense CTAs (progressive_dense.cuh),
+// then runs x head groups x column tiles; further column tiles find the page in L2 and count no
+// bytes.
 
+#include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/progressive_common.cuh"
 #include "kernels/cuda/progressive_dense.cuh"
 
 namespace adaattn {
 
 inline constexpr int kScanStages = 3;
+inline constexpr int kScanThreads = (kScanWarps + 1) * 32;
 
 template <class Traits>
 struct ScanShared {
-  static constexpr int kStageBytes = Traits::kTiles * kKeyTileBytes + Traits::kHeadDim;
-  struct Warp {
-    alignas(16) std::byte stages[kScanStages][kStageBytes];
-    alignas(16) __half ranges[Traits::kHeadDim];
-    float mass[kMaxScanItems][kTileColumns];  // estimated log mass of the warp's pages
-  };
-  Warp warps[kScanWarps];
+  // Of one (page, kv head); a page's heads lie side by side, chunk by chunk, then their scales.
+  static constexpr int kPairBytes = Traits::kTiles * kKeyTileBytes + Traits::kHeadDim;
+  alignas(16) std::byte stages[kScanStages][kScanWarps * kPairBytes];
+  alignas(16) __half ranges[kScanWarps][Traits::kHeadDim];
   float lse[kScanWarps][kTileColumns];
+  alignas(8) uint64_t full[kScanStages], empty[kScanStages];
 };
 
 inline constexpr uint32_t kOneHalves = 0x3c003c00u;  // 1, 1
-inline constexpr uint32_t k256Halves = 0x5c005c00u;  // 256, 256
 
 // Sums over rank chunks [chunk_begin, chunk_end) of q r n: sums[t] is the accumulator of tokens
 // 16t..16t+15 (rows 8..15 of it 16 times larger), ones[0] and ones[1] the sums of q r. squares:
-// halves of 256 (q r)^2 for the column lane / 4.
+// halves of (q r)^2 for the column lane / 4. `chunks`: shared addresses of the rank chunks' tiles.
 template <class Traits>
-__device__ __forceinline__ void MultiplyPage(const std::byte* nibbles, const __half* ranges,
-                                             const uint2 (&query)[Traits::kTiles], int chunk_begin,
-                                             int chunk_end, int lane, float (&sums)[4][4],
-                                             float (&ones)[4], uint32_t* squares) {
+__device__ __forceinline__ void MultiplyPage(
+    const uint32_t (&chunks)[NumRankChunks(Traits::kHeadDim)], const __half* ranges,
+    const uint2 (&query)[Traits::kTiles], int chunk_begin, int chunk_end, int lane,
+    float (&sums)[4][4], float (&ones)[4], uint32_t* squares) {
   const uint32_t kOnes[4] = {kOneHalves, kOneHalves, kOneHalves, kOneHalves};
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
@@ -59,10 +59,10 @@ __device__ __forceinline__ void MultiplyPage(const std::byte* nibbles, const __h
       const uint2 range = reinterpret_cast<const uint2*>(ranges)[k * 4 + lane % 4];
       const uint32_t b0 = MultiplyHalves(query[k].x, range.x);
       const uint32_t b1 = MultiplyHalves(query[k].y, range.y);
-      *squares = FmaHalves(MultiplyHalves(b0, k256Halves), b0, *squares);
-      *squares = FmaHalves(MultiplyHalves(b1, k256Halves), b1, *squares);
-      const uint4 words = reinterpret_cast<const uint4*>(nibbles)[k * 32 + lane];
-      const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+      *squares = FmaHalves(b0, b0, *squares);
+      *squares = FmaHalves(b1, b1, *squares);
+      uint32_t word[4];
+      LoadShared(word, chunks[c] + (k - c * Traits::kChunkTiles) * kKeyTileBytes + lane * 16);
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
         const uint32_t upper = word[t] >> 8;
@@ -87,8 +87,8 @@ __device__ __forceinline__ uint32_t UnreadSquares(const __half* ranges,
     const uint2 range = reinterpret_cast<const uint2*>(ranges)[k * 4 + lane % 4];
     const uint32_t b0 = MultiplyHalves(query[k].x, range.x);
     const uint32_t b1 = MultiplyHalves(query[k].y, range.y);
-    squares = FmaHalves(MultiplyHalves(b0, k256Halves), b0, squares);
-    squares = FmaHalves(MultiplyHalves(b1, k256Halves), b1, squares);
+    squares = FmaHalves(b0, b0, squares);
+    squares = FmaHalves(b1, b1, squares);
   }
   return squares;
 }
@@ -221,159 +221,141 @@ __device__ __forceinline__ float2 StorePage(const PageSinks& sinks, int columns,
   return make_float2(mass[0], mass[1]);
 }
 
-// The place of a warp among the pages of its CTA's chunk.
-template <class Traits>
-struct ScanWork {
-  int head, first, stride, end;
-  int64_t head_index;
-  bool idle;
+// The sum of page masses seen so far, for the lane's two columns.
+struct RunningMass {
+  float high[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 
-  __device__ __forceinline__ ScanWork(const ProgressiveArgs& p, const ProgressiveSequence& from,
-                                      int sequence, int chunk, int head_begin) {
-    const int warp = threadIdx.x / 32;
-    const int heads = min(kScanWarps, p.shape.num_kv_heads - head_begin);
-    head = head_begin + warp % heads;
-    stride = kScanWarps / heads;  // warps that share a head
-    idle = warp >= stride * heads;
-    end = min((chunk + 1) * p.scan_chunk, from.num_sealed);
-    first = chunk * p.scan_chunk + warp / heads;
-    head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
+  __device__ __forceinline__ void Add(float2 mass) {
+    const float x[2] = {mass.x, mass.y};
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float next = fmaxf(high[c], x[c]), base = next == -INFINITY ? 0.0f : next;
+      sum[c] = fmaf(sum[c], Exp2(high[c] - base), Exp2(x[c] - base));
+      high[c] = next;
+    }
+  }
+  __device__ __forceinline__ float2 Log2Sum() const {
+    return make_float2(high[0] + Log2(sum[0]), high[1] + Log2(sum[1]));
   }
 };
 
-// The log2 of the sum of a warp's `items` page masses, for column lane % 8.
-template <class Traits>
-__device__ __forceinline__ float WarpMass(const typename ScanShared<Traits>::Warp& mine, int items,
-                                          int lane) {
-  __syncwarp();
-  float high = -INFINITY, sum = 0;
-  for (int i = lane / 8; i < items; i += 4) high = fmaxf(high, mine.mass[i][lane % 8]);
-  high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 8));
-  high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 16));
-  const float base = high == -INFINITY ? 0.0f : high;
-  for (int i = lane / 8; i < items; i += 4) sum += Exp2(mine.mass[i][lane % 8] - base);
-  sum += __shfl_xor_sync(0xffffffffu, sum, 8);
-  sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-  return high == -INFINITY ? high : base + Log2(sum);
-}
+// How the warps of a CTA share a group of kv heads: several pages at a time where there are few.
+struct HeadGroup {
+  int begin, heads, pages;  // pages: at a time
+  __device__ __forceinline__ HeadGroup(const ProgressiveArgs& p, int group)
+      : begin(group * kScanWarps),
+        heads(min(kScanWarps, p.shape.num_kv_heads - begin)),
+        pages(kScanWarps / heads) {}
+};
 
-// Adds up the warps' masses (column lane % 8) of each head of the chunk.
+// Adds up the masses of each head over the warps that share it (columns 2 lane, + 1 by lanes 0..3)
+// and stores them as those of run `run`.
 template <class Traits>
-__device__ __forceinline__ void StoreChunkMass(const ProgressiveArgs& p, int sequence, int chunk,
-                                               int head_begin, int column_tile, float mass,
-                                               int64_t target, ScanShared<Traits>& shared) {
+__device__ __forceinline__ void StoreRunMass(const ProgressiveArgs& p, const HeadGroup& group,
+                                             int run, int column_tile, float2 mass, int64_t masses,
+                                             float (*parts)[kTileColumns]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int heads = min(kScanWarps, p.shape.num_kv_heads - head_begin);
-  if (lane < kTileColumns) shared.lse[warp][lane] = mass;
+  if (warp < kScanWarps && lane < 4) *reinterpret_cast<float2*>(&parts[warp][2 * lane]) = mass;
   __syncthreads();
-  for (int i = threadIdx.x; i < heads * kTileColumns; i += blockDim.x) {
-    const int local = i / kTileColumns, column = i % kTileColumns;
-    float total = -INFINITY;
-    for (int j = 0; j < kScanWarps / heads; ++j) {
-      total = AddLog2(total, shared.lse[local + j * heads][column]);
-    }
-    const int64_t at = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head_begin + local;
-    reinterpret_cast<float*>(p.workspace +
-                             target)[(at * p.work.scan_chunks + chunk) * p.work.columns +
-                                     column_tile * kTileColumns + column] = total;
+  const int head = threadIdx.x / kTileColumns, column = threadIdx.x % kTileColumns;
+  if (head >= group.heads) return;
+  float total = -INFINITY;
+  for (int i = 0; i < group.pages; ++i) {
+    total = AddLog2(total, parts[head + i * group.heads][column]);
   }
+  reinterpret_cast<float*>(p.workspace +
+                           masses)[run * MassStride(p) + (group.begin + head) * p.work.columns +
+                                   column_tile * kTileColumns + column] = total;
 }
 
-// Brings the keys' first four bits of rank chunks [chunk_begin, chunk_end) and their scales to a
-// stage of shared memory. Offsets are from the start of a page, for this lane.
+// What the fetching warp does: brings the first four bits of rank chunks [0, chunk_end) of the
+// run's pages and their scales, stage after stage.
 template <class Traits>
-__device__ __forceinline__ void FetchKeys(const PageLayout& layout, const std::byte* page,
-                                          std::byte* stage, int head, int chunk_begin,
-                                          int chunk_end, int lane) {
-#pragma unroll
-  for (int c = 0; c < NumRankChunks(Traits::kHeadDim); ++c) {
-    if (c < chunk_begin || c >= chunk_end) continue;
-    const auto offset =
-        static_cast<uint32_t>(layout.key_base[c].offset) +
-        static_cast<uint32_t>(head) * static_cast<uint32_t>(layout.key_base[c].bytes);
-#pragma unroll
-    for (int i = 0; i < Traits::kChunkTiles; ++i) {
-      const int k = c * Traits::kChunkTiles + i;
-      if (k >= Traits::kTiles) break;
-      CopyAsync16(stage + k * kKeyTileBytes + lane * 16,
-                  page + offset + i * kKeyTileBytes + lane * 16);
+__device__ __forceinline__ void FetchRun(const ProgressiveArgs& p, const ProgressiveSequence& from,
+                                         const SequenceView& s, const ScanRun& run,
+                                         const HeadGroup& group, int chunk_end, int lane,
+                                         ScanShared<Traits>& shared) {
+  constexpr int kD = Traits::kHeadDim;
+  const int key_bytes = ChunkedRank(kD, chunk_end) * (kPageTokens / 2);
+  uint32_t ids = 0;
+  int stage = 0;
+  for (int first = run.page_begin, i = 0; first < run.page_end; first += group.pages, ++i) {
+    const int in_batch = (first - run.page_begin) % 32;
+    if (in_batch == 0 && first + lane < run.page_end)
+      ids = p.table[from.table_begin + first + lane];
+    if (i >= kScanStages) {
+      WaitBarrier(SharedAddress(&shared.empty[stage]), (i / kScanStages + 1) % 2);
     }
-  }
-  if (lane < Traits::kHeadDim / 16) {
-    CopyAsync16(stage + Traits::kTiles * kKeyTileBytes + lane * 16,
-                page + static_cast<uint32_t>(layout.key_scales.offset) +
-                    static_cast<uint32_t>(head * Traits::kHeadDim) + lane * 16);
-  }
-}
-
-template <class Traits>
-__device__ void ScanChunk(const ProgressiveArgs& p, int sequence, int chunk, int head_begin,
-                          int column_tile) {
-  using Shared = ScanShared<Traits>;
-  extern __shared__ __align__(16) std::byte shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  const ProgressiveSequence& from = p.sequences[sequence];
-  const SequenceView s(from);
-  const int lane = threadIdx.x % 32;
-  const ScanWork<Traits> work(p, from, sequence, chunk, head_begin);
-  typename Shared::Warp& mine = shared.warps[threadIdx.x / 32];
-  const int chunk_end = ScanChunks<Traits>(p, from.decision);
-
-  // Lane i holds the id of the warp's i-th page.
-  const int mine_at = work.first + lane * work.stride;
-  const uint32_t ids = mine_at < work.end ? p.table[from.table_begin + mine_at] : 0;
-  auto fetch = [&](int page, int item, int stage) {
-    const uint32_t id = __shfl_sync(0xffffffffu, ids, item);
-    if (page < work.end && PageVisibility(s, page) != Visibility::kNone) {
-      FetchKeys<Traits>(p.layout, p.pool + static_cast<int64_t>(id) * kPageAlignment,
-                        mine.stages[stage], work.head, 0, chunk_end, lane);
-    }
-    CommitCopies();
-  };
-
-  if (!work.idle) {
-#pragma unroll
-    for (int i = 0; i < kScanStages - 1; ++i) fetch(work.first + i * work.stride, i, i);
-  }
-  WaitForDependencies();
-  int stage = 0, item = 0, basis_end = 0, pages_read = 0;
-  uint2 query[Traits::kTiles];
-  float unit = 0, mean[2] = {};
-  const PageSinks sinks = MakePageSinks<Traits>(p, s, work.head_index, column_tile, lane);
-  for (int page = work.first; !work.idle && page < work.end; page += work.stride) {
-    constexpr int kAhead = kScanStages - 1;
-    fetch(page + kAhead * work.stride, item + kAhead, (stage + kAhead) % kScanStages);
-    WaitCopies<kAhead>();
+    const bool wanted = lane < group.pages && first + lane < run.page_end &&
+                        PageVisibility(s, first + lane) != Visibility::kNone;
+    const uint32_t pages = __ballot_sync(0xffffffffu, wanted);
+    const uint32_t full = SharedAddress(&shared.full[stage]);
+    if (lane == 0) ArriveExpectBytes(full, __popc(pages) * group.heads * (key_bytes + kD));
     __syncwarp();
-    const Visibility visibility = PageVisibility(s, page);
-    if (visibility == Visibility::kNone) {  // no kernel looks at such a page's statistics
-      if (lane < kTileColumns) mine.mass[item][lane] = -INFINITY;
-      ++item;
-      stage = (stage + 1) % kScanStages;
-      continue;
+    // A lane copies one rank chunk of a page, or the scales.
+    for (int j = 0; j < group.pages; ++j) {
+      const uint32_t id = __shfl_sync(0xffffffffu, ids, in_batch + j);
+      if ((pages >> j & 1) == 0) continue;
+      const bool scales = lane == chunk_end;
+      const PageLayout::Section& section =
+          scales ? p.layout.key_scales : p.layout.key_base[min(lane, chunk_end - 1)];
+      const uint32_t target =
+          SharedAddress(shared.stages[stage]) + j * group.heads * ScanShared<Traits>::kPairBytes +
+          (scales ? Traits::kTiles : lane * Traits::kChunkTiles) * kKeyTileBytes * group.heads;
+      const auto bytes = static_cast<uint32_t>(section.bytes);
+      if (lane <= chunk_end) {
+        BulkCopy(target,
+                 p.pool + static_cast<int64_t>(id) * kPageAlignment + section.offset +
+                     group.begin * bytes,
+                 bytes * group.heads, full);
+      }
     }
-    if (page >= basis_end) {
-      const int run = BasisOfPage(SequenceView(from), page);
-      basis_end = run + 1 < from.num_bases ? from.basis_end[run] : work.end;
-      const QueryFragments<Traits> fragments(p, work.head_index, run, column_tile);
+    stage = stage + 1 == kScanStages ? 0 : stage + 1;
+  }
+}
+
+// A warp's (page, kv head) pairs of the run, one a stage.
+template <class Traits>
+struct PageScanner {
+  const ProgressiveArgs& p;
+  const ProgressiveSequence& from;
+  const SequenceView& s;
+  const ScanRun& run;
+  const HeadGroup& group;
+  ScanShared<Traits>& shared;
+  int chunk_end, column_tile, lane, warp;
+  RunningMass mass;
+
+  // The scan of one page. Says when the stage's bytes are no longer needed.
+  template <typename Release>
+  __device__ __forceinline__ void Scan(int page, Visibility visibility, const std::byte* pair,
+                                       int head_of_group, const uint2 (&query)[Traits::kTiles],
+                                       float unit, const float (&mean)[2], const PageSinks& sinks,
+                                       Release release) {
+    constexpr int kChunks = NumRankChunks(Traits::kHeadDim);
+    uint32_t chunks[kChunks];
 #pragma unroll
-      for (int k = 0; k < Traits::kTiles; ++k) query[k] = fragments.halves[k * 32 + lane];
-      unit = fragments.unit;
-      mean[0] = fragments.mean[lane % 4 * 2];
-      mean[1] = fragments.mean[lane % 4 * 2 + 1];
+    for (int c = 0; c < kChunks; ++c) {
+      constexpr int kWhole = Traits::kChunkTiles * kKeyTileBytes;
+      constexpr int kLast = Traits::kTiles * kKeyTileBytes - (kChunks - 1) * kWhole;
+      chunks[c] = SharedAddress(pair) + c * kWhole * group.heads +
+                  (c + 1 < kChunks ? kWhole : kLast) * head_of_group;
     }
-    const std::byte* data = mine.stages[stage];
+    __half* ranges = shared.ranges[warp];
     const float scale =
-        unit * SpreadKeyRanges<Traits>(data + Traits::kTiles * kKeyTileBytes, mine.ranges, lane);
+        unit * SpreadKeyRanges<Traits>(pair + Traits::kTiles * kKeyTileBytes * group.heads +
+                                           Traits::kHeadDim * head_of_group,
+                                       ranges, lane);
     __syncwarp();
     float sums[4][4], ones[4], high[2];
     uint32_t squares = 0, packed[8];
-    MultiplyPage<Traits>(data, mine.ranges, query, 0, chunk_end, lane, sums, ones, &squares);
+    MultiplyPage<Traits>(chunks, ranges, query, 0, chunk_end, lane, sums, ones, &squares);
     float variance = SumHalves(squares) * (1.0f / 768);  // (r / 8)^2 / 12 for what was read
-    if (chunk_end < NumRankChunks(Traits::kHeadDim)) {   // r^2 / 6 for what was not
-      variance += SumHalves(UnreadSquares<Traits>(mine.ranges, query, chunk_end, lane)) / 6;
+    if (chunk_end < kChunks) {                           // r^2 / 6 for what was not
+      variance += SumHalves(UnreadSquares<Traits>(ranges, query, chunk_end, lane)) / 6;
     }
-    variance = QuadSum(variance) * (kLn2 * kLn2 / 256) * scale * scale;
+    release();
+    variance = QuadSum(variance) * (kLn2 * kLn2) * scale * scale;
     if (visibility == Visibility::kPart) {
       MaskPage(s, page, p.shape.group_size(), column_tile * kTileColumns + lane % 4 * 2, lane,
                sums);
@@ -381,30 +363,105 @@ __device__ void ScanChunk(const ProgressiveArgs& p, int sequence, int chunk, int
     const float offset[2] = {fmaf(-0.9375f * scale, ones[0], mean[0]),
                              fmaf(-0.9375f * scale, ones[1], mean[1])};
     PackScores(sums, 2097152.0f * scale, offset, high, packed);  // 2^24 / 8
-    const float2 mass = StorePage<Traits>(sinks, p.work.columns, s.softcap, page, lane, packed,
-                                          high, variance, false);
-    if (lane < 4) *reinterpret_cast<float2*>(&mine.mass[item][2 * lane]) = mass;
-    ++pages_read;
-    ++item;
-    stage = (stage + 1) % kScanStages;
-    __syncwarp();
+    mass.Add(StorePage<Traits>(sinks, p.work.columns, s.softcap, page, lane, packed, high, variance,
+                               false));
   }
+
+  __device__ __forceinline__ void Run(int head_index) {
+    const int head_of_group = warp % group.heads, place = warp / group.heads;
+    const PageSinks sinks = MakePageSinks<Traits>(p, s, head_index, column_tile, lane);
+    uint2 query[Traits::kTiles] = {};
+    float unit = 0, mean[2] = {};
+    int basis_end = 0, stage = 0, parity = 0;
+    for (int first = run.page_begin; first < run.page_end; first += group.pages) {
+      const int page = first + place;
+      WaitBarrier(SharedAddress(&shared.full[stage]), parity);
+      auto release = [&] {
+        __syncwarp();
+        if (lane == 0) Arrive(SharedAddress(&shared.empty[stage]));
+      };
+      Visibility visibility = Visibility::kNone;
+      if (place < group.pages && page < run.page_end) visibility = PageVisibility(s, page);
+      if (visibility == Visibility::kNone) {
+        release();
+      } else {
+        if (page >= basis_end) {
+          const int basis = BasisOfPage(SequenceView(from), page);  // read again: rarely needed
+          basis_end = basis + 1 < from.num_bases ? from.basis_end[basis] : run.page_end;
+          const QueryFragments<Traits> fragments(p, head_index, basis, column_tile);
+#pragma unroll
+          for (int k = 0; k < Traits::kTiles; ++k) query[k] = fragments.halves[k * 32 + lane];
+          unit = fragments.unit;
+          mean[0] = fragments.mean[lane % 4 * 2];
+          mean[1] = fragments.mean[lane % 4 * 2 + 1];
+        }
+        const std::byte* pair =
+            shared.stages[stage] + place * group.heads * ScanShared<Traits>::kPairBytes;
+        Scan(page, visibility, pair, head_of_group, query, unit, mean, sinks, release);
+      }
+      if (++stage == kScanStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+  }
+};
+
+template <class Traits>
+__device__ __forceinline__ void ScanPages(const ProgressiveArgs& p, int run_index, int head_group,
+                                          int column_tile) {
+  extern __shared__ __align__(16) std::byte shared_bytes[];
+  auto& shared = *reinterpret_cast<ScanShared<Traits>*>(shared_bytes);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const ScanRun run = p.scan_runs[run_index];
+  if (run.sequence < 0) return;
+  const ProgressiveSequence& from = p.sequences[run.sequence];
+  const SequenceView s(from);
+  const HeadGroup group(p, head_group);
+  const int chunk_end = ScanChunks<Traits>(p, from.decision);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kScanStages; ++i) {
+      InitBarrier(SharedAddress(&shared.full[i]), 1);
+      InitBarrier(SharedAddress(&shared.empty[i]), kScanWarps);
+    }
+    FenceBarrierInit();
+  }
+  __syncthreads();
+  if (warp == kScanWarps) {
+    FetchRun<Traits>(p, from, s, run, group, chunk_end, lane, shared);
+    StoreRunMass<Traits>(p, group, run_index, column_tile, make_float2(0, 0), p.work.scan_lse,
+                         shared.lse);
+    return;
+  }
+  WaitForDependencies();
   LaunchDependents();
-  if (lane == 0 && pages_read > 0 && column_tile == 0) {
-    AddBytes(&p.decisions[work.head_index].key_bytes,
-             pages_read * (KeyReadBytes(Traits::kHeadDim, kScanBits, chunk_end)));
+  const int head_index = run.sequence * p.shape.num_kv_heads + group.begin + warp % group.heads;
+  PageScanner<Traits> scanner{p, from, s, run, group, shared, chunk_end, column_tile, lane, warp};
+  scanner.Run(head_index);
+  if (warp < group.heads && column_tile == 0) {  // for all warps of the head
+    int pages = 0;
+    for (int page = run.page_begin + lane; page < run.page_end; page += 32) {
+      pages += PageVisibility(s, page) != Visibility::kNone ? 1 : 0;
+    }
+    pages = __reduce_add_sync(0xffffffffu, pages);
+    if (lane == 0) {
+      AddBytes(&p.decisions[head_index].key_bytes,
+               pages * KeyReadBytes(Traits::kHeadDim, kScanBits, chunk_end));
+    }
   }
-  StoreChunkMass<Traits>(p, sequence, chunk, head_begin, column_tile,
-                         WarpMass<Traits>(mine, item, lane), p.work.scan_lse, shared);
+  StoreRunMass<Traits>(p, group, run_index, column_tile, scanner.mass.Log2Sum(), p.work.scan_lse,
+                       shared.lse);
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kScanWarps * 32, ScanCtasPerSm(Traits::kHeadDim))
+__global__ void __launch_bounds__(kScanThreads,
+                                  Traits::kSoftCap ? 1 : ScanCtasPerSm(Traits::kHeadDim))
     ProgressiveScanKernel(const __grid_constant__ ProgressiveArgs p) {
   const int tiles = p.work.columns / kTileColumns;
   const int dense_ctas = p.num_sequences * p.shape.num_kv_heads * tiles;
   int block = blockIdx.x;
   if (block < dense_ctas) {
+    if (threadIdx.x >= kDenseThreads) return;
     const int tile = block % tiles, head_index = block / tiles;
     DenseTail<Traits>(p, head_index / p.shape.num_kv_heads, head_index % p.shape.num_kv_heads,
                       tile);
@@ -414,9 +471,7 @@ __global__ void __launch_bounds__(kScanWarps * 32, ScanCtasPerSm(Traits::kHeadDi
   const int tile = block % tiles;
   block /= tiles;
   const int head_groups = CeilDiv(p.shape.num_kv_heads, kScanWarps);
-  const int head_begin = block % head_groups * kScanWarps;
-  block /= head_groups;
-  ScanChunk<Traits>(p, block / p.work.scan_chunks, block % p.work.scan_chunks, head_begin, tile);
+  ScanPages<Traits>(p, block / head_groups, block % head_groups, tile);
 }
 
 }  // namespace adaattn

@@ -2,63 +2,11 @@
 #define ADAATTN_KERNELS_CUDA_PROGRESSIVE_VALUES_CUH_
 
 // The arithmetic of attended pages: scores refined by the keys' finer planes, values multiplied
-// from their planes, means of skipped pages. All operands lie in shared memory (AttendShared).
+// from their planes. Operands lie in shared memory.
 
 #include "kernels/cuda/progressive_scan.cuh"
 
 namespace adaattn {
-
-template <class Traits>
-struct AttendShared {
-  static constexpr int kD = Traits::kHeadDim;
-  static constexpr int kPlaneBytes = Traits::kTiles * kPlaneTileBytes;
-  static constexpr int kScaleBytes = kPageTokens * Traits::kValueGroups;
-  static constexpr int kSummaryBytes = static_cast<int>(sizeof(ValueSummary)) + kD;
-  // Room for all that a page's values bring in (scales and planes), or for its keys' finer planes
-  // and scales; pages whose keys and values fit together come in one go, several at a time.
-  static constexpr int kBufferBytes = kScaleBytes + 4 * kPlaneBytes;
-  struct Warp {
-    alignas(16) std::byte pages[kBufferBytes];
-    alignas(16) __half ranges[kD];  // of channels, spread for the MMA
-    alignas(16) float token_ranges[kPageTokens * Traits::kValueGroups];
-  };
-  Warp warps[kAttendWarps];
-  alignas(16) std::byte summaries[kMaxAttendChunk][kSummaryBytes];
-  float lse[kTileColumns];  // L
-  float lse_parts[kAttendThreads / kTileColumns][kTileColumns];
-  uint32_t base[kMaxAttendChunk];  // page ids, by position in the chunk
-  uint8_t key_bits[kMaxAttendChunk], key_chunks[kMaxAttendChunk], value_bits[kMaxAttendChunk];
-  // What the means are weighted with, by page: rows 0..7 the share of a skipped page (else 0), rows
-  // 8..15 w^2 var_s, of the tile's columns; then as halves relative to the row's largest.
-  float weights[2 * kTileColumns][kMaxAttendChunk];
-  alignas(16) __half scaled[2 * kTileColumns][kMaxAttendChunk + 8];
-  float row_scale[2 * kTileColumns];
-  float figures[kTileColumns][5];  // skipped mass, entropy, rest, mean squares, weight
-  float warp_figures[kAttendWarps][kTileColumns][5];
-  int list[kMaxAttendChunk];  // attended pages, in order
-  int warp_count[kAttendWarps];
-  int key_pages[kNumKeyDepths], value_pages[kNumValueDepths];
-  float mass[kAttendWarps][kTileColumns];  // of attended pages, by warp
-  // The warps' parts overlay their partial outputs [columns][D] once the pages are done with.
-  static_assert(sizeof(Warp) >= kTileColumns * kD * sizeof(float), "partial outputs fit");
-};
-
-// How an attended page lies in a warp's buffer: values [scales, planes], keys [scales, fine
-// planes].
-template <class Traits>
-struct AttendedPage {
-  using Shared = AttendShared<Traits>;
-  int value_bits, fine_planes;
-
-  __device__ __forceinline__ AttendedPage(const Shared& shared, int local)
-      : value_bits(shared.value_bits[local]), fine_planes((shared.key_bits[local] - 4) / 2) {}
-  __device__ __forceinline__ int value_bytes() const {
-    return Shared::kScaleBytes + value_bits / 2 * Shared::kPlaneBytes;
-  }
-  __device__ __forceinline__ int key_bytes() const {
-    return fine_planes > 0 ? Traits::kHeadDim + fine_planes * Shared::kPlaneBytes : 0;
-  }
-};
 
 // Scores of a page refined by `planes` 2-bit planes of its keys: what to add to the packed scores,
 // in their layout. x_6 - x_4 = (m - 1.5) / 32, x_8 - x_6 = (m' - 1.5) / 128. `scale`: units of
@@ -78,8 +26,8 @@ __device__ __forceinline__ void RefineScores(const std::byte* fine, const __half
     Mma16x8x16<__half>(ones, kOnes, b0, b1);
 #pragma unroll 1
     for (int plane = 0; plane < planes; ++plane) {
-      const uint2 words = reinterpret_cast<const uint2*>(
-          fine + plane * AttendShared<Traits>::kPlaneBytes)[k * 32 + lane];
+      const uint2 words =
+          reinterpret_cast<const uint2*>(fine + plane * Traits::kPlaneBytes)[k * 32 + lane];
       const uint32_t word[4] = {words.x, words.x >> 8, words.y, words.y >> 8};
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
@@ -107,9 +55,7 @@ __device__ __forceinline__ void RefineScores(const std::byte* fine, const __half
 }
 
 // Adds one page's values to out[tile] (channels 16 tile + lane / 4 and + 8, columns 2 (lane % 4)
-// and
-// + 1), weighted by probability[i] (tokens of packed scores) times `weight` of the
-// column.
+// and + 1), weighted by probability[i] (tokens of packed scores) times `weight` of the column.
 template <class Traits>
 __device__ __forceinline__ void AddValues(const std::byte* planes, const float* token_ranges,
                                           int bits, const float2 (&probability)[8],
@@ -144,9 +90,7 @@ __device__ __forceinline__ void AddValues(const std::byte* planes, const float* 
 #pragma unroll
       for (int i = 0; i < Traits::kTilesPerGroup; ++i) {
         const uint2 words = reinterpret_cast<const uint2*>(
-            planes +
-            plane * AttendShared<Traits>::kPlaneBytes)[(group * Traits::kTilesPerGroup + i) * 32 +
-                                                       lane];
+            planes + plane * Traits::kPlaneBytes)[(group * Traits::kTilesPerGroup + i) * 32 + lane];
         const uint32_t word[4] = {words.x, words.x >> 8, words.y, words.y >> 8};
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
@@ -170,61 +114,6 @@ __device__ __forceinline__ void AddValues(const std::byte* planes, const float* 
         target = fmaf(weight[e % 2], fmaf(sums[i][e], unit, offset * ones[e % 2]), target);
       }
     }
-  }
-}
-
-// Four 8x8 tiles of 16-bit units, transposed: register i holds (2t, 2t + 1; g) of tile i, whose row
-// r the lane 8 i + r names.
-__device__ __forceinline__ void LoadTransposed(uint32_t (&tile)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(tile[0]), "=r"(tile[1])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row))));
-}
-
-// Bytes 0 and 2 of `bytes` ^ 0x80 (selector 0x4240) or 1 and 3 (0x4341) as halves, signed.
-__device__ __forceinline__ uint32_t HalvesFromBytes(uint32_t bytes, uint32_t selector) {
-  const uint32_t biased = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, selector);  // 1152 more
-  return FmaHalves(biased, kOneHalves, 0xe480e480u);                                // - 1152
-}
-
-// The CTA's sums: means of the skipped pages plus the warps' partial outputs, and the weighted
-// mean.
-//   sum[n][c] = sum_page weight[n][page] mean[page][c]: weights are the A of the MMA, rows of the
-// means its B, two channels at a time (a transposed load pairs the bytes of two pages).
-template <class Traits>
-__device__ __forceinline__ void AddMeans(int pages, AttendShared<Traits>& shared, float* partial) {
-  constexpr int kD = Traits::kHeadDim;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const float scale[2] = {shared.row_scale[g], shared.row_scale[kTileColumns + g]};
-  for (int tile = warp; tile < Traits::kTiles; tile += kAttendWarps) {
-    float even[4] = {}, odd[4] = {};
-    for (int first = 0; first < pages; first += 16) {
-      uint32_t a[4], bytes[2];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a[i] = *reinterpret_cast<const uint32_t*>(
-            &shared.scaled[g + i % 2 * 8][first + 2 * t + i / 2 * 8]);
-      }
-      LoadTransposed(bytes, shared.summaries[first + lane % 16] + sizeof(ValueSummary) + tile * 16);
-      Mma16x8x16<__half>(even, a, HalvesFromBytes(bytes[0], 0x4240u),
-                         HalvesFromBytes(bytes[1], 0x4240u));
-      Mma16x8x16<__half>(odd, a, HalvesFromBytes(bytes[0], 0x4341u),
-                         HalvesFromBytes(bytes[1], 0x4341u));
-    }
-    // Column j of an accumulator is channel 16 tile + 2 j (+ 1): the lane has four in a row.
-    const int channel = tile * 16 + 4 * t;
-    float4 sum =
-        make_float4(even[0] * scale[0], odd[0] * scale[0], even[1] * scale[0], odd[1] * scale[0]);
-#pragma unroll
-    for (int i = 0; i < kAttendWarps; ++i) {
-      const float4 more = *reinterpret_cast<const float4*>(
-          reinterpret_cast<const float*>(&shared.warps[i]) + g * kD + channel);
-      sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
-    }
-    float* target = partial + 2 * g * kD + channel;
-    *reinterpret_cast<float4*>(target) = sum;
-    *reinterpret_cast<float4*>(target + kD) =
-        make_float4(even[2] * scale[1], odd[2] * scale[1], even[3] * scale[1], odd[3] * scale[1]);
   }
 }
 

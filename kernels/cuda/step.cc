@@ -46,6 +46,7 @@ class Packer {
   int64_t Pack(DecodeSchedule* schedule) {
     for (const SequenceStep& sequence : batch_.sequences) AddSequence(sequence);
     AddRuns();
+    AddScanRuns();
     FillHeader();
     if (plan_.exact() != nullptr) AddSchedule(schedule);
     return header_->runs_offset + header_->num_runs * int64_t{sizeof(AppendRun)};
@@ -57,6 +58,7 @@ class Packer {
                       ProgressiveSequence* out) const;
   int32_t AddScales(absl::Span<const float> scales);
   void AddRuns();
+  void AddScanRuns();
   void AddSchedule(DecodeSchedule* schedule);
   void FillHeader();
 
@@ -172,6 +174,16 @@ void Packer::AddRuns() {
   header_->num_runs = num_runs;
 }
 
+void Packer::AddScanRuns() {
+  auto* runs = reinterpret_cast<ScanRun*>(block_ + plan_.layout().scan_runs);
+  for (int32_t i = 0; i < kNumSealedGroups; ++i) {
+    const int32_t count = plan_.key().sealed[i].num_sequences;
+    if (count == 0) continue;
+    ScheduleScan(plan_.GroupParams(i), absl::MakeSpan(progressive_ + plan_.FirstSealed(i), count),
+                 runs + plan_.FirstScanRun(i));
+  }
+}
+
 void Packer::FillHeader() {
   StepBuffers& buffers = *batch_.buffers;
   const AttentionShape& shape = batch_.shape;
@@ -216,6 +228,8 @@ ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std
   params.sequences =
       reinterpret_cast<const ProgressiveSequence*>(block + plan.layout().progressive) + first;
   params.table = reinterpret_cast<const uint32_t*>(block + plan.layout().tail);
+  params.scan_runs =
+      reinterpret_cast<const ScanRun*>(block + plan.layout().scan_runs) + plan.FirstScanRun(group);
   params.q = scratch.q();
   params.out = scratch.out();
   params.lse = scratch.lse();

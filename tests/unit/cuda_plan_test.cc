@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -163,6 +164,80 @@ TEST(PackStepTest, SendsSealedSequencesToTheProgressiveKernelsAndTheRestToTheExa
   EXPECT_EQ(packed.At<StepSequence>(layout.steps, 1).decision, 4);
   EXPECT_EQ(packed.At<StepSequence>(layout.steps, 2).decision, 2);
   EXPECT_EQ(packed.plan.num_decisions(), 5 * 8);
+}
+
+// Sequences of the given numbers of sealed pages, scheduled on an H100.
+struct Scan {
+  explicit Scan(const std::vector<int32_t>& sealed, AttentionShape shape = {32, 8, 128},
+                int32_t window = 0) {
+    params.shape = shape;
+    params.num_sequences = static_cast<int32_t>(sealed.size());
+    PlanProgressive(kNumSms, &params);
+    for (const int32_t pages : sealed) {
+      ProgressiveSequence sequence;
+      sequence.num_sealed = pages;
+      sequence.kv_len = (pages + 1) * kPageTokens;
+      sequence.q_len = 1;
+      sequence.q_start = sequence.kv_len - 1;
+      sequence.window = window;
+      sequences.push_back(sequence);
+    }
+    runs.resize(NumScanRuns(params));
+    ScheduleScan(params, absl::MakeSpan(sequences), runs.data());
+  }
+  // Pages that `sequence`'s runs cover, each once and in order, from `first` on.
+  int32_t Covered(int32_t sequence, int32_t first = 0) const {
+    const ProgressiveSequence& s = sequences[sequence];
+    int32_t next = first;
+    for (int32_t i = s.scan_begin; i < s.scan_begin + s.num_scan_runs; ++i) {
+      EXPECT_EQ(runs[i].sequence, sequence);
+      EXPECT_EQ(runs[i].page_begin, next);
+      EXPECT_GT(runs[i].page_end, runs[i].page_begin);
+      next = runs[i].page_end;
+    }
+    return next;
+  }
+  int32_t Longest() const {
+    int32_t longest = 0;
+    for (const ScanRun& run : runs) longest = std::max(longest, run.page_end - run.page_begin);
+    return longest;
+  }
+
+  ProgressiveParams params;
+  std::vector<ProgressiveSequence> sequences;
+  std::vector<ScanRun> runs;
+};
+
+TEST(ScheduleScanTest, CoversEveryPageOnce) {
+  for (const std::vector<int32_t>& sealed :
+       std::vector<std::vector<int32_t>>{{1}, {510}, {126, 126, 126}, {510, 1, 30, 7}}) {
+    const Scan scan(sealed);
+    int32_t used = 0;
+    for (size_t i = 0; i < sealed.size(); ++i) {
+      EXPECT_EQ(scan.Covered(static_cast<int32_t>(i)), sealed[i]);
+      used += scan.sequences[i].num_scan_runs;
+    }
+    for (size_t i = used; i < scan.runs.size(); ++i) EXPECT_EQ(scan.runs[i].sequence, -1);
+  }
+}
+
+TEST(ScheduleScanTest, SharesTheDeviceByPagesNotBySequences) {
+  std::vector<int32_t> sealed(32, 30);
+  sealed[5] = 510;
+  const Scan scan(sealed);
+  EXPECT_GE(scan.sequences[5].num_scan_runs, 85);  // a third of the pages, a third of 264 CTAs
+  EXPECT_LE(scan.Longest(), 6);
+}
+
+TEST(ScheduleScanTest, GivesACtaWithFewHeadsWholeStages) {
+  const Scan scan({500}, {4, 2, 128});  // four pages at a time
+  EXPECT_EQ(scan.Covered(0), 500);
+  EXPECT_EQ(scan.Longest() % 4, 0);
+}
+
+TEST(ScheduleScanTest, LeavesOutWhatNoRowSees) {
+  const Scan scan({100}, {32, 8, 128}, /*window=*/640);
+  EXPECT_EQ(scan.Covered(0, 91), 100);  // of 101 pages the last 640 tokens
 }
 
 TEST(PackStepTest, KeepsTheWindowWhenAShardLiesFarBehind) {
