@@ -1,9 +1,11 @@
-// Checks exact decode against float64 and times it, and whole steps through the backend.
+// Checks exact decode against float64 and times it, whole steps through the backend, and
+// progressive decode on captured traces.
 //
-//   adaattn_decode_bench [--check] [--time] [--steps] [--json=FILE] [--runs=N]
+//   adaattn_decode_bench [--check] [--time] [--steps] [--progressive] [--json=FILE] [--runs=N]
+//                        [flags of progressive_bench.h]
 //
-// Without --check, --time or --steps it does all of them. L2 is flushed before every timed run;
-// times are medians of device events around one step's launch.
+// Without --check, --time, --steps or --progressive it does the first three. L2 is flushed before
+// every timed run; times are medians of device events around one step's launch.
 
 #include <cuda_runtime_api.h>
 
@@ -17,22 +19,30 @@
 #include <vector>
 
 #include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/strip.h"
+#include "absl/types/span.h"
+#include "kernels/cuda/device_buffer.h"
 #include "kernels/cuda/status.h"
 #include "loadtest/decode_case.h"
+#include "loadtest/progressive_bench.h"
 #include "loadtest/step_bench.h"
 
 namespace adaattn {
 namespace {
 
-constexpr size_t kFlushBytes = size_t{256} << 20;  // five times the L2 of an H100
+constexpr int64_t kFlushBytes = int64_t{256} << 20;  // five times the L2 of an H100
 
 struct Settings {
   bool check = true;
   bool time = true;
   bool steps = true;
+  bool progressive = false;
+  ProgressiveBenchOptions progressive_options;
   int runs = 31;
   std::string json_file;
+  std::string command;
 };
 
 struct TimedCase {
@@ -107,13 +117,14 @@ absl::StatusOr<bool> CheckAll(int32_t num_ctas) {
   return all_good;
 }
 
-absl::StatusOr<std::vector<double>> TimeRuns(const DecodeCase& test, int runs, void* flush) {
+absl::StatusOr<std::vector<double>> TimeRuns(const DecodeCase& test, int runs,
+                                             const DeviceBuffer& flush) {
   cudaEvent_t start, stop;
   ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventCreate(&start));
   ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventCreate(&stop));
   std::vector<double> times;
   for (int i = -3; i < runs; ++i) {
-    ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(flush, i & 0xff, kFlushBytes, nullptr));
+    ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(flush.data(), i & 0xff, flush.bytes(), nullptr));
     ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventRecord(start, nullptr));
     ADAATTN_RETURN_IF_ERROR(test.Run(nullptr));
     ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventRecord(stop, nullptr));
@@ -128,7 +139,8 @@ absl::StatusOr<std::vector<double>> TimeRuns(const DecodeCase& test, int runs, v
   return times;
 }
 
-absl::Status TimeAll(const Settings& settings, int32_t num_ctas, nlohmann::json* report) {
+absl::Status TimeAll(const Settings& settings, int32_t num_ctas, const DeviceBuffer& flush,
+                     nlohmann::json* report) {
   const AttentionShape usual{32, 8, 128};
   const std::vector<TimedCase> cases = {
       {usual, Same(1, 8192)},          {usual, Same(1, 32768)},
@@ -138,8 +150,6 @@ absl::Status TimeAll(const Settings& settings, int32_t num_ctas, nlohmann::json*
       {{28, 4, 128}, Same(16, 32768)}, {{32, 8, 64}, Same(32, 16384)},
       {{16, 4, 256}, Same(32, 8192)},
   };
-  void* flush = nullptr;
-  ADAATTN_RETURN_IF_CUDA_ERROR(cudaMalloc(&flush, kFlushBytes));
   for (const DType type : {DType::kBf16, DType::kF8E4m3}) {
     for (const TimedCase& timed : cases) {
       DecodeCaseOptions options;
@@ -161,48 +171,77 @@ absl::Status TimeAll(const Settings& settings, int32_t num_ctas, nlohmann::json*
                          {"terabytes_per_second", rate}});
     }
   }
-  return FromCuda(cudaFree(flush), "cudaFree");
+  return absl::OkStatus();
+}
+
+std::string CudaVersion(int version) {
+  return absl::StrCat(version / 1000, ".", version % 1000 / 10);
+}
+
+// What the numbers were measured on and with.
+absl::StatusOr<nlohmann::json> Provenance(const Settings& settings) {
+  cudaDeviceProp properties;
+  int driver = 0, runtime = 0;
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaGetDeviceProperties(&properties, 0));
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaDriverGetVersion(&driver));
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaRuntimeGetVersion(&runtime));
+  return nlohmann::json{
+      {"device", properties.name},          {"multiprocessors", properties.multiProcessorCount},
+      {"cuda_driver", CudaVersion(driver)}, {"cuda_runtime", CudaVersion(runtime)},
+      {"commit", ADAATTN_COMMIT},           {"command", settings.command}};
 }
 
 absl::StatusOr<int> Run(const Settings& settings) {
-  cudaDeviceProp properties;
-  ADAATTN_RETURN_IF_CUDA_ERROR(cudaGetDeviceProperties(&properties, 0));
-  const int32_t num_ctas = 2 * properties.multiProcessorCount;
-  std::printf("%s, %d multiprocessors\n", properties.name, properties.multiProcessorCount);
+  ADAATTN_ASSIGN_OR_RETURN(nlohmann::json report, Provenance(settings));
+  const int32_t num_sms = report["multiprocessors"].get<int32_t>(), num_ctas = 2 * num_sms;
+  std::printf("%s, %d multiprocessors, CUDA %s, commit %s\n",
+              report["device"].get<std::string>().c_str(), num_sms,
+              report["cuda_driver"].get<std::string>().c_str(), ADAATTN_COMMIT);
   bool good = true;
   if (settings.check) {
     ADAATTN_ASSIGN_OR_RETURN(good, CheckAll(num_ctas));
     std::printf("check: %s\n", good ? "passed" : "FAILED");
   }
-  nlohmann::json report = {{"device", properties.name},
-                           {"decode", nlohmann::json::array()},
-                           {"steps", nlohmann::json::array()}};
-  if (settings.time) ADAATTN_RETURN_IF_ERROR(TimeAll(settings, num_ctas, &report["decode"]));
+  report["decode"] = report["steps"] = report["progressive"] = nlohmann::json::array();
+  DeviceBuffer flush;
+  ADAATTN_RETURN_IF_ERROR(flush.Allocate(kFlushBytes));
+  if (settings.time) {
+    ADAATTN_RETURN_IF_ERROR(TimeAll(settings, num_ctas, flush, &report["decode"]));
+  }
   if (settings.steps) ADAATTN_RETURN_IF_ERROR(TimeSteps(10 * settings.runs, &report["steps"]));
+  if (settings.progressive) {
+    ADAATTN_ASSIGN_OR_RETURN(const bool progressive_good,
+                             BenchProgressive(settings.progressive_options, settings.runs, flush,
+                                              &report["progressive"]));
+    good &= progressive_good;
+  }
   if (!settings.json_file.empty()) std::ofstream(settings.json_file) << report.dump(2) << "\n";
   return good ? 0 : 1;
 }
 
-bool ParseFlags(int argc, char** argv, Settings* settings) {
+bool ParseFlags(absl::Span<char*> arguments, Settings* settings) {
   bool check = false, time = false, steps = false;
-  for (int i = 1; i < argc; ++i) {
-    absl::string_view flag = argv[i];
+  for (absl::string_view flag : arguments.subspan(1)) {
     if (flag == "--check") {
       check = true;
     } else if (flag == "--time") {
       time = true;
     } else if (flag == "--steps") {
       steps = true;
+    } else if (flag == "--progressive") {
+      settings->progressive = true;
     } else if (absl::ConsumePrefix(&flag, "--json=")) {
       settings->json_file = std::string(flag);
-    } else if (!absl::ConsumePrefix(&flag, "--runs=") || !absl::SimpleAtoi(flag, &settings->runs) ||
-               settings->runs < 1) {
+    } else if (absl::ConsumePrefix(&flag, "--runs=")) {
+      if (!absl::SimpleAtoi(flag, &settings->runs) || settings->runs < 1) return false;
+    } else if (!ParseProgressiveFlag(flag, &settings->progressive_options)) {
       return false;
     }
   }
-  if (check || time || steps) {
+  if (check || time || steps || settings->progressive) {
     settings->check = check, settings->time = time, settings->steps = steps;
   }
+  settings->command = absl::StrJoin(arguments, " ");
   return true;
 }
 
@@ -211,8 +250,12 @@ bool ParseFlags(int argc, char** argv, Settings* settings) {
 
 int main(int argc, char** argv) {
   adaattn::Settings settings;
-  if (!adaattn::ParseFlags(argc, argv, &settings)) {
-    std::fprintf(stderr, "usage: %s [--check] [--time] [--steps] [--json=FILE] [--runs=N >= 1]\n",
+  if (!adaattn::ParseFlags(absl::MakeSpan(argv, static_cast<size_t>(argc)), &settings)) {
+    std::fprintf(stderr,
+                 "usage: %s [--check] [--time] [--steps] [--progressive] [--json=FILE]\n"
+                 "       [--runs=N >= 1] [--trace=FILE]... [--cases=BATCHxTOKENS,...]\n"
+                 "       [--heads=Q/KV] [--stored-bits=4|6|8] [--policy=threshold|budget]\n"
+                 "       [--theta=X] [--target=X] [--two-stage] [--z=X] [--sample=N]\n",
                  argv[0]);
     return 2;
   }

@@ -1,0 +1,51 @@
+#ifndef ADAATTN_LOADTEST_PROGRESSIVE_BENCH_H_
+#define ADAATTN_LOADTEST_PROGRESSIVE_BENCH_H_
+
+#include <cstdint>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "kernels/cuda/device_buffer.h"
+#include "kernels/policy/decision.h"
+
+namespace adaattn {
+
+struct ProgressiveBenchOptions {
+  struct Size {
+    int32_t num_sequences = 0;
+    int32_t kv_len = 0;
+  };
+  // Captures to run on; empty: tests/data and shared/data as the working directory has them.
+  std::vector<std::string> traces;
+  std::vector<Size> sizes;  // empty: the cases of docs/kernels.md that suit the trace's length
+  int32_t num_q_heads = 0;  // 0: 32 over 8, and where the cases say so 28 over 4
+  int32_t num_kv_heads = 0;
+  int32_t stored_bits = 8;
+  Policy policy = Policy::kThreshold;
+  double theta = 0;        // kThreshold; 0: searched
+  double target = 0;       // kBudget: target_relative_error; 0: searched
+  bool two_stage = false;  // half of the rank first
+  double coarse_z = 2;
+  int32_t sample = 128;  // rows of q heads whose error is taken; float64 on the host
+};
+
+// Whether `flag` is one of this benchmark's and fine; then it stands in `options`.
+//
+//   --trace=FILE --cases=BATCHxTOKENS,... --heads=Q/KV --stored-bits=4|6|8
+//   --policy=threshold|budget --theta=X --target=X --two-stage --z=X --sample=N
+bool ParseProgressiveFlag(absl::string_view flag, ProgressiveBenchOptions* options);
+
+// Times progressive decode on captured traces and judges its error. Theta (or the target) that is
+// searched is the largest whose mean error is at most half of dense FP8's on the same rows; at
+// FP8's own where the trace is tiled, which divides the shares. Prints one line a case and appends
+// to `report`. False when a kernel's count of bytes is not what its page counts imply, an output is
+// not finite, or no theta reaches the goal.
+absl::StatusOr<bool> BenchProgressive(const ProgressiveBenchOptions& options, int runs,
+                                      const DeviceBuffer& flush, nlohmann::json* report);
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_LOADTEST_PROGRESSIVE_BENCH_H_
