@@ -5,7 +5,7 @@ TEST_JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test bench test-asan test-tsan cuda lint format format-check docs-check \
+.PHONY: help demo serve test test-python bench test-asan test-tsan cuda lint format format-check docs-check \
         gpu-bundle setup setup-check clean
 
 help:  ## Lists these targets
@@ -30,6 +30,11 @@ test-asan: setup-check build/asan/build.ninja  ## Every test under the address a
 test-tsan: setup-check build/tsan/build.ninja  ## The tests of the gRPC-free core under the thread sanitizer (clang)
 	@ninja -C build/tsan -j$(JOBS)
 	@ctest --preset tsan -j$(TEST_JOBS)
+
+test-python: setup build/release/build.ninja  ## The tests of the Python client, against a server
+	@scripts/python client/python
+	@ninja -C build/release -j$(JOBS) adaattn_server
+	@.venv/bin/python -m pytest -q client/python/tests
 
 bench: setup build/release/build.ninja  ## Times the kernels, and a small Attend beside a bare gRPC echo
 	@ninja -C build/release -j$(JOBS) adaattn_cpu_decode_bench adaattn_echo_bench adaattn_server

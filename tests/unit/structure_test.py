@@ -50,13 +50,13 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 
 def ours():
-    """Paths of all files of the repository, outputs and data left out."""
+    """Paths of all files of the repository; outputs, generated code and data left out."""
     skipped = {"build", "__pycache__", "data"}
     for top in sorted(ROOT.iterdir()):
         if top.name in skipped or top.name in (".git", ".venv", ".cache"):
             continue
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path.is_file() and not skipped & set(path.parts[len(ROOT.parts):]):
+            if path.is_file() and "_pb2" not in path.name and not skipped & set(path.parts[len(ROOT.parts):]):
                 yield str(path.relative_to(ROOT))
 
 
