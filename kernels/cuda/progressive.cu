@@ -13,7 +13,7 @@ void PlanProgressive(int32_t num_sms, ProgressiveParams* params) {
   const int32_t tiles = CeilDiv(params->shape.group_size() * params->max_q_len, kTileColumns);
   const int32_t dense = params->num_sequences * params->shape.num_kv_heads * tiles;
   int32_t ctas = ScanCtasPerSm(params->shape.head_dim) * num_sms;
-  if (2 * dense <= ctas) ctas -= dense;
+  if (8 * dense <= ctas) ctas -= dense;
   params->scan_share = std::max(ctas / (head_groups * tiles), 1);
 }
 

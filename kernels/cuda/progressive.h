@@ -82,7 +82,7 @@ struct ProgressiveParams {
 };
 
 // Fills num_sms and scan_share for a device with `num_sms` multiprocessors: one wave of scan CTAs,
-// less those that the dense tails take where these are few.
+// less those that the dense tails take where these are few (many end long before the others do).
 void PlanProgressive(int32_t num_sms, ProgressiveParams* params);
 
 // An upper bound on the runs of a step: every sequence may end inside one.

@@ -26,7 +26,7 @@ inline constexpr int32_t kTileColumns = 8;   // columns of one MMA
 inline constexpr int32_t kMaxColumns = 128;  // group size 16, q_len 8
 
 // Shapes of the CTAs, which the plan has to know.
-inline constexpr int32_t kScanWarps = 8;     // and one that fetches
+inline constexpr int32_t kScanWarps = 8;
 inline constexpr int32_t kSelectPages = 64;  // of one select CTA; four threads decide each
 inline constexpr int32_t kUnitPages = 4;     // attended pages that one warp takes at a time
 inline constexpr int32_t kSelectUnits = kSelectPages / kUnitPages;
@@ -52,12 +52,12 @@ struct SelectState {
   float rest;          // sum of w^2 c
 };
 
-// Up to kUnitPages attended pages of one head, for one warp; 64 bytes.
+// Up to kUnitPages attended pages of one head, for one CTA; 64 bytes.
 struct AttendUnit {
   int32_t head_index;
-  int32_t slot;  // of its partial output
-  int32_t count;
-  int32_t spare;
+  int32_t slot;     // of its partial output
+  int32_t count;    // pages
+  int32_t columns;  // of the sequence
   uint32_t page_id[kUnitPages];
   uint32_t page[kUnitPages];  // as PackPage
   uint32_t unused[4];
@@ -100,6 +100,8 @@ struct ProgressiveWorkspace {
   int64_t units = 0;        // AttendUnit [S, H, chunks, kSelectUnits], in no order
   int64_t partial = 0;      // float4 [S, H, chunks, kSelectUnits, C / 8, tiles, 32]: accumulators
   int64_t mass = 0;         // float [S, H, chunks, kSelectUnits, C]: of attended pages
+  int64_t figures = 0;      // float2 [S, H, C]: predicted square relative error, entropy
+  int64_t merged = 0;       // int32_t [S, H]: merge CTAs that are done
   int64_t bytes = 0;
   int32_t columns = 0;
   int32_t scan_runs = 0;
@@ -141,6 +143,8 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   w.units = add(units * static_cast<int64_t>(sizeof(AttendUnit)));
   w.partial = add(units * w.columns * d * 4);
   w.mass = add(units * w.columns * 4);
+  w.figures = add(heads * w.columns * 8);
+  w.merged = add(heads * 4);
   w.bytes = end;
   return w;
 }

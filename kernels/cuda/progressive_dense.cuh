@@ -37,11 +37,12 @@ __device__ __forceinline__ float LoadElement(const void* tensor, int64_t at, DTy
 }
 
 // Copies the queries of a head's columns to `query` [8][head_dim], times `scale`; absent columns 0.
-template <class Traits>
+// By the first kThreads threads of the CTA.
+template <class Traits, int kThreads>
 __device__ __forceinline__ void LoadColumns(const ProgressiveArgs& p, const ProgressiveSequence& s,
                                             int head, int column_tile, float scale, float* query) {
   const int group_size = p.shape.group_size();
-  for (int i = threadIdx.x; i < kTileColumns * Traits::kHeadDim; i += blockDim.x) {
+  for (int i = threadIdx.x; i < kTileColumns * Traits::kHeadDim; i += kThreads) {
     const int column = column_tile * kTileColumns + i / Traits::kHeadDim;
     const int channel = i % Traits::kHeadDim;
     float x = 0;
@@ -93,7 +94,8 @@ __device__ __noinline__ void DenseTail(const ProgressiveArgs& p, int sequence, i
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int part = threadIdx.x / kD, channel = threadIdx.x % kD;
   const int group_size = p.shape.group_size();
-  LoadColumns<Traits>(p, s, head, column_tile, s.softmax_scale * kLog2E, &shared.query[0][0]);
+  LoadColumns<Traits, kDenseThreads>(p, s, head, column_tile, s.softmax_scale * kLog2E,
+                                     &shared.query[0][0]);
   const int column_begin = column_tile * kTileColumns;
   if (threadIdx.x < kTileColumns) {
     shared.max[threadIdx.x] = -INFINITY;

@@ -63,9 +63,9 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   const auto heads = static_cast<unsigned>(p.shape.num_kv_heads);
   const auto sequences = static_cast<unsigned>(p.num_sequences);
   const auto tiles = static_cast<unsigned>(p.work.columns / kTileColumns);
-  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveRotateKernel<Traits>,
-                                            dim3(heads, sequences, tiles), kRotateThreads,
-                                            kRotateShared, false, p, stream, "rotate"));
+  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(
+      ProgressiveRotateKernel<Traits>, dim3(heads * kRotateSplits<Traits>, sequences, tiles),
+      kRotateThreads, kRotateShared, false, p, stream, "rotate"));
   const auto head_groups = static_cast<unsigned>(CeilDiv(p.shape.num_kv_heads, kScanWarps));
   const unsigned runs = static_cast<unsigned>(p.work.scan_runs) * head_groups;
   ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveScanKernel<Traits>,
@@ -89,7 +89,8 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveAttendKernel<Traits>, dim3(attend_ctas),
                                             kAttendThreads, kAttendShared, true, p, stream,
                                             "attend"));
-  return LaunchProgressive(ProgressiveMergeKernel<Traits>, dim3(heads, sequences),
+  const auto pairs = static_cast<unsigned>(CeilDiv(p.shape.group_size() * p.max_q_len, 2));
+  return LaunchProgressive(ProgressiveMergeKernel<Traits>, dim3(pairs, heads, sequences),
                            MergeTraits<Traits>::kThreads, merge_shared, true, p, stream, "merge");
 }
 

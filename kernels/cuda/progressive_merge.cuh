@@ -6,8 +6,9 @@
 //   mass = sum of partial masses + exp2(dense_lse - L)
 //   out  = (H^T (sum of partial outputs + sum of means) + exp2(dense_lse - L) dense_out) / mass
 //   lse  = L + log2 mass
-// Every sum has an order of its own: nothing depends on timing.
-// grid (num_kv_heads, num_sequences)
+// Every sum has an order of its own: nothing depends on timing. A CTA takes two columns, the pair
+// that a lane of the partial outputs holds; the last one of a head sums up the decision.
+// grid (column pairs, num_kv_heads, num_sequences)
 
 #include "kernels/cuda/progressive_attend.cuh"
 #include "kernels/cuda/progressive_select.cuh"
@@ -17,19 +18,18 @@ namespace adaattn {
 template <class Traits>
 struct MergeTraits {
   static constexpr int kD = Traits::kHeadDim;
-  static constexpr int kSlotThreads = Traits::kTiles * 32;  // that read one partial output
-  static constexpr int kParts = 1024 / kSlotThreads;        // partial outputs at a time
+  static constexpr int kSlotThreads = Traits::kTiles * 8;  // that read a pair of one partial output
+  static constexpr int kParts = 512 / kSlotThreads;        // partial outputs at a time
   static constexpr int kThreads = kParts * kSlotThreads;
-  static constexpr int kColumnsAtOnce = kThreads / kD < kTileColumns ? kThreads / kD : kTileColumns;
+  static_assert(kThreads >= 2 * kD && kThreads % 32 == 0, "a thread for each channel of the pair");
 };
 
 template <class Traits>
 struct MergeShared {
   using Merge = MergeTraits<Traits>;
-  float parts[Merge::kParts][Traits::kTiles * 128];  // accumulators, in fragment order
-  float2 vector[kTileColumns][Traits::kHeadDim];     // output, weighted mean
-  SelectState sums[kTileColumns];
-  float error[kTileColumns], entropy[kTileColumns];
+  float4 parts[Merge::kParts][Merge::kSlotThreads];  // [tiles, 8]: rows g and g + 8, both columns
+  float2 vector[2][Traits::kHeadDim];                // output, weighted mean
+  SelectState sums[2];
   int num_slots;
   int unit_begin[1];  // [chunks], then the head's slots: dynamic
 };
@@ -71,26 +71,24 @@ __device__ __forceinline__ void ListSlots(const ProgressiveArgs& p, int64_t head
   __syncthreads();
 }
 
-// Sums a tile's partial outputs into shared.parts, part i those of every kParts-th slot.
+// Sums the pair's partial outputs into shared.parts, part i those of every kParts-th slot.
 template <class Traits>
-__device__ __forceinline__ void SumPartials(const ProgressiveArgs& p, int column_tile, int columns,
-                                            const int* slots, MergeShared<Traits>& shared) {
+__device__ __forceinline__ void SumPartials(const ProgressiveArgs& p, int pair, const int* slots,
+                                            MergeShared<Traits>& shared) {
   using Merge = MergeTraits<Traits>;
   const int part = threadIdx.x / Merge::kSlotThreads, at = threadIdx.x % Merge::kSlotThreads;
   const int tiles = p.work.columns / kTileColumns;
+  const int lane = at % 8 * 4 + pair % 4;
   const auto* partial = reinterpret_cast<const float4*>(p.workspace + p.work.partial) +
-                        int64_t{column_tile} * Merge::kSlotThreads + at;
-  const int64_t stride = int64_t{tiles} * Merge::kSlotThreads;
+                        (int64_t{pair / 4} * Traits::kTiles + at / 8) * 32 + lane;
+  const int64_t stride = int64_t{tiles} * Traits::kTiles * 32;
   float4 sum = make_float4(0, 0, 0, 0);
-  if (at % 4 * 2 < columns) {
-#pragma unroll 4
-    for (int i = part; i < shared.num_slots; i += Merge::kParts) {
-      const float4 x = partial[slots[i] * stride];
-      sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
-    }
+#pragma unroll 8
+  for (int i = part; i < shared.num_slots; i += Merge::kParts) {
+    const float4 x = partial[slots[i] * stride];
+    sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
   }
-  reinterpret_cast<float4*>(shared.parts[part])[at] = sum;
-  __syncthreads();
+  shared.parts[part][at] = sum;
 }
 
 // Block Hadamard transforms of what the CTA's threads hold, an element each of vectors that lie
@@ -161,21 +159,21 @@ __device__ __forceinline__ SelectState SumStates(const ProgressiveArgs& p, int64
   return sum;
 }
 
-// A column's two vectors before the transform: channel `channel`.
+// A column's two vectors before the transform: channel `channel` of column `n` of the pair.
 template <class Traits>
 __device__ __forceinline__ float2 SumVectors(const ProgressiveArgs& p, int64_t head_index,
-                                             int chunks, int column_tile, int n, int channel,
+                                             int chunks, int column, int n, int channel,
                                              const MergeShared<Traits>& shared) {
   constexpr int kD = Traits::kHeadDim;
   const int row = channel % kTileChannels;
-  const int at = ((channel / kTileChannels * 32 + row % 8 * 4 + n / 2) * 4) + n % 2 + row / 8 * 2;
+  const int at = channel / kTileChannels * 8 + row % 8, element = n + row / 8 * 2;
   float2 x = make_float2(0, 0);
 #pragma unroll
-  for (int i = 0; i < MergeTraits<Traits>::kParts; ++i) x.x += shared.parts[i][at];
-  const float* means =
-      reinterpret_cast<const float*>(p.workspace + p.work.means) +
-      (head_index * p.work.chunks * p.work.columns + column_tile * kTileColumns + n) * 2 * kD +
-      channel;
+  for (int i = 0; i < MergeTraits<Traits>::kParts; ++i) {
+    x.x += reinterpret_cast<const float*>(&shared.parts[i][at])[element];
+  }
+  const float* means = reinterpret_cast<const float*>(p.workspace + p.work.means) +
+                       (head_index * p.work.chunks * p.work.columns + column) * 2 * kD + channel;
 #pragma unroll 8
   for (int i = 0; i < chunks; ++i) {
     const float* from = means + int64_t{i} * p.work.columns * 2 * kD;
@@ -185,89 +183,32 @@ __device__ __forceinline__ float2 SumVectors(const ProgressiveArgs& p, int64_t h
   return x;
 }
 
-// One tile of columns: outputs and lse stored, shared.error and shared.entropy set.
+// The predicted square relative error and the entropy of a column, to `figures`; by a warp.
 template <class Traits>
-__device__ __forceinline__ void MergeTile(const ProgressiveArgs& p, const ProgressiveSequence& s,
-                                          int head, int64_t head_index, int chunks, int column_tile,
-                                          int columns, const int* slots,
-                                          MergeShared<Traits>& shared) {
-  using Merge = MergeTraits<Traits>;
-  constexpr int kD = Traits::kHeadDim;
-  const ProgressiveWorkspace& w = p.work;
-  const int group_size = p.shape.group_size(), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int first = column_tile * kTileColumns;
-  const int64_t at = head_index * w.columns + first;
-  const float* lse = reinterpret_cast<const float*>(p.workspace + w.global_lse) + at;
-  const float* dense_lse = reinterpret_cast<const float*>(p.workspace + w.dense_lse) + at;
-  const float* dense_out = reinterpret_cast<const float*>(p.workspace + w.dense_out) + at * kD;
-  SumPartials<Traits>(p, column_tile, columns, slots, shared);
-  if (warp < columns) {
-    const SelectState sum =
-        SumStates(p, head_index, chunks, first + warp, slots, shared.num_slots, lane);
-    if (lane == 0) shared.sums[warp] = sum;
+__device__ __forceinline__ void ColumnFigures(const float2* vector, const SelectState& sum,
+                                              int lane, float2* figures) {
+  float norm = 0, cross = 0;
+  for (int c = lane; c < Traits::kHeadDim; c += 32) {
+    const float2 x = vector[c];
+    norm = fmaf(x.x, x.x, norm);
+    cross = fmaf(x.x, x.y, cross);
   }
-  __syncthreads();
-  for (int begin = 0; begin < columns; begin += Merge::kColumnsAtOnce) {
-    const int local = threadIdx.x / kD, n = begin + local, channel = threadIdx.x % kD;
-    const bool active = local < Merge::kColumnsAtOnce && n < columns;
-    float2 x = make_float2(0, 0);
-    if (active) x = SumVectors<Traits>(p, head_index, chunks, column_tile, n, channel, shared);
-    x = Hadamard<Traits>(x, &shared.vector[active ? n : 0][channel], channel, active);
-    __syncthreads();
-    if (!active) continue;
-    const float dense_mass = dense_lse[n] == -INFINITY ? 0.0f : Exp2(dense_lse[n] - lse[n]);
-    const float mass = shared.sums[n].mass + dense_mass;
-    const float out = mass > 0 ? (x.x + dense_mass * dense_out[n * kD + channel]) / mass : 0.0f;
-    const int column = first + n;
-    const int64_t row =
-        static_cast<int64_t>(s.q_begin + column / group_size) * p.shape.num_q_heads +
-        head * group_size + column % group_size;
-    StoreElement(p.out, row * kD + channel, p.out_type, out);
-    if (channel == 0) p.lse[row] = mass > 0 ? (lse[n] + Log2(mass)) * kLn2 : -INFINITY;
-    shared.vector[n][channel] = make_float2(out, x.y);
-  }
-  __syncthreads();
-  if (warp < columns) {
-    float norm = 0, cross = 0;
-    for (int c = lane; c < kD; c += 32) {
-      const float2 x = shared.vector[warp][c];
-      norm = fmaf(x.x, x.x, norm);
-      cross = fmaf(x.x, x.y, cross);
-    }
-    norm = WarpSum(norm);
-    cross = WarpSum(cross);
-    const SelectState& sum = shared.sums[warp];
-    if (lane == 0) {
-      const float square = fmaxf(sum.mean_squares - 2 * cross + norm * sum.weight + sum.rest, 0.0f);
-      shared.error[warp] = norm > 0 ? square / norm : 0.0f;
-      shared.entropy[warp] = sum.entropy;
-    }
-  }
-  __syncthreads();
+  norm = WarpSum(norm);
+  cross = WarpSum(cross);
+  const float square = fmaxf(sum.mean_squares - 2 * cross + norm * sum.weight + sum.rest, 0.0f);
+  if (lane == 0) *figures = make_float2(norm > 0 ? square / norm : 0.0f, sum.entropy);
 }
 
-template <class Traits>
-__global__ void __launch_bounds__(MergeTraits<Traits>::kThreads)
-    ProgressiveMergeKernel(const __grid_constant__ ProgressiveArgs p) {
-  extern __shared__ __align__(16) std::byte shared_bytes[];
-  auto& shared = *reinterpret_cast<MergeShared<Traits>*>(shared_bytes);
-  const int head = blockIdx.x, sequence = blockIdx.y;
-  const ProgressiveSequence& s = p.sequences[sequence];
-  const int columns = p.shape.group_size() * s.q_len, chunks = CeilDiv(s.num_sealed, kSelectPages);
-  const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
-  WaitForDependencies();
-  ListSlots<Traits>(p, head_index, chunks, shared);
+// The head's decision from the figures of all of its columns, in their order.
+__device__ __forceinline__ void StoreFigures(const ProgressiveArgs& p, const ProgressiveSequence& s,
+                                             int64_t head_index, int columns,
+                                             const float2* figures) {
   float error = 0, entropy = 0;
-  for (int first = 0; first < columns; first += kTileColumns) {
-    const int count = min(kTileColumns, columns - first);
-    MergeTile<Traits>(p, s, head, head_index, chunks, first / kTileColumns, count,
-                      shared.unit_begin + chunks, shared);
-    for (int n = 0; n < count; ++n) {
-      error += shared.error[n];
-      entropy += shared.entropy[n];
-    }
+  for (int i = 0; i < columns; ++i) {
+    const float2 x = __ldcg(&figures[i]);  // other CTAs wrote them
+    error += x.x;
+    entropy += x.y;
   }
-  if (threadIdx.x != 0) return;
   HeadDecision& decision = p.decisions[head_index];
   // The mean square; the host takes the root.
   decision.predicted_error = error / static_cast<float>(columns);
@@ -276,6 +217,73 @@ __global__ void __launch_bounds__(MergeTraits<Traits>::kThreads)
     decision.theta = s.decision.policy == Policy::kBudget
                          ? reinterpret_cast<const float*>(p.workspace + p.work.theta)[head_index]
                          : s.decision.theta;
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(MergeTraits<Traits>::kThreads)
+    ProgressiveMergeKernel(const __grid_constant__ ProgressiveArgs p) {
+  constexpr int kD = Traits::kHeadDim;
+  extern __shared__ __align__(16) std::byte shared_bytes[];
+  auto& shared = *reinterpret_cast<MergeShared<Traits>*>(shared_bytes);
+  const ProgressiveWorkspace& w = p.work;
+  const int pair = blockIdx.x, head = blockIdx.y, sequence = blockIdx.z;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const ProgressiveSequence& s = p.sequences[sequence];
+  const int group_size = p.shape.group_size(), columns = group_size * s.q_len;
+  const int chunks = CeilDiv(s.num_sealed, kSelectPages), q_begin = s.q_begin;
+  const int here = min(columns - 2 * pair, 2);
+  if (here <= 0) return;
+  const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
+  const int64_t first = head_index * w.columns + 2 * pair;
+  WaitForDependencies();
+  ListSlots<Traits>(p, head_index, chunks, shared);
+  const int* slots = shared.unit_begin + chunks;
+  const int n = threadIdx.x / kD, channel = threadIdx.x % kD, column = 2 * pair + n;
+  const bool active = n < here;
+  float lse = 0, dense_lse = -INFINITY, dense_out = 0;
+  if (active) {
+    lse = reinterpret_cast<const float*>(p.workspace + w.global_lse)[first + n];
+    dense_lse = reinterpret_cast<const float*>(p.workspace + w.dense_lse)[first + n];
+    dense_out =
+        reinterpret_cast<const float*>(p.workspace + w.dense_out)[(first + n) * kD + channel];
+  }
+  SumPartials<Traits>(p, pair, slots, shared);
+  constexpr int kLastWarp = MergeTraits<Traits>::kThreads / 32 - 1;  // others read vectors first
+  if (warp > kLastWarp - here) {
+    const int at = kLastWarp - warp;
+    const SelectState sum =
+        SumStates(p, head_index, chunks, 2 * pair + at, slots, shared.num_slots, lane);
+    if (lane == 0) shared.sums[at] = sum;
+  }
+  __syncthreads();
+  float2 x = make_float2(0, 0);
+  if (active) x = SumVectors<Traits>(p, head_index, chunks, column, n, channel, shared);
+  x = Hadamard<Traits>(x, &shared.vector[active ? n : 0][channel], channel, active);
+  __syncthreads();
+  if (active) {
+    const float dense_mass = dense_lse == -INFINITY ? 0.0f : Exp2(dense_lse - lse);
+    const float mass = shared.sums[n].mass + dense_mass;
+    const float out = mass > 0 ? (x.x + dense_mass * dense_out) / mass : 0.0f;
+    const int64_t row = static_cast<int64_t>(q_begin + column / group_size) * p.shape.num_q_heads +
+                        head * group_size + column % group_size;
+    StoreElement(p.out, row * kD + channel, p.out_type, out);
+    if (channel == 0) p.lse[row] = mass > 0 ? (lse + Log2(mass)) * kLn2 : -INFINITY;
+    shared.vector[n][channel] = make_float2(out, x.y);
+  }
+  __syncthreads();
+  auto* figures = reinterpret_cast<float2*>(p.workspace + w.figures) + head_index * w.columns;
+  if (warp < here) {
+    ColumnFigures<Traits>(shared.vector[warp], shared.sums[warp], lane, &figures[2 * pair + warp]);
+    __threadfence();
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  const int pairs = CeilDiv(columns, 2);
+  auto* done = reinterpret_cast<int32_t*>(p.workspace + w.merged) + head_index;
+  if (atomicAdd(done, 1) == pairs - 1) {
+    __threadfence();
+    StoreFigures(p, s, head_index, columns, figures);
   }
 }
 

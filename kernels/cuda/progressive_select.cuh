@@ -3,8 +3,8 @@
 
 // Select: what every page's share of the global LSE earns it (policy/ladder.h).
 //   skipped pages   sum of share * mean, here
-//   attended pages  one list for the whole step, in units of a warp's work: the attend kernel's
-//                   warps take it in turn, so heads with much to read do not keep others waiting
+//   attended pages  one list for the whole step, in units of a CTA's work: the attend kernel's
+//                   CTAs take it in turn, so heads with much to read do not keep others waiting
 //   error terms     policy/error_model.h, with o left open
 // A CTA takes kSelectPages pages of one head, four threads a page, and then adds the means by an
 // MMA over pages. Sums keep an order of their own in every CTA: they do not depend on timing.
@@ -356,7 +356,7 @@ __device__ __forceinline__ int DecidePages(const ProgressiveArgs& p, const Decis
 // timing; a unit's slot does not.
 template <class Traits>
 __device__ __forceinline__ void ListUnits(const ProgressiveArgs& p, int64_t head_index,
-                                          int64_t chunk_index, int count,
+                                          int64_t chunk_index, int count, int columns,
                                           SelectShared<Traits>& shared) {
   const int units = CeilDiv(count, kUnitPages);
   auto* num_units = reinterpret_cast<int32_t*>(p.workspace + p.work.num_units);
@@ -374,6 +374,7 @@ __device__ __forceinline__ void ListUnits(const ProgressiveArgs& p, int64_t head
     if (word == 0) value = static_cast<uint32_t>(head_index);
     if (word == 1) value = static_cast<uint32_t>(chunk_index * kSelectUnits + unit);
     if (word == 2) value = static_cast<uint32_t>(min(kUnitPages, count - first));
+    if (word == 3) value = static_cast<uint32_t>(columns);
     if (word >= 4 && word < 4 + 2 * kUnitPages) {
       const int at = first + word % kUnitPages;
       if (at < count) {
@@ -490,7 +491,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   AddMeans<Traits>(pages, p.shape.group_size() * s.q_len - tile * kTileColumns, shared,
                    reinterpret_cast<float*>(p.workspace + w.means) + slot * 2 * Traits::kHeadDim);
   if (tile > 0) return;
-  ListUnits<Traits>(p, head_index, chunk_index, count, shared);
+  ListUnits<Traits>(p, head_index, chunk_index, count, p.shape.group_size() * s.q_len, shared);
   HeadDecision& decision = p.decisions[head_index];
   const int i = threadIdx.x;
   if (i < kNumKeyDepths && shared.key_pages[i] > 0) {

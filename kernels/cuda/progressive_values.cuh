@@ -56,6 +56,8 @@ __device__ __forceinline__ void RefineScores(const std::byte* fine, const __half
 
 // Adds one page's values to out[tile] (channels 16 tile + lane / 4 and + 8, columns 2 (lane % 4)
 // and + 1), weighted by probability[i] (tokens of packed scores) times `weight` of the column.
+// Token ranges are a 16th of themselves for tokens 8..15 of a tile, as their fields are 16 times
+// larger.
 template <class Traits>
 __device__ __forceinline__ void AddValues(const std::byte* planes, const float* token_ranges,
                                           int bits, const float2 (&probability)[8],
@@ -73,9 +75,8 @@ __device__ __forceinline__ void AddValues(const std::byte* planes, const float* 
       for (int half = 0; half < 2; ++half) {
         const float2 range = *reinterpret_cast<const float2*>(token_ranges + group * kPageTokens +
                                                               16 * t + 8 * half + lane % 4 * 2);
-        const float scale = half == 0 ? 1.0f : 0.0625f;
-        b[t][half] = PackPair<__half>(probability[2 * t + half].x * range.x * scale,
-                                      probability[2 * t + half].y * range.y * scale);
+        b[t][half] = PackPair<__half>(probability[2 * t + half].x * range.x,
+                                      probability[2 * t + half].y * range.y);
       }
       Mma16x8x16<__half>(ones, kOnes, b[t][0], b[t][1]);
     }
