@@ -65,6 +65,7 @@ absl::Status OpenWorker(Client* client, const BenchConfig& config, uint32_t seed
   SessionOptions options;
   options.model = model;
   options.page_format = config.choice.page_format;
+  options.element_type = config.choice.element_type;
   options.stored_bits = config.choice.stored_bits;
   options.default_options = config.choice.options;
   options.max_tokens = config.kv_len + config.steps + kWarmupSteps;

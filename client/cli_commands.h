@@ -50,6 +50,7 @@ std::vector<Flag> AttendFlags();
 // What they say, for the mode of that name ("" = the server's default).
 struct AttendChoice {
   PageFormat page_format = PageFormat::kProgressive;
+  DType element_type = DType::kUnspecified;
   int32_t stored_bits = 0;
   AttendOptions options;
 };

@@ -100,6 +100,8 @@ std::vector<Flag> AttendFlags() {
   return {
       {"page-format", Flag::Type::kString, "progressive",
        "fp32, fp16, bf16, fp8_e4m3 or progressive"},
+      {"element-type", Flag::Type::kString, "default",
+       "progressive: pages not sealed yet, fp16 (the default) or bf16"},
       {"stored-bits", Flag::Type::kInt, "8", "progressive: bits kept of each code: 8, 6, 4"},
       {"policy", Flag::Type::kString, "default", "statistical: threshold or budget"},
       {"theta", Flag::Type::kDouble, "0", "threshold: share below which V is skipped; 0 = .004"},
@@ -120,6 +122,9 @@ absl::StatusOr<AttendChoice> ParseAttendFlags(const Args& args, const std::strin
       ParseEnum<PageFormat>("page-format", args.String("page-format"), 6, PageFormatName);
   if (!format.ok()) return format.status();
   choice.page_format = *format;
+  const auto type = ParseEnum<DType>("element-type", args.String("element-type"), 4, DTypeName);
+  if (!type.ok()) return type.status();
+  choice.element_type = *type;
   const auto parsed_mode = ParseEnum<Mode>("mode", mode.empty() ? "default" : mode, 6, ModeName);
   if (!parsed_mode.ok()) return parsed_mode.status();
   choice.options.mode = *parsed_mode;

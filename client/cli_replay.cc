@@ -33,6 +33,7 @@ absl::StatusOr<std::vector<ReplayConfig>> Configs(const Args& args) {
                       ? PageFormatName(choice->page_format)
                       : absl::StrCat(mode, "-", PageFormatName(choice->page_format));
     config.page_format = choice->page_format;
+    config.element_type = choice->element_type;
     config.stored_bits = choice->stored_bits;
     config.options = choice->options;
     config.concurrency = static_cast<int32_t>(args.Int("concurrency"));

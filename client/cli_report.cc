@@ -145,6 +145,7 @@ nlohmann::ordered_json ToJson(const SessionSummary& session) {
           {"num_kv_heads", session.model.num_kv_heads},
           {"head_dim", session.model.head_dim},
           {"page_format", PageFormatName(session.page_format)},
+          {"element_type", DTypeName(session.element_type)},
           {"kv_len", session.kv_len},
           {"pages_dense", session.pages_dense},
           {"pages_sealed", session.pages_sealed},

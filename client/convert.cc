@@ -121,6 +121,7 @@ void ToProto(const AttendOptions& options, v1::AttendOptions* message) {
 void ToProto(const SessionOptions& options, v1::OpenSessionRequest* message) {
   ToProto(options.model, message->mutable_model());
   message->set_page_format(static_cast<v1::PageFormat>(options.page_format));
+  message->set_element_type(static_cast<v1::DataType>(options.element_type));
   message->set_stored_bits(options.stored_bits);
   message->set_exact_tier(static_cast<v1::ExactTier>(options.exact_tier));
   for (const LayerOptions& layer : options.layers) {
@@ -198,7 +199,8 @@ ExportChunk FromProto(v1::ExportKvResponse* message) {
 
 SessionGrant FromProto(const v1::OpenSessionResponse& message) {
   return {message.max_tokens(), absl::Seconds(message.lease_seconds()),
-          static_cast<PageFormat>(message.page_format()), message.max_message_bytes()};
+          static_cast<PageFormat>(message.page_format()), message.max_message_bytes(),
+          static_cast<DType>(message.element_type())};
 }
 
 SessionSummary FromProto(const v1::SessionSummary& message) {
@@ -213,6 +215,7 @@ SessionSummary FromProto(const v1::SessionSummary& message) {
   summary.age = absl::Seconds(message.age_seconds());
   summary.lease_left = absl::Seconds(message.lease_seconds());
   summary.basis_drift_ratio = message.basis_drift_ratio();
+  summary.element_type = static_cast<DType>(message.element_type());
   return summary;
 }
 
@@ -249,22 +252,24 @@ Lease FromProto(const v1::KeepAliveResponse::Lease& message) {
           absl::Seconds(message.lease_seconds())};
 }
 
-const char* PageFormatName(PageFormat format) {
-  switch (format) {
-    case PageFormat::kDefault:
+const char* DTypeName(DType dtype) {
+  switch (dtype) {
+    case DType::kUnspecified:
       return "default";
-    case PageFormat::kF32:
+    case DType::kF32:
       return "fp32";
-    case PageFormat::kF16:
+    case DType::kF16:
       return "fp16";
-    case PageFormat::kBf16:
+    case DType::kBf16:
       return "bf16";
-    case PageFormat::kF8E4m3:
+    case DType::kF8E4m3:
       return "fp8_e4m3";
-    case PageFormat::kProgressive:
-      return "progressive";
   }
   return "unknown";  // a server newer than this client
+}
+
+const char* PageFormatName(PageFormat format) {
+  return format == PageFormat::kProgressive ? "progressive" : DTypeName(static_cast<DType>(format));
 }
 
 const char* ModeName(Mode mode) {

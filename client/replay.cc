@@ -160,6 +160,7 @@ absl::Status ReplaySession(Client* client, const WireTrace& wire, const ReplayCo
   options.model = {1, trace.shape.num_q_heads, trace.shape.num_kv_heads, trace.shape.head_dim,
                    static_cast<float>(trace.softmax_scale)};
   options.page_format = config.page_format;
+  options.element_type = config.element_type;
   options.stored_bits = config.stored_bits;
   options.max_tokens = trace.num_tokens;
   options.default_options = config.options;

@@ -19,6 +19,7 @@ namespace adaattn::client {
 struct ReplayConfig {
   std::string name;  // of the mode, in reports
   PageFormat page_format = PageFormat::kProgressive;
+  DType element_type = DType::kUnspecified;
   int32_t stored_bits = 0;  // 0 = the server's default
   AttendOptions options;
   int32_t concurrency = 1;  // sessions that replay the trace at the same time, >= 1

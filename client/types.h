@@ -114,6 +114,7 @@ struct AttendOptions {
 struct SessionOptions {
   ModelShape model;
   PageFormat page_format = PageFormat::kDefault;
+  DType element_type = DType::kUnspecified;  // kProgressive: kF16 (the default) or kBf16
   int32_t stored_bits = 0;
   ExactTier exact_tier = ExactTier::kNone;
   std::vector<LayerOptions> layers;
@@ -139,6 +140,7 @@ struct SessionGrant {
   absl::Duration lease;
   PageFormat page_format = PageFormat::kDefault;
   int64_t max_message_bytes = 0;
+  DType element_type = DType::kUnspecified;
 };
 
 // One sequence's part of a step.
@@ -261,6 +263,7 @@ struct SessionSummary {
   int64_t bytes = 0;
   absl::Duration age, lease_left;
   double basis_drift_ratio = 0;
+  DType element_type = DType::kUnspecified;
 };
 
 struct Profile {
@@ -290,6 +293,8 @@ struct ServerInfo {
 
 // "fp32", "fp16", "bf16", "fp8_e4m3", "progressive"; "default" for kDefault.
 const char* PageFormatName(PageFormat format);
+// "fp32", "fp16", "bf16", "fp8_e4m3"; "default" for kUnspecified.
+const char* DTypeName(DType dtype);
 // "exact", "full_depth", "statistical", "deterministic", "static"; "default".
 const char* ModeName(Mode mode);
 // "threshold", "budget"; "default".

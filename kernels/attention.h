@@ -72,8 +72,9 @@ inline constexpr int32_t kMaxBasisRuns = 4;
 
 // Facts about one sequence's part of a step that only running it shows.
 struct SequenceResult {
-  // A value was NaN or infinite. With nonfinite_kv the rows were written but must not be counted:
-  // the caller keeps the old length. The outputs of such a sequence are unspecified.
+  // A value was NaN or infinite; of k or v also: beyond what the pages' FP16 holds (kFp16Max). With
+  // nonfinite_kv the rows were written but must not be counted: the caller keeps the old length.
+  // The outputs of such a sequence are unspecified.
   bool nonfinite_q = false;
   bool nonfinite_kv = false;
 };
@@ -132,13 +133,14 @@ struct StepTicket {
   int64_t value = 0;
 };
 
-// Re-encodes one full BF16 page (all kv heads) as a sealed page. source and target do not overlap.
+// Re-encodes one full dense page (all kv heads) as a sealed page. source and target do not overlap.
 struct SealTask {
   AttentionShape shape;
   PageId source = kNoPage;
   PageId target = kNoPage;
   PageId basis = kNoPage;
   int32_t stored_bits = 8;
+  DType page_type = DType::kBf16;  // of the dense page: kBf16 or kF16
 };
 struct SealResult {
   // Energy of the page's keys outside the leading half of the basis over what the fit left there:
@@ -146,19 +148,21 @@ struct SealResult {
   float drift_ratio = 0;
 };
 
-// Decodes a sealed page at its stored depth into a BF16 page (truncation into sealed tokens).
+// Decodes a sealed page at its stored depth into a dense page (truncation into sealed tokens).
 struct ReopenTask {
   AttentionShape shape;
   PageId source = kNoPage;
   PageId target = kNoPage;
   PageId basis = kNoPage;
   int32_t stored_bits = 8;
+  DType page_type = DType::kBf16;  // of the dense page
 };
 
 // Fits the PCA basis of one layer on its first tokens; see format/basis.h.
 struct FitBasisTask {
   AttentionShape shape;
-  absl::Span<const PageId> pages;  // full BF16 pages
+  absl::Span<const PageId> pages;  // full dense pages
+  DType page_type = DType::kBf16;  // of `pages`
   // [rows, num_q_heads, head_dim] queries that order the channels by E[(qB)^2] E[(kB)^2]; empty:
   // by key energy alone.
   absl::Span<const float> query_sample;

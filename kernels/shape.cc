@@ -23,7 +23,8 @@ const char* DTypeName(DType type) {
 }
 
 const char* PageFormatName(PageFormat format) {
-  return format == PageFormat::kProgressive ? "progressive" : DTypeName(static_cast<DType>(format));
+  if (!IsProgressive(format)) return DTypeName(static_cast<DType>(format));
+  return format == PageFormat::kProgressive ? "progressive" : "progressive_fp16";
 }
 
 }  // namespace adaattn

@@ -177,9 +177,9 @@ void RegisterTrace(const Trace* trace) {
   Register(trace, "exact", PageFormat::kBf16, DecisionParams());
   DecisionParams params;
   params.theta = 0.004f;
-  Register(trace, "ladder", PageFormat::kProgressive, params);
+  Register(trace, "ladder", PageFormat::kProgressiveF16, params);
   params.coarse_rank = trace->shape.head_dim / 2;
-  Register(trace, "ladder2", PageFormat::kProgressive, params);
+  Register(trace, "ladder2", PageFormat::kProgressiveF16, params);
 }
 
 // Prints what the run showed of one trace; false if it misses what it must reach.

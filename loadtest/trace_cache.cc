@@ -30,7 +30,7 @@ void TransposeTokens(const std::vector<uint16_t>& from, const Trace& trace, int6
 int64_t TraceCache::PoolBytes(const Trace& trace, PageFormat format, int32_t stored_bits) {
   int64_t page = DensePageBytes(trace.shape, DenseDType(format));
   int64_t bytes = 0;
-  if (format == PageFormat::kProgressive) {
+  if (IsProgressive(format)) {
     page += MakePageLayout(trace.shape, stored_bits).page_bytes;
     bytes += MakeBasisLayout(trace.shape).block_bytes;
   }
@@ -49,7 +49,7 @@ TraceCache::TraceCache(Backend* backend, const Trace* trace, PageFormat format, 
   for (int64_t i = 0; i < pages; ++i) {
     dense_.push_back(take(DensePageBytes(trace->shape, DenseDType(format))));
   }
-  if (format != PageFormat::kProgressive) return;
+  if (!IsProgressive(format)) return;
   basis_ = take(MakeBasisLayout(trace->shape).block_bytes);
   for (int64_t i = 0; i < trace->num_tokens / kPageTokens; ++i) {
     sealed_.push_back(take(MakePageLayout(trace->shape, stored_bits).page_bytes));
@@ -61,7 +61,7 @@ absl::StatusOr<std::unique_ptr<TraceCache>> TraceCache::Make(Backend* backend, c
                                                              int32_t stored_bits) {
   std::unique_ptr<TraceCache> cache(new TraceCache(backend, trace, format, stored_bits));
   absl::Status status = cache->ImportTokens();
-  if (status.ok() && format == PageFormat::kProgressive) status = cache->SealAll();
+  if (status.ok() && IsProgressive(format)) status = cache->SealAll();
   if (!status.ok()) return status;
   for (size_t sealed = 0; sealed <= cache->sealed_.size(); ++sealed) {
     std::vector<PageId> table(cache->sealed_.begin(), cache->sealed_.begin() + sealed);
@@ -111,6 +111,7 @@ absl::Status TraceCache::SealAll() {
   FitBasisTask fit;
   fit.shape = shape;
   fit.pages = absl::MakeConstSpan(dense_).subspan(0, kFitTokens / kPageTokens);
+  fit.page_type = DenseDType(format_);
   fit.target = basis_;
   std::vector<float> sample;
   for (int32_t row = 0; row < std::max(1, trace_->num_rows / 4); ++row) {
@@ -126,7 +127,8 @@ absl::Status TraceCache::SealAll() {
   if (!status.ok()) return status;
   std::vector<SealTask> tasks;
   for (size_t page = 0; page < sealed_.size(); ++page) {
-    tasks.push_back({shape, dense_[page], sealed_[page], basis_, stored_bits_});
+    tasks.push_back(
+        {shape, dense_[page], sealed_[page], basis_, stored_bits_, DenseDType(format_)});
   }
   std::vector<SealResult> results(tasks.size());
   return backend_->SealPages(tasks, absl::MakeSpan(results));
@@ -137,7 +139,7 @@ SequenceStep TraceCache::Step(int32_t row, const DecisionParams& decision, int64
   step.kv_len = kv_len >= 0 ? kv_len : trace_->positions[row] + 1;
   step.q_len = 1;
   step.q_start = step.kv_len - 1;
-  if (format_ == PageFormat::kProgressive) {
+  if (IsProgressive(format_)) {
     step.num_sealed_pages =
         std::max<int32_t>(0, static_cast<int32_t>(step.kv_len / kPageTokens) - 1);
   }

@@ -27,7 +27,7 @@ const char* AttendModeName(AttendMode mode) {
 absl::StatusOr<ResolvedOptions> ResolveOptions(const AttendOptions& message,
                                                const AttendOptions& session, PageFormat format,
                                                bool exact_tier, int32_t head_dim) {
-  const bool progressive = format == PageFormat::kProgressive;
+  const bool progressive = IsProgressive(format);
   ResolvedOptions resolved;
   resolved.mode = FirstOf(message.mode, session.mode,
                           progressive ? AttendMode::kStatistical : AttendMode::kExact);

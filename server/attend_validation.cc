@@ -375,14 +375,18 @@ DType DTypeOf(v1::DataType type) {
 
 v1::DataType ToProto(DType type) { return static_cast<v1::DataType>(static_cast<int>(type) + 1); }
 
-PageFormat PageFormatOf(v1::PageFormat format, PageFormat unspecified) {
-  return format == v1::PAGE_FORMAT_UNSPECIFIED
-             ? unspecified
-             : static_cast<PageFormat>(static_cast<int>(format) - 1);
+PageFormat PageFormatOf(v1::PageFormat format, v1::DataType element_type, PageFormat unspecified) {
+  if (format != v1::PAGE_FORMAT_UNSPECIFIED) {
+    unspecified = static_cast<PageFormat>(static_cast<int>(format) - 1);
+  }
+  if (!IsProgressive(unspecified)) return unspecified;
+  return element_type == v1::DATA_TYPE_BF16 ? PageFormat::kProgressive
+                                            : PageFormat::kProgressiveF16;
 }
 
 v1::PageFormat ToProto(PageFormat format) {
-  return static_cast<v1::PageFormat>(static_cast<int>(format) + 1);
+  return IsProgressive(format) ? v1::PAGE_FORMAT_PROGRESSIVE
+                               : static_cast<v1::PageFormat>(static_cast<int>(format) + 1);
 }
 
 }  // namespace adaattn

@@ -80,6 +80,7 @@ void FillSummary(const ServiceContext& service, const SessionFacts& facts,
   model->set_head_dim(config.shape.head_dim);
   model->set_softmax_scale(config.softmax_scale);
   summary->set_page_format(ToProto(config.format));
+  summary->set_element_type(ToProto(DenseDType(config.format)));
   summary->set_kv_len(facts.kv_len);
   summary->set_pages_dense(facts.pages_dense);
   summary->set_pages_sealed(facts.pages_sealed);
@@ -100,6 +101,7 @@ void FillServerInfo(const ServiceContext& service, v1::GetServerInfoResponse* in
   info->set_kernels(backend.kernels);
   for (const int32_t dim : backend.head_dims) info->add_head_dims(dim);
   for (const PageFormat format : backend.formats) {
+    if (format == PageFormat::kProgressiveF16) continue;  // An element type of PROGRESSIVE.
     info->add_page_formats(ToProto(format));
     if (options.default_page_format == PageFormatName(format)) {
       info->set_default_page_format(ToProto(format));
@@ -170,6 +172,7 @@ grpc::ServerUnaryReactor* AttentionService::OpenSession(grpc::CallbackServerCont
   response->set_max_tokens(granted.max_tokens);
   response->set_lease_seconds(absl::ToDoubleSeconds(granted.lease));
   response->set_page_format(ToProto(granted.format));
+  response->set_element_type(ToProto(DenseDType(granted.format)));
   response->set_transport(v1::TRANSPORT_GRPC_BYTES);
   response->set_max_message_bytes(service_.options->max_message_bytes);
   service_.metrics->OnSessionEvent(SessionEvent::kOpened, 1);

@@ -87,7 +87,7 @@ absl::Status Auditor::RunOne(const Kept& kept) {
   sequence.decision.policy = Policy::kFullDepth;
   AttendBatch batch;
   batch.shape = config.shape;
-  batch.format = config.exact_tier ? PageFormat::kBf16 : config.format;
+  batch.format = config.exact_tier ? DenseFormat(config.format) : config.format;
   batch.in_type = step.in_type;
   batch.out_type = DType::kF32;
   batch.sequences = {&sequence, 1};

@@ -90,7 +90,8 @@ void BatchRunner::SettleOutcome(Step* step) {
   outcome.attended = true;
   const absl::Span<const HeadDecision> heads(HeadsOf(*step),
                                              static_cast<size_t>(shape_.num_kv_heads));
-  const PageFormat format = step->exact_table ? PageFormat::kBf16 : step->task->format;
+  const PageFormat format =
+      step->exact_table ? DenseFormat(step->task->format) : step->task->format;
   outcome.decision = Summarize(heads, shape_, format, step->options, step->target_raised);
   AttentionReply& reply = step->task->reply;
   reply.detail = step->options.detail;

@@ -1,6 +1,7 @@
 #include "server/batch_runner.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <utility>
 
@@ -153,7 +154,7 @@ void BatchRunner::RunCollected() {
   const AttentionTask& first = *run_.front()->task;
   AttendBatch batch;
   batch.shape = shape_;
-  batch.format = run_.front()->exact_table ? PageFormat::kBf16 : first.format;
+  batch.format = run_.front()->exact_table ? DenseFormat(first.format) : first.format;
   batch.in_type = first.in_type();
   batch.out_type = first.out_type;
   batch.buffers = buffers_.get();
@@ -224,8 +225,8 @@ void BatchRunner::CopyIn() {
 void BatchRunner::SampleQueries(const Step& step) {
   const SessionConfig& config = step.session()->config();
   LayerState& state = step.state();
-  if (config.format != PageFormat::kProgressive || config.profile != nullptr ||
-      !state.bases.empty() || step.replayed) {
+  if (!IsProgressive(config.format) || config.profile != nullptr || !state.bases.empty() ||
+      step.replayed) {
     return;
   }
   const int32_t row_size = shape_.num_q_heads * shape_.head_dim;
@@ -282,15 +283,44 @@ void BatchRunner::FillSequences() {
   }
 }
 
+absl::Status BatchRunner::RefuseValue(const Step& step, const AttendBatch& batch,
+                                      const SequenceResult& result) const {
+  const int32_t d = shape_.head_dim;
+  const auto find = [&](const char* name, const std::byte* rows, int64_t first_row,
+                        int32_t num_rows, int32_t num_heads, float most) {
+    const int64_t row = int64_t{num_heads} * d;
+    for (int64_t i = 0; i < num_rows * row; ++i) {
+      const float value = ReadElement(rows, batch.in_type, first_row * row + i);
+      if (std::abs(value) <= most) continue;
+      return absl::StrCat(name, "[", i / row, ", ", i % row / d, ", ", i % d, "]: ", value);
+    }
+    return std::string();
+  };
+  const DType type = DenseDType(batch.format);
+  std::string found;
+  if (result.nonfinite_q) {
+    found = find("q", buffers_->q(), step.run_q_row, step.q_len(), shape_.num_q_heads, kFloatMax);
+  } else {
+    const float most = LargestStored(type);
+    found = find("k", buffers_->k(), step.run_kv_row, step.append_len, shape_.num_kv_heads, most);
+    if (found.empty()) {
+      found = find("v", buffers_->v(), step.run_kv_row, step.append_len, shape_.num_kv_heads, most);
+    }
+  }
+  return absl::InvalidArgumentError(absl::StrCat(
+      "sequences[", step.sequence_idx, "].", found, " is not allowed: only finite values",
+      !result.nonfinite_q && type == DType::kF16
+          ? " from -65504 to 65504, the range of the session's FP16 pages"
+          : "",
+      "; nothing was appended"));
+}
+
 void BatchRunner::TakeResults(const AttendBatch& batch) {
   for (size_t i = 0; i < run_.size(); ++i) {
     Step& step = *run_[i];
     const SequenceResult& result = buffers_->results()[i];
     if (result.nonfinite_q || result.nonfinite_kv) {
-      step.status = absl::InvalidArgumentError(
-          absl::StrCat("sequences[", step.sequence_idx, "]: ", result.nonfinite_q ? "q" : "k or v",
-                       " holds NaN or infinity; only finite values are allowed, nothing was "
-                       "appended"));
+      step.status = RefuseValue(step, batch, result);
       continue;
     }
     if (step.append_len > 0) Commit(&step);
@@ -298,7 +328,7 @@ void BatchRunner::TakeResults(const AttendBatch& batch) {
     HeadDecision* const heads = HeadsOf(step);
     std::copy_n(buffers_->decisions() + i * shape_.num_kv_heads, shape_.num_kv_heads, heads);
     CopyOut(step, batch);
-    if (step.options.mode == AttendMode::kStatistical && batch.format == PageFormat::kProgressive &&
+    if (step.options.mode == AttendMode::kStatistical && IsProgressive(batch.format) &&
         step.state().num_sealed > 0 && auditor_->Samples()) {
       KeepForAudit(step, batch);
     }

@@ -51,6 +51,9 @@ class BatchRunner {
   void SampleQueries(const Step& step);
   void FillSequences();
   void TakeResults(const AttendBatch& batch);
+  // Names the first of the step's values that the backend refused.
+  absl::Status RefuseValue(const Step& step, const AttendBatch& batch,
+                           const SequenceResult& result) const;
   void Commit(Step* step);
   HeadDecision* HeadsOf(const Step& step);
   void CopyOut(const Step& step, const AttendBatch& batch);

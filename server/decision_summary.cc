@@ -30,7 +30,7 @@ void AddPages(const HeadDecision& head, int32_t head_dim, PageSums* sums) {
 
 Fallback FallbackOf(const DecisionSummary& summary, PageFormat format,
                     const ResolvedOptions& options, bool any_zero_theta, bool raised) {
-  if (format != PageFormat::kProgressive || options.mode != AttendMode::kStatistical) {
+  if (!IsProgressive(format) || options.mode != AttendMode::kStatistical) {
     return Fallback::kNone;
   }
   if (summary.pages_sealed == 0) return Fallback::kNoBasis;

@@ -137,6 +137,7 @@ absl::StatusOr<int32_t> KvCache::Truncate(Session* session, int64_t length) {
     task.source = state.pages[open_page];
     task.basis = BasisOf(state, open_page);
     task.stored_bits = config.stored_bits;
+    task.page_type = DenseDType(config.format);
     tasks.push_back(task);
     layers.push_back(layer);
   }
@@ -229,7 +230,7 @@ void KvCache::CommitBasis(PageLease lease, LayerState* state) {
 absl::Status KvCache::LoadBasis(Session* session, int32_t layer, absl::Span<const float> mean,
                                 absl::Span<const float> basis) {
   LayerState& state = session->layers()[layer];
-  if (session->config().format != PageFormat::kProgressive) {
+  if (!IsProgressive(session->config().format)) {
     return absl::FailedPreconditionError("basis: only progressive sessions have one");
   }
   if (SealedRuns(state).size() == kMaxBasisRuns) {

@@ -18,7 +18,7 @@ bool HasProfileBasis(const SessionConfig& config) {
 
 int32_t Sealer::Due(const Session& session, int32_t layer) const {
   const SessionConfig& config = session.config();
-  if (config.format != PageFormat::kProgressive || session.closed()) return 0;
+  if (!IsProgressive(config.format) || session.closed()) return 0;
   const LayerState& state = session.layers()[layer];
   const auto full = static_cast<int32_t>(state.length / kPageTokens);
   const int32_t due = full - 1 - state.num_sealed;  // The successor must be full, too.
@@ -87,6 +87,7 @@ absl::Status Sealer::FitBasis(Session* session, int32_t layer) {
   task.shape = config.shape;
   task.pages =
       absl::MakeConstSpan(state.pages).subspan(state.num_sealed, options_.fit_tokens / kPageTokens);
+  task.page_type = DenseDType(config.format);
   task.query_sample = state.queries.rows();
   task.target = lease->pages().front();
   absl::Status status = cache_->backend()->FitBasis(task);
@@ -119,6 +120,7 @@ absl::Status Sealer::SealSome(Session* session, int32_t layer, int32_t due, Seal
     tasks[i].target = lease->pages()[i];
     tasks[i].basis = state.bases.back().basis;
     tasks[i].stored_bits = config.stored_bits;
+    tasks[i].page_type = DenseDType(config.format);
   }
   status = cache_->backend()->SealPages(tasks, absl::MakeSpan(results));
   if (!status.ok()) return status;

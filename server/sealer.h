@@ -18,7 +18,7 @@ struct SealOptions {
   int32_t pages_per_slice = 2;
   // Sealing waits until the queue is empty. Above this many sealable pages one slice is sealed
   // between any two batches. When the pool is full, sealing goes first until a batch fits: memory
-  // that waits in BF16 never refuses a step.
+  // that waits unsealed never refuses a step.
   int64_t max_backlog_pages = 64;
   // Mean drift (SealResult::drift_ratio) of a layer above which a new basis is fitted on its next
   // fit_tokens, at most kMaxBasisRuns in all. 0 = never.

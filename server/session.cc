@@ -54,7 +54,7 @@ Session::Session(SessionConfig config, SessionId id, TenantId tenant_id, absl::T
       tenant_id_(tenant_id),
       opened_(now),
       dense_page_bytes_(DensePageBytes(config_.shape, DenseDType(config_.format))),
-      sealed_page_bytes_(config_.format == PageFormat::kProgressive
+      sealed_page_bytes_(IsProgressive(config_.format)
                              ? MakePageLayout(config_.shape, config_.stored_bits).page_bytes
                              : 0),
       basis_bytes_(MakeBasisLayout(config_.shape).block_bytes),

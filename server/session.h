@@ -45,9 +45,9 @@ struct SessionConfig {
   AttentionShape shape;
   int32_t num_layers = 0;
   float softmax_scale = 0;
-  PageFormat format = PageFormat::kProgressive;
-  int32_t stored_bits = 8;           // kProgressive: 8, 6, 4
-  bool exact_tier = false;           // kProgressive: keep the BF16 pages of what is sealed
+  PageFormat format = PageFormat::kProgressiveF16;
+  int32_t stored_bits = 8;           // progressive: 8, 6, 4
+  bool exact_tier = false;           // progressive: keep the dense pages of what is sealed
   std::vector<LayerOptions> layers;  // [num_layers], or one for all, or none
   std::vector<float> key_scales;     // FP8 pages: [num_kv_heads] or [num_layers, num_kv_heads]
   std::vector<float> value_scales;
@@ -93,7 +93,7 @@ struct LayerState {
 
   std::vector<PageId> pages;  // num_sealed sealed pages, then dense ones; one reference each
   int32_t num_sealed = 0;
-  std::vector<PageId> exact_pages;  // exact tier: the BF16 pages of the sealed ones
+  std::vector<PageId> exact_pages;  // exact tier: the dense pages of the sealed ones
   std::vector<BasisRun> bases;      // the last one may have no page yet; one reference each
   bool refit_wanted = false;        // keys drifted: the next pages wait for a new basis
   QuerySample queries;              // empty once a basis stands

@@ -105,7 +105,7 @@ absl::Status SessionControl::AddQuerySample(Session* session, int32_t layer,
   if (status.ok()) status = CheckLayer(*session, layer);
   if (!status.ok()) return status;
   LayerState& state = session->layers()[layer];
-  if (session->config().format != PageFormat::kProgressive || !state.bases.empty()) {
+  if (!IsProgressive(session->config().format) || !state.bases.empty()) {
     return absl::OkStatus();
   }
   const AttentionShape& shape = session->config().shape;

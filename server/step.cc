@@ -67,8 +67,7 @@ absl::Status ResolveHow(double queue_fraction, double pressure_threshold, Step* 
                         options->mode == AttendMode::kStatistical &&
                         target > decision.target_relative_error;
   if (step->target_raised) decision.target_relative_error = target;
-  step->exact_table =
-      config.format == PageFormat::kProgressive && options->mode == AttendMode::kExact;
+  step->exact_table = IsProgressive(config.format) && options->mode == AttendMode::kExact;
   const LayerOptions layer = config.layer(step->layer);
   step->window = message.window.value_or(layer.window);
   step->softcap = message.softcap.value_or(layer.softcap);

@@ -34,7 +34,7 @@ absl::Status CheckScales(absl::string_view field,
   return absl::OkStatus();
 }
 
-// The format's own fields: page_format, stored_bits, exact_tier, scales.
+// The format's own fields: page_format, element_type, stored_bits, exact_tier, scales.
 absl::Status FillFormat(const v1::OpenSessionRequest& request, const ValidationContext& context,
                         SessionConfig* config) {
   PageFormat fallback = PageFormat::kProgressive;
@@ -45,7 +45,7 @@ absl::Status FillFormat(const v1::OpenSessionRequest& request, const ValidationC
   if (!v1::PageFormat_IsValid(request.page_format())) {
     return InvalidField("page_format", absl::StrCat(request.page_format()), "a PageFormat");
   }
-  config->format = PageFormatOf(request.page_format(), fallback);
+  config->format = PageFormatOf(request.page_format(), request.element_type(), fallback);
   const std::vector<PageFormat>& formats = context.backend->formats;
   if (std::find(formats.begin(), formats.end(), config->format) == formats.end()) {
     const std::string supported = absl::StrJoin(
@@ -54,7 +54,16 @@ absl::Status FillFormat(const v1::OpenSessionRequest& request, const ValidationC
     return absl::UnimplementedError(absl::StrCat("page_format: ", PageFormatName(config->format),
                                                  " is not supported; supported: ", supported));
   }
-  const bool progressive = config->format == PageFormat::kProgressive;
+  const v1::DataType element_type = ToProto(DenseDType(config->format));
+  if (request.element_type() != v1::DATA_TYPE_UNSPECIFIED &&
+      request.element_type() != element_type) {
+    return InvalidField("element_type", absl::StrCat(request.element_type()),
+                        IsProgressive(config->format)
+                            ? "unspecified (0), FP16 (2) or BF16 (3)"
+                            : absl::StrCat("unspecified (0) or the format's own (", element_type,
+                                           "), unless page_format is PROGRESSIVE"));
+  }
+  const bool progressive = IsProgressive(config->format);
   const int32_t bits = request.stored_bits();
   if (bits != 0 && bits != 4 && bits != 6 && bits != 8) {
     return InvalidField("stored_bits", absl::StrCat(bits), "0, 4, 6 or 8");

@@ -15,10 +15,11 @@ bool AppendToken(const AttendBatch& batch, const std::byte* in, int64_t page_off
   const DType type = DenseDType(batch.format);
   const int64_t in_bytes = int64_t{shape.head_dim} * DTypeBytes(batch.in_type);
   const int64_t out_bytes = int64_t{shape.head_dim} * DTypeBytes(type);
+  const float most = LargestStored(type);
   alignas(64) float row[kMaxHeadDim];
   bool finite = true;
   for (int32_t head = 0; head < shape.num_kv_heads; ++head) {
-    finite &= ToFloats(batch.in_type, in + head * in_bytes, shape.head_dim, row);
+    finite &= ToFloats(batch.in_type, in + head * in_bytes, shape.head_dim, row, most);
     const float factor = type == DType::kF8E4m3 && !scales.empty() ? 1.0f / scales[head] : 1.0f;
     std::byte* slot_at =
         page + page_offset + head * DenseHeadBytes(shape.head_dim, type) + slot * out_bytes;

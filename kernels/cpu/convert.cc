@@ -13,7 +13,6 @@ namespace adaattn {
 namespace HWY_NAMESPACE {
 namespace {
 
-constexpr float kFp16Max = 65504.0f;
 constexpr float kBf16Max = 0x1.fep127f;
 
 // kLanes elements in their natural order.
@@ -78,16 +77,16 @@ HWY_INLINE void StoreInOrder(VF v, Fp8E4m3* at) {
 }
 
 template <class T>
-bool WidenTyped(const void* in, int64_t count, float* out) {
-  const U32 d;
-  const auto exponent = hn::Set(d, 0x7f800000u);
-  auto bad = hn::Eq(exponent, hn::Zero(d));
+bool WidenTyped(const void* in, int64_t count, float* out, float most) {
+  const F32 d;
+  const VF limit = hn::Set(d, most);
+  auto within = hn::Eq(limit, limit);
   for (int64_t i = 0; i < count; i += kLanes) {
     const VF v = LoadInOrder(static_cast<const T*>(in) + i);
-    bad = hn::Or(bad, hn::Eq(hn::And(hn::BitCast(d, v), exponent), exponent));
-    hn::StoreU(v, F32(), out + i);
+    within = hn::And(within, hn::Le(hn::Abs(v), limit));  // False for NaN.
+    hn::StoreU(v, d, out + i);
   }
-  return hn::AllFalse(d, bad);
+  return hn::AllTrue(d, within);
 }
 
 template <class T>
@@ -100,10 +99,10 @@ void NarrowTyped(const float* in, float factor, int64_t count, void* out) {
 
 }  // namespace
 
-bool ToFloatsImpl(DType type, const void* in, int64_t count, float* out) {
-  if (type == DType::kF32) return WidenTyped<float>(in, count, out);
-  if (type == DType::kF16) return WidenTyped<Fp16>(in, count, out);
-  return WidenTyped<Bf16>(in, count, out);
+bool ToFloatsImpl(DType type, const void* in, int64_t count, float* out, float most) {
+  if (type == DType::kF32) return WidenTyped<float>(in, count, out, most);
+  if (type == DType::kF16) return WidenTyped<Fp16>(in, count, out, most);
+  return WidenTyped<Bf16>(in, count, out, most);
 }
 
 void FromFloatsImpl(DType type, const float* in, float factor, int64_t count, void* out) {
@@ -132,8 +131,8 @@ HWY_EXPORT(ToFloatsImpl);
 HWY_EXPORT(FromFloatsImpl);
 HWY_EXPORT(AddScaledImpl);
 
-bool ToFloats(DType type, const void* in, int64_t count, float* out) {
-  return HWY_DYNAMIC_DISPATCH(ToFloatsImpl)(type, in, count, out);
+bool ToFloats(DType type, const void* in, int64_t count, float* out, float most) {
+  return HWY_DYNAMIC_DISPATCH(ToFloatsImpl)(type, in, count, out, most);
 }
 
 void FromFloats(DType type, const float* in, float factor, int64_t count, void* out) {

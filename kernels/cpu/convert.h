@@ -6,13 +6,13 @@
 
 #include <cstdint>
 
-#include "kernels/shape.h"
+#include "kernels/format/float_types.h"
 
 namespace adaattn {
 
-// Widens `count` elements of `type`; false if any of them is NaN or infinite. count is a multiple
-// of 16.
-bool ToFloats(DType type, const void* in, int64_t count, float* out);
+// Widens `count` elements of `type`; false unless all of them lie within [-most, most]: by default,
+// if any of them is NaN or infinite. count is a multiple of 16.
+bool ToFloats(DType type, const void* in, int64_t count, float* out, float most = kFloatMax);
 
 // Narrows `count` floats times `factor` to `type`. count is a multiple of 16.
 void FromFloats(DType type, const float* in, float factor, int64_t count, void* out);

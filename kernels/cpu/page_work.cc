@@ -37,10 +37,11 @@ void SealOneHead(const SealTask& task, int32_t kv_head, std::byte* pool, float* 
   const int64_t count = int64_t{kPageTokens} * shape.head_dim;
   std::vector<float> keys(count), values(count);
   const std::byte* source = pool + PageOffset(task.source);
-  ReadDenseRows(source + DenseKeyOffset(kv_head, shape.head_dim, DType::kBf16), DType::kBf16,
-                shape.head_dim, 0, kPageTokens, 1, keys.data());
-  ReadDenseRows(source + DenseValueOffset(shape, kv_head, DType::kBf16), DType::kBf16,
-                shape.head_dim, 0, kPageTokens, 1, values.data());
+  const DType type = task.page_type;
+  ReadDenseRows(source + DenseKeyOffset(kv_head, shape.head_dim, type), type, shape.head_dim, 0,
+                kPageTokens, 1, keys.data());
+  ReadDenseRows(source + DenseValueOffset(shape, kv_head, type), type, shape.head_dim, 0,
+                kPageTokens, 1, values.data());
   const BasisView basis = ViewBasis(pool + PageOffset(task.basis), shape, kv_head);
   *drift = SealHead(MakeSealedHead(shape, kv_head, task.stored_bits), basis, keys.data(),
                     values.data(), pool + PageOffset(task.target));
@@ -55,11 +56,10 @@ void ReopenOneHead(const ReopenTask& task, int32_t kv_head, std::byte* pool) {
   const std::byte* source = pool + PageOffset(task.source);
   std::byte* target = pool + PageOffset(task.target);
   DecodeKeys(head, basis, source, task.stored_bits, NumRankChunks(shape.head_dim), rows.data());
-  FromFloats(DType::kBf16, rows.data(), 1, count,
-             target + DenseKeyOffset(kv_head, shape.head_dim, DType::kBf16));
+  const DType type = task.page_type;
+  FromFloats(type, rows.data(), 1, count, target + DenseKeyOffset(kv_head, shape.head_dim, type));
   DecodeValues(head, source, task.stored_bits, rows.data());
-  FromFloats(DType::kBf16, rows.data(), 1, count,
-             target + DenseValueOffset(shape, kv_head, DType::kBf16));
+  FromFloats(type, rows.data(), 1, count, target + DenseValueOffset(shape, kv_head, type));
 }
 
 // Basis of the sealed page `page` of a table.
@@ -139,8 +139,8 @@ absl::Status FitBasisOnCpu(const FitBasisTask& task, std::byte* pool, WorkerPool
     std::vector<float> keys(task.pages.size() * page_floats), queries(num_rows * group_floats);
     for (size_t page = 0; page < task.pages.size(); ++page) {
       ReadDenseRows(pool + PageOffset(task.pages[page]) +
-                        DenseKeyOffset(kv_head, shape.head_dim, DType::kBf16),
-                    DType::kBf16, shape.head_dim, 0, kPageTokens, 1,
+                        DenseKeyOffset(kv_head, shape.head_dim, task.page_type),
+                    task.page_type, shape.head_dim, 0, kPageTokens, 1,
                     keys.data() + page * page_floats);
     }
     for (int64_t row = 0; row < num_rows; ++row) {

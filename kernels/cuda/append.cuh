@@ -10,6 +10,7 @@
 
 #include "kernels/cuda/element.cuh"
 #include "kernels/cuda/step_params.h"
+#include "kernels/format/float_types.h"
 #include "kernels/format/page_layout.h"
 
 namespace adaattn {
@@ -17,9 +18,9 @@ namespace adaattn {
 inline constexpr int kAppendThreads = 256;
 inline constexpr int kQueryUnit = 512;  // elements
 
-__device__ __forceinline__ bool AllFinite(const float (&x)[4]) {
-  // x - x is 0 for every finite x, else NaN.
-  return (x[0] - x[0]) + (x[1] - x[1]) + (x[2] - x[2]) + (x[3] - x[3]) == 0.0f;
+// False for NaN, too.
+__device__ __forceinline__ bool AllWithin(const float (&x)[4], float most) {
+  return fabsf(x[0]) <= most && fabsf(x[1]) <= most && fabsf(x[2]) <= most && fabsf(x[3]) <= most;
 }
 
 // NaN stays NaN, everything else becomes finite.
@@ -38,14 +39,14 @@ __device__ __forceinline__ void StorePageFour(std::byte* data, DType type, int64
     return;
   }
   if (type != DType::kF32) {
-    const float most = type == DType::kF16 ? 65504.0f : __uint_as_float(0x7f7f0000u);
+    const float most = type == DType::kF16 ? kFp16Max : __uint_as_float(0x7f7f0000u);
     x = make_float4(Saturate(x.x, most), Saturate(x.y, most), Saturate(x.z, most),
                     Saturate(x.w, most));
   }
   StoreFour(data, type, index, x);
 }
 
-// One kv head's part of a run, of K or of V. False when a value is not finite.
+// One kv head's part of a run, of K or of V. False when a value is not finite or does not fit.
 __device__ __forceinline__ bool AppendHead(const StepParams& p, const AppendRun& run, int kv_head,
                                            bool is_value, int lane) {
   const int d = p.shape.head_dim, pieces = d / 4;
@@ -55,13 +56,14 @@ __device__ __forceinline__ bool AppendHead(const StepParams& p, const AppendRun&
   std::byte* head = p.pool + PageOffset(PageId{run.page}) +
                     (is_value ? DenseValueOffset(p.shape, kv_head, p.page_type)
                               : DenseKeyOffset(kv_head, d, p.page_type));
+  const float most = LargestStored(p.page_type);
   bool finite = true;
 #pragma unroll 4
   for (int i = lane; i < run.num_rows * pieces; i += 32) {
     const int row = i / pieces, channel = i % pieces * 4;
     float x[4];
     LoadFour(in, p.in_type, ((run.kv_row + row) * p.shape.num_kv_heads + kv_head) * d + channel, x);
-    finite = finite && AllFinite(x);
+    finite = finite && AllWithin(x, most);
     StorePageFour(head, p.page_type, int64_t{run.slot + row} * d + channel,
                   make_float4(x[0] * factor, x[1] * factor, x[2] * factor, x[3] * factor));
   }
@@ -81,7 +83,7 @@ __device__ __forceinline__ bool CopyQuery(const StepParams& p, const StepSequenc
     if (at >= end) continue;
     float x[4];
     LoadFour(p.header->q, p.in_type, at, x);
-    finite = finite && AllFinite(x);
+    finite = finite && AllWithin(x, kFloatMax);
     StoreFour(p.q, p.in_type, at, make_float4(x[0], x[1], x[2], x[3]));
   }
   return finite;

@@ -144,8 +144,8 @@ absl::Status CudaBackend::Start(int64_t pool_bytes) {
   info_.device = properties.name;
   info_.kernels = absl::StrCat("sm_", properties.major, properties.minor);
   info_.head_dims.assign(std::begin(kCudaHeadDims), std::end(kCudaHeadDims));
-  info_.formats = {PageFormat::kF32, PageFormat::kF16, PageFormat::kBf16, PageFormat::kF8E4m3,
-                   PageFormat::kProgressive};
+  info_.formats = {PageFormat::kF32,    PageFormat::kF16,         PageFormat::kBf16,
+                   PageFormat::kF8E4m3, PageFormat::kProgressive, PageFormat::kProgressiveF16};
   info_.max_group_size = kCudaMaxGroupSize;
   info_.max_q_len = kCudaMaxQLen;
   info_.pool_bytes = pool_bytes;
@@ -250,7 +250,7 @@ absl::Status CudaBackend::Wait(StepTicket ticket) {
   return slot->ticket == ticket.value ? Leave(Finish(slot)) : absl::OkStatus();
 }
 
-// Runs tasks of one shape and depth. drift [num_tasks, num_kv_heads] when sealing.
+// Runs tasks of one shape, depth and page type. drift [num_tasks, num_kv_heads] when sealing.
 template <class Task>
 absl::Status CudaBackend::RunPageTasks(absl::Span<const Task> tasks, bool seal, float* drift) {
   const size_t n = tasks.size(), heads = tasks[0].shape.num_kv_heads;
@@ -272,6 +272,7 @@ absl::Status CudaBackend::RunPageTasks(absl::Span<const Task> tasks, bool seal, 
   SealParams params;
   params.shape = tasks[0].shape;
   params.stored_bits = tasks[0].stored_bits;
+  params.page_type = tasks[0].page_type;
   params.num_tasks = static_cast<int32_t>(n);
   params.pool = pool_.data();
   params.source = reinterpret_cast<const uint32_t*>(task_memory_.data());
@@ -293,7 +294,7 @@ template <class Task>
 absl::Span<const Task> AlikeTasks(absl::Span<const Task> tasks) {
   size_t n = 1;
   while (n < tasks.size() && tasks[n].shape == tasks[0].shape &&
-         tasks[n].stored_bits == tasks[0].stored_bits) {
+         tasks[n].stored_bits == tasks[0].stored_bits && tasks[n].page_type == tasks[0].page_type) {
     ++n;
   }
   return tasks.subspan(0, n);

@@ -139,7 +139,7 @@ class TokenReader {
 absl::Status FitBasisOnHost(const FitBasisTask& task, const PageMover& mover) {
   const AttentionShape& shape = task.shape;
   const int64_t head_floats = int64_t{kPageTokens} * shape.head_dim;
-  const int64_t head_bytes = DenseHeadBytes(shape.head_dim, DType::kBf16);
+  const int64_t head_bytes = DenseHeadBytes(shape.head_dim, task.page_type);
   const int64_t page_bytes = head_bytes * shape.num_kv_heads;  // the keys of a page come first
   const auto num_pages = static_cast<int64_t>(task.pages.size());
   ADAATTN_RETURN_IF_ERROR(Reserve(num_pages * page_bytes, mover.staging));
@@ -157,7 +157,7 @@ absl::Status FitBasisOnHost(const FitBasisTask& task, const PageMover& mover) {
   ParallelFor(shape.num_kv_heads, [&](int64_t kv_head) {
     std::vector<float> keys(num_pages * head_floats), queries(num_rows * group_floats);
     for (int64_t i = 0; i < num_pages; ++i) {
-      ReadElements(mover.staging->data() + i * page_bytes + kv_head * head_bytes, DType::kBf16, 0,
+      ReadElements(mover.staging->data() + i * page_bytes + kv_head * head_bytes, task.page_type, 0,
                    head_floats, 1, keys.data() + i * head_floats);
     }
     for (int64_t row = 0; row < num_rows; ++row) {

@@ -69,6 +69,7 @@ struct ProgressiveParams {
   int32_t scan_share = 0;  // runs among which ScheduleScan shares out the pages
   DType in_type = DType::kBf16;
   DType out_type = DType::kBf16;
+  DType page_type = DType::kBf16;  // of the dense pages: kBf16 or kF16
   // Device memory.
   std::byte* pool = nullptr;
   const ProgressiveSequence* sequences = nullptr;
@@ -103,21 +104,22 @@ int64_t ProgressiveWorkspaceBytes(const ProgressiveParams& params);
 // Enqueues a step. kUnimplemented for a shape without a kernel.
 absl::Status RunProgressive(const ProgressiveParams& params, cudaStream_t stream);
 
-// Re-encodes BF16 pages; all pointers device memory. drift [num_tasks, num_kv_heads] receives each
+// Re-encodes dense pages; all pointers device memory. drift [num_tasks, num_kv_heads] receives each
 // page's energy outside the leading half of the rank over what the basis had there when fitted.
 struct SealParams {
   AttentionShape shape;
   int32_t stored_bits = 8;
+  DType page_type = DType::kBf16;  // of the dense pages
   int32_t num_tasks = 0;
   std::byte* pool = nullptr;
-  const uint32_t* source = nullptr;  // [num_tasks] PageId of BF16 pages
+  const uint32_t* source = nullptr;  // [num_tasks] PageId of dense pages
   const uint32_t* target = nullptr;  // [num_tasks] PageId of sealed pages
   const uint32_t* basis = nullptr;   // [num_tasks] PageId of basis blocks
   float* drift = nullptr;
 };
 absl::Status LaunchSeal(const SealParams& params, cudaStream_t stream);
 
-// Decodes sealed pages at their stored depth into BF16 pages: SealParams with source sealed and
+// Decodes sealed pages at their stored depth into dense pages: SealParams with source sealed and
 // target dense; drift is not used.
 absl::Status LaunchReopen(const SealParams& params, cudaStream_t stream);
 

@@ -1,8 +1,8 @@
 #ifndef ADAATTN_KERNELS_CUDA_PROGRESSIVE_DENSE_CUH_
 #define ADAATTN_KERNELS_CUDA_PROGRESSIVE_DENSE_CUH_
 
-// The dense tail of a progressive sequence: its newest pages, BF16, attended exactly by one CTA per
-// (sequence, kv head) beside the scan. Usually 64 to 128 tokens, so plain FP32 arithmetic.
+// The dense tail of a progressive sequence: its newest pages, BF16 or FP16, attended exactly by one
+// CTA per (sequence, kv head) beside the scan. Usually 64 to 128 tokens, so plain FP32 arithmetic.
 //   dense_lse = log2 sum_t exp2(s_t);  dense_out = sum_t exp2(s_t - dense_lse) v_t
 
 #include <cuda_bf16.h>
@@ -16,8 +16,8 @@ inline constexpr int kDenseThreads = 256;
 template <class Traits>
 struct DenseShared {
   static constexpr int kStride = Traits::kHeadDim + 8;  // keeps 16-byte rows off one bank
-  alignas(16) __nv_bfloat16 key[kPageTokens * kStride];
-  alignas(16) __nv_bfloat16 value[kPageTokens * kStride];
+  alignas(16) uint16_t key[kPageTokens * kStride];
+  alignas(16) uint16_t value[kPageTokens * kStride];
   alignas(16) float query[kTileColumns][Traits::kHeadDim];
   float score[kTileColumns][kPageTokens];
   float rescale[kTileColumns];
@@ -34,6 +34,12 @@ __device__ __forceinline__ float LoadElement(const void* tensor, int64_t at, DTy
     default:
       return __bfloat162float(static_cast<const __nv_bfloat16*>(tensor)[at]);
   }
+}
+
+// Two neighbours of a dense page; the lower half comes first.
+__device__ __forceinline__ float2 UnpackPair(uint32_t pair, DType type) {
+  if (type == DType::kF16) return HalvesToFloats(pair);
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
 // Copies the queries of a head's columns to `query` [8][head_dim], times `scale`; absent columns 0.
@@ -110,8 +116,8 @@ __device__ __noinline__ void DenseTail(const ProgressiveArgs& p, int sequence, i
         p.pool + static_cast<int64_t>(p.table[s.table_begin + page]) * kPageAlignment;
     const int tokens = min(kPageTokens, s.kv_len - page * kPageTokens);
     tokens_read += tokens;
-    const std::byte* key = base + DenseKeyOffset(head, kD, DType::kBf16);
-    const std::byte* value = base + DenseValueOffset(p.shape, head, DType::kBf16);
+    const std::byte* key = base + DenseKeyOffset(head, kD, p.page_type);
+    const std::byte* value = base + DenseValueOffset(p.shape, head, p.page_type);
     __syncthreads();
     for (int i = threadIdx.x; i < tokens * (kD / 8); i += kDenseThreads) {
       const int row = i / (kD / 8), at = i % (kD / 8) * 8;
@@ -136,8 +142,9 @@ __device__ __noinline__ void DenseTail(const ProgressiveArgs& p, int sequence, i
           const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            score = fmaf(q[2 * j], __uint_as_float(word[j] << 16), score);
-            score = fmaf(q[2 * j + 1], __uint_as_float(word[j] & 0xffff0000u), score);
+            const float2 k = UnpackPair(word[j], p.page_type);
+            score = fmaf(q[2 * j], k.x, score);
+            score = fmaf(q[2 * j + 1], k.y, score);
           }
         }
         score = SoftCap<Traits>(score, s.softcap);
@@ -154,7 +161,7 @@ __device__ __noinline__ void DenseTail(const ProgressiveArgs& p, int sequence, i
       }
 #pragma unroll 2
       for (int t = 0; t < tokens; ++t) {
-        const float v = __bfloat162float(shared.value[t * kStride + channel]);
+        const float v = LoadElement(shared.value, t * kStride + channel, p.page_type);
 #pragma unroll
         for (int j = 0; j < kColumnsEach; ++j) {
           out[j] = fmaf(shared.score[min(part * kColumnsEach + j, kTileColumns - 1)][t], v, out[j]);

@@ -1,7 +1,7 @@
 #ifndef ADAATTN_KERNELS_CUDA_SEAL_CUH_
 #define ADAATTN_KERNELS_CUDA_SEAL_CUH_
 
-// Sealing one BF16 page on the device, as format/seal.h states it, and decoding one again.
+// Sealing one dense page on the device, as format/seal.h states it, and decoding one again.
 //   keys    x = (k - mu) K of the basis; a range per channel; 8-bit codes
 //   values  x = H v; a range per token and group; 8-bit codes; mean, spread, radius
 // One CTA per (page, kv head). Once in 64 tokens and off the step's critical path: plain FP32
@@ -9,8 +9,10 @@
 // grid (num_tasks, num_kv_heads).
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include "kernels/cuda/progressive_merge.cuh"
+#include "kernels/format/float_types.h"
 #include "kernels/format/nested_code.h"
 #include "kernels/format/planes.h"
 
@@ -30,12 +32,27 @@ struct SealShared {
   float total[2];            // key energy beyond the leading half; as fitted
 };
 
+__device__ __forceinline__ float LoadDense(const std::byte* page, int index, DType type) {
+  return type == DType::kF16
+             ? __half2float(reinterpret_cast<const __half*>(page)[index])
+             : __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(page)[index]);
+}
+
+// A token near FP16's largest value may be decoded beyond it.
+__device__ __forceinline__ void StoreDense(std::byte* page, int index, DType type, float x) {
+  if (type == DType::kF16) {
+    reinterpret_cast<__half*>(page)[index] = __float2half_rn(fminf(fmaxf(x, -kFp16Max), kFp16Max));
+  } else {
+    reinterpret_cast<__nv_bfloat16*>(page)[index] = __float2bfloat16_rn(x);
+  }
+}
+
 template <class Traits>
-__device__ __forceinline__ void LoadRows(const std::byte* page, SealShared<Traits>& shared,
-                                         const float* mean) {
+__device__ __forceinline__ void LoadRows(const std::byte* page, DType type,
+                                         SealShared<Traits>& shared, const float* mean) {
   for (int i = threadIdx.x; i < kPageTokens * Traits::kHeadDim; i += kSealThreads) {
     const int token = i / Traits::kHeadDim, channel = i % Traits::kHeadDim;
-    const float x = __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(page)[i]);
+    const float x = LoadDense(page, i, type);
     shared.rows[token * SealShared<Traits>::kStride + channel] =
         x - (mean == nullptr ? 0.0f : mean[channel]);
   }
@@ -272,13 +289,14 @@ __global__ void __launch_bounds__(kSealThreads, 2)
   const BasisLayout basis_layout = MakeBasisLayout(p.shape);
   const std::byte* basis = p.pool + static_cast<int64_t>(p.basis[task]) * kPageAlignment +
                            head * basis_layout.head_bytes;
-  LoadRows<Traits>(source + DenseKeyOffset(head, Traits::kHeadDim, DType::kBf16), shared,
-                   reinterpret_cast<const float*>(basis + basis_layout.mean));
+  LoadRows<Traits>(source + DenseKeyOffset(head, Traits::kHeadDim, p.page_type), p.page_type,
+                   shared, reinterpret_cast<const float*>(basis + basis_layout.mean));
   SealKeys<Traits>(p, layout, basis, basis_layout, target, head,
                    p.drift == nullptr ? nullptr : p.drift + task * p.shape.num_kv_heads + head,
                    shared);
   __syncthreads();
-  LoadRows<Traits>(source + DenseValueOffset(p.shape, head, DType::kBf16), shared, nullptr);
+  LoadRows<Traits>(source + DenseValueOffset(p.shape, head, p.page_type), p.page_type, shared,
+                   nullptr);
   SealValues<Traits>(p, layout, target, head, shared);
 }
 
@@ -339,7 +357,7 @@ __global__ void __launch_bounds__(kSealThreads, 2)
   // k = mu + x Q^T: a thread a channel, Q's row in registers would not fit: from the cache.
   const auto* query_basis = reinterpret_cast<const __half*>(basis + basis_layout.query_basis);
   const float* mean = reinterpret_cast<const float*>(basis + basis_layout.mean);
-  auto* keys = reinterpret_cast<__nv_bfloat16*>(target + DenseKeyOffset(head, kD, DType::kBf16));
+  std::byte* keys = target + DenseKeyOffset(head, kD, p.page_type);
   for (int i = threadIdx.x; i < kPageTokens * kD; i += kSealThreads) {
     const int token = i % kPageTokens, channel = i / kPageTokens;
     float sum = mean[channel];
@@ -347,7 +365,7 @@ __global__ void __launch_bounds__(kSealThreads, 2)
       sum =
           fmaf(shared.rows[token * kStride + c], __half2float(query_basis[channel * kD + c]), sum);
     }
-    keys[token * kD + channel] = __float2bfloat16_rn(sum);
+    StoreDense(keys, token * kD + channel, p.page_type, sum);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kPageTokens * kD; i += kSealThreads) {
@@ -358,10 +376,9 @@ __global__ void __launch_bounds__(kSealThreads, 2)
   }
   __syncthreads();
   HadamardRows<Traits>(shared);
-  auto* values =
-      reinterpret_cast<__nv_bfloat16*>(target + DenseValueOffset(p.shape, head, DType::kBf16));
+  std::byte* values = target + DenseValueOffset(p.shape, head, p.page_type);
   for (int i = threadIdx.x; i < kPageTokens * kD; i += kSealThreads) {
-    values[i] = __float2bfloat16_rn(shared.rows[i / kD * kStride + i % kD]);
+    StoreDense(values, i, p.page_type, shared.rows[i / kD * kStride + i % kD]);
   }
 }
 

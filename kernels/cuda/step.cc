@@ -236,6 +236,7 @@ ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std
   params.decisions =
       scratch.decisions() + int64_t{key.max_sequences + first} * key.shape.num_kv_heads;
   params.workspace = scratch.workspace();
+  params.page_type = DenseDType(key.format);
   return params;
 }
 

@@ -24,6 +24,13 @@ struct Fp8E4m3 {
   uint8_t bits;
 };
 inline constexpr float kFp8E4m3Max = 448.0f;
+inline constexpr float kFp16Max = 65504.0f;
+inline constexpr float kFloatMax = 0x1.fffffep127f;
+
+// The largest magnitude of k and v that pages of `type` accept. FP8 has scales and saturates.
+ADAATTN_HD constexpr float LargestStored(DType type) {
+  return type == DType::kF16 ? kFp16Max : kFloatMax;
+}
 
 ADAATTN_HD uint32_t FloatBits(float value) {
   uint32_t bits;

@@ -115,6 +115,7 @@ PageId BackendHarness::FitBasis(const TestSequence& sequence, int32_t fit_pages,
   FitBasisTask task;
   task.shape = options_.shape;
   task.pages = absl::MakeConstSpan(sequence.pages).subspan(0, fit_pages);
+  task.page_type = DenseDType(options_.format);
   task.query_sample = query_sample;
   task.target = NewPage();
   const absl::Status status = backend_->FitBasis(task);
@@ -126,6 +127,7 @@ void BackendHarness::SealWith(TestSequence* sequence, int32_t count, PageId basi
   for (int32_t i = 0; i < count; ++i) {
     PageId& page = sequence->pages[sequence->num_sealed_pages];
     SealTask task;
+    task.page_type = DenseDType(options_.format);
     task.shape = options_.shape;
     task.source = page;
     task.target = NewPage();

@@ -23,7 +23,7 @@ HarnessOptions Options(PageFormat format) {
 // 600 tokens; progressive: six of them sealed pages.
 TestSequence MakeSequence(BackendHarness* harness) {
   TestSequence sequence = harness->NewSequence(600);
-  if (harness->options().format == PageFormat::kProgressive) harness->Seal(&sequence, 6, 6);
+  if (IsProgressive(harness->options().format)) harness->Seal(&sequence, 6, 6);
   return sequence;
 }
 
@@ -119,6 +119,28 @@ TEST_P(LawsTest, NonfiniteValuesAreFlaggedAndLeaveOthersAlone) {
   for (const float value : output.out) EXPECT_TRUE(std::isfinite(value));
 }
 
+TEST_P(LawsTest, ValuesBeyondFp16PagesAreFlaggedAndNothingElseIs) {
+  BackendHarness harness(Options(GetParam()));
+  ASSERT_TRUE(harness.ok());
+  const bool narrow = DenseDType(GetParam()) == DType::kF16;
+  for (const bool in_keys : {true, false}) {
+    for (const float value : {65504.0f, -65504.0f, 65505.0f, -70000.0f, 1e30f}) {
+      TestSequence sequence = harness.NewSequence(70);
+      StepCase step = Attend(&sequence, {});
+      step.append_len = 1;
+      step.k = harness.RandomRows(1, 2);
+      step.v = harness.RandomRows(1, 2);
+      (in_keys ? step.k : step.v)[99] = value;
+      EXPECT_EQ(harness.Run({step})[0].result.nonfinite_kv, narrow && std::abs(value) > 65504)
+          << value;
+    }
+  }
+  TestSequence sequence = harness.NewSequence(70);
+  StepCase step = Attend(&sequence, harness.RandomRows(1, 6));
+  step.q[5] = 70000;
+  EXPECT_FALSE(harness.Run({step})[0].result.nonfinite_q);
+}
+
 TEST_P(LawsTest, AppendingInPiecesEqualsAppendingAtOnce) {
   std::vector<StepOutput> outputs;
   for (const std::vector<int>& pieces :
@@ -142,7 +164,8 @@ TEST_P(LawsTest, AppendingInPiecesEqualsAppendingAtOnce) {
 
 INSTANTIATE_TEST_SUITE_P(AllFormats, LawsTest,
                          ::testing::Values(PageFormat::kF32, PageFormat::kF16, PageFormat::kBf16,
-                                           PageFormat::kF8E4m3, PageFormat::kProgressive),
+                                           PageFormat::kF8E4m3, PageFormat::kProgressive,
+                                           PageFormat::kProgressiveF16),
                          [](const ::testing::TestParamInfo<PageFormat>& info) {
                            return std::string(PageFormatName(info.param));
                          });

@@ -29,8 +29,9 @@ double RelativeError(const std::vector<float>& actual, const std::vector<float>&
 }
 
 TEST(ReadTokensTest, ReturnsWhatDensePagesHold) {
-  for (const PageFormat format : {PageFormat::kF32, PageFormat::kF16, PageFormat::kBf16,
-                                  PageFormat::kF8E4m3, PageFormat::kProgressive}) {
+  for (const PageFormat format :
+       {PageFormat::kF32, PageFormat::kF16, PageFormat::kBf16, PageFormat::kF8E4m3,
+        PageFormat::kProgressive, PageFormat::kProgressiveF16}) {
     BackendHarness harness(Options(format));
     ASSERT_TRUE(harness.ok());
     TestSequence sequence = harness.NewSequence(200);
@@ -87,9 +88,12 @@ TEST(SealTest, DriftIsOneOnTheFittedTokensAndGrowsOnOthers) {
   EXPECT_GT(results[3].drift_ratio, 20);
 }
 
-TEST(ReopenTest, GivesBackTheSealedPagesTokens) {
+class PageTypeTest : public ::testing::TestWithParam<PageFormat> {};
+
+TEST_P(PageTypeTest, ReopenedPageHoldsTheSealedPagesTokens) {
+  const DType type = DenseDType(GetParam());
   for (const int32_t stored_bits : {8, 6, 4}) {
-    BackendHarness harness(Options(PageFormat::kProgressive));
+    BackendHarness harness(Options(GetParam()));
     ASSERT_TRUE(harness.ok());
     TestSequence sequence = harness.NewSequence(256);
     sequence.stored_bits = stored_bits;
@@ -97,15 +101,15 @@ TEST(ReopenTest, GivesBackTheSealedPagesTokens) {
     std::vector<float> sealed_k, sealed_v, k, v;
     harness.Read(sequence, 128, 192, &sealed_k, &sealed_v);
     ReopenTask task{harness.options().shape, sequence.pages[2], harness.NewPage(),
-                    sequence.bases[0].basis, stored_bits};
+                    sequence.bases[0].basis, stored_bits,       type};
     ASSERT_TRUE(harness.backend().ReopenPages({&task, 1}).ok());
     sequence.pages[2] = task.target;
     --sequence.num_sealed_pages;
     --sequence.bases[0].num_pages;
     harness.Read(sequence, 128, 192, &k, &v);
     for (size_t i = 0; i < k.size(); ++i) {
-      EXPECT_EQ(k[i], RoundTo(DType::kBf16, sealed_k[i])) << i;
-      EXPECT_EQ(v[i], RoundTo(DType::kBf16, sealed_v[i])) << i;
+      EXPECT_EQ(k[i], RoundTo(type, sealed_k[i])) << i;
+      EXPECT_EQ(v[i], RoundTo(type, sealed_v[i])) << i;
     }
     // Truncated into the middle of the reopened page and continued from there.
     sequence.k.resize(150 * 128);
@@ -117,6 +121,31 @@ TEST(ReopenTest, GivesBackTheSealedPagesTokens) {
     EXPECT_EQ(k, std::vector<float>(sequence.k.begin() + 150 * 128, sequence.k.end()));
   }
 }
+
+// The codes come from the tokens as the open page holds them: the finer type leaves less error.
+TEST(PageTypesTest, SealedPagesDifferOnlyByTheRoundingOfTheTokens) {
+  std::vector<std::vector<float>> keys;
+  for (const PageFormat format : {PageFormat::kProgressive, PageFormat::kProgressiveF16}) {
+    HarnessOptions options = Options(format);
+    options.in_type = DType::kF32;
+    BackendHarness harness(options);
+    ASSERT_TRUE(harness.ok());
+    TestSequence sequence = harness.NewSequence(256);
+    harness.Seal(&sequence, 3, 3);
+    std::vector<float> v;
+    harness.Read(sequence, 0, 192, &keys.emplace_back(), &v);
+    EXPECT_LT(RelativeError(keys.back(), {sequence.k.begin(), sequence.k.begin() + 192 * 128}),
+              0.012);
+  }
+  EXPECT_NE(keys[0], keys[1]);
+  EXPECT_LT(RelativeError(keys[0], keys[1]), 0.012);
+}
+
+INSTANTIATE_TEST_SUITE_P(Progressive, PageTypeTest,
+                         ::testing::Values(PageFormat::kProgressive, PageFormat::kProgressiveF16),
+                         [](const ::testing::TestParamInfo<PageFormat>& info) {
+                           return std::string(PageFormatName(info.param));
+                         });
 
 TEST(CopyPageTest, ForksASequence) {
   for (const PageFormat format : {PageFormat::kBf16, PageFormat::kProgressive}) {

@@ -20,7 +20,7 @@ constexpr double kLseError = 2e-3;
 HarnessOptions BackendOptionsFor(const ProgressiveOptions& options) {
   HarnessOptions out;
   out.shape = options.shape;
-  out.format = PageFormat::kProgressive;
+  out.format = options.format;
   out.num_pages = options.num_pages;
   out.num_threads = options.num_threads;
   out.seed = options.seed;

@@ -15,6 +15,7 @@ namespace adaattn {
 
 struct ProgressiveOptions {
   AttentionShape shape;
+  PageFormat format = PageFormat::kProgressive;
   int64_t length = 700;
   int32_t stored_bits = 8;
   int32_t num_bases = 1;  // runs of equal length

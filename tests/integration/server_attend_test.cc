@@ -10,6 +10,7 @@ struct FormatCase {
   v1::PageFormat format;
   DType dense_type;
   double tolerance;  // relative error of o
+  v1::DataType element_type = v1::DATA_TYPE_UNSPECIFIED;
 };
 
 class AttendFormatTest : public ServerFixture, public ::testing::WithParamInterface<FormatCase> {};
@@ -17,7 +18,10 @@ class AttendFormatTest : public ServerFixture, public ::testing::WithParamInterf
 TEST_P(AttendFormatTest, MatchesTheReferenceAcrossPagesAndRows) {
   constexpr int64_t kTokens = 130;  // two full pages and a bit
   constexpr int kRows = 3;
-  const v1::SessionRef session = Open(GetParam().format);
+  v1::OpenSessionRequest open = OpenRequest(GetParam().format);
+  open.set_element_type(GetParam().element_type);
+  v1::SessionRef session;
+  ASSERT_TRUE(TryOpen(open, &session).ok());
   Floats k = RandomFloats(kTokens * kKvRow, 1), v = RandomFloats(kTokens * kKvRow, 2);
   ImportTokens(session, kTokens, k, v);
 
@@ -71,8 +75,13 @@ INSTANTIATE_TEST_SUITE_P(
                       FormatCase{v1::PAGE_FORMAT_FP16, DType::kF16, 1e-3},
                       FormatCase{v1::PAGE_FORMAT_BF16, DType::kBf16, 8e-3},
                       FormatCase{v1::PAGE_FORMAT_FP8_E4M3, DType::kF8E4m3, 0.1},
-                      FormatCase{v1::PAGE_FORMAT_PROGRESSIVE, DType::kBf16, 8e-3}),
-    [](const auto& info) { return v1::PageFormat_Name(info.param.format); });
+                      FormatCase{v1::PAGE_FORMAT_PROGRESSIVE, DType::kF16, 1e-3},
+                      FormatCase{v1::PAGE_FORMAT_PROGRESSIVE, DType::kBf16, 8e-3,
+                                 v1::DATA_TYPE_BF16}),
+    [](const auto& info) {
+      return v1::PageFormat_Name(info.param.format) + "_" +
+             v1::DataType_Name(info.param.element_type);
+    });
 
 using AttendTest = ServerFixture;
 

@@ -122,10 +122,42 @@ TEST_F(BadInputTest, NumbersThatAreNoneAppendNothing) {
       v1::AttendResponse response;
       ASSERT_TRUE(Attend(request, &response).ok());
       EXPECT_EQ(response.sequences(0).code(), grpc::StatusCode::INVALID_ARGUMENT) << which;
+      EXPECT_THAT(response.sequences(0).message(),
+                  HasSubstr(std::string("sequences[0].") + which + "[0, 0, 10]: " +
+                            (std::isnan(bad) ? "nan" : "inf") + " is not allowed: only finite"));
       EXPECT_EQ(response.sequences(0).kv_len(), 10) << which;
       for (const float value : ReadF32(response.o())) EXPECT_EQ(value, 0);
     }
   }
+}
+
+TEST_F(BadInputTest, ValuesBeyondFp16PagesAppendNothing) {
+  for (const v1::PageFormat format : {v1::PAGE_FORMAT_FP16, v1::PAGE_FORMAT_PROGRESSIVE}) {
+    const v1::SessionRef session = Open(format);
+    for (const char which : {'k', 'v'}) {
+      v1::AttendRequest request = StepRequest(session, 0, 1, 50);
+      v1::Tensor* tensor = which == 'k' ? request.mutable_k() : request.mutable_v();
+      const float bad = -65600;
+      std::memcpy(tensor->mutable_data()->data() + (kDim + 3) * sizeof(bad), &bad, sizeof(bad));
+      v1::AttendResponse response;
+      ASSERT_TRUE(Attend(request, &response).ok());
+      EXPECT_EQ(response.sequences(0).code(), grpc::StatusCode::INVALID_ARGUMENT) << which;
+      EXPECT_THAT(response.sequences(0).message(),
+                  HasSubstr(std::string("sequences[0].") + which +
+                            "[0, 1, 3]: -65600 is not allowed: only finite values from -65504 to "
+                            "65504, the range of the session's FP16 pages"));
+      EXPECT_EQ(response.sequences(0).kv_len(), 0) << which;
+    }
+  }
+  v1::OpenSessionRequest wide = OpenRequest(v1::PAGE_FORMAT_PROGRESSIVE);
+  wide.set_element_type(v1::DATA_TYPE_BF16);
+  v1::SessionRef session;
+  ASSERT_TRUE(TryOpen(wide, &session).ok());
+  v1::AttendRequest request = StepRequest(session, 0, 1, 50);
+  *request.mutable_k() = F32Tensor(Floats(kKvRow, 1e6f), {1, kKvHeads, kDim});
+  v1::AttendResponse response;
+  ASSERT_TRUE(Attend(request, &response).ok());
+  EXPECT_EQ(response.sequences(0).code(), 0) << response.sequences(0).message();
 }
 
 TEST_F(BadInputTest, SessionsThatAreNotThereSayWhy) {
@@ -246,6 +278,14 @@ TEST_F(BadInputTest, SessionsAreOpenedOnlyAsTheContractSays) {
   refuse([](Request* r) { r->mutable_model()->set_softmax_scale(-1); }, invalid,
          {"model.softmax_scale", "-1"});
   refuse([](Request* r) { r->set_stored_bits(5); }, invalid, {"stored_bits", "5"});
+  refuse([](Request* r) { r->set_element_type(v1::DATA_TYPE_FP8_E4M3); }, invalid,
+         {"element_type", "4", "FP16 (2) or BF16 (3)"});
+  refuse(
+      [](Request* r) {
+        r->set_page_format(v1::PAGE_FORMAT_FP32);
+        r->set_element_type(v1::DATA_TYPE_BF16);
+      },
+      invalid, {"element_type", "3", "format's own (1)"});
   refuse([](Request* r) { r->set_page_format(static_cast<v1::PageFormat>(40)); }, invalid,
          {"page_format", "40"});
   refuse([](Request* r) { r->set_lease_seconds(-1); }, invalid, {"lease_seconds", "-1"});

@@ -61,12 +61,19 @@ TEST(CliArgsTest, AttendFlagsSayHowToAttend) {
   const auto choice = ParseAttendFlags(*args, "exact");
   ASSERT_TRUE(choice.ok()) << choice.status();
   EXPECT_EQ(choice->page_format, PageFormat::kBf16);
+  EXPECT_EQ(choice->element_type, DType::kUnspecified);
   EXPECT_EQ(choice->options.mode, Mode::kExact);
   EXPECT_EQ(choice->options.policy, Policy::kThreshold);
   EXPECT_FLOAT_EQ(choice->options.theta, 0.002f);
   EXPECT_EQ(choice->options.coarse_rank, 0);
   EXPECT_FALSE(choice->options.coarse_z.has_value());
   EXPECT_FALSE(ParseAttendFlags(*args, "quickly").ok());
+  const auto typed = Args::Parse(Strings{"--element-type=bf16"}, AttendFlags());
+  ASSERT_TRUE(typed.ok()) << typed.status();
+  EXPECT_EQ(ParseAttendFlags(*typed, "")->element_type, DType::kBf16);
+  const auto wrong = Args::Parse(Strings{"--element-type=int8"}, AttendFlags());
+  ASSERT_TRUE(wrong.ok()) << wrong.status();
+  EXPECT_FALSE(ParseAttendFlags(*wrong, "").ok());
 }
 
 TEST(CliReportTest, ColumnsAlignAndNumbersStandRight) {

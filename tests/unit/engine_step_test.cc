@@ -153,7 +153,8 @@ TEST_F(EngineStepTest, NanInQueriesAppendsNothing) {
   builder.payload()->q[0] = std::numeric_limits<float>::infinity();
   const auto task = Run(std::move(builder));
   EXPECT_TRUE(absl::IsInvalidArgument(First(*task).status));
-  EXPECT_TRUE(absl::StrContains(First(*task).status.message(), "q holds NaN or infinity"));
+  EXPECT_TRUE(absl::StrContains(First(*task).status.message(),
+                                "q[0, 0, 0]: inf is not allowed: only finite"));
   EXPECT_EQ(First(*task).kv_len, 0);
   EXPECT_EQ(engine().page_stats().pages[0], 0);
 }
