@@ -62,10 +62,10 @@ class TableTest(unittest.TestCase):
 
 
 class PeersTest(unittest.TestCase):
-    """The host side of peers.py, which must draw the rows that row_judge_test.cc expects."""
+    """The batches of peer_inputs.py, which must draw the rows that row_judge_test.cc expects."""
 
     def test_draws_the_rows_and_heads_of_the_benchmark(self):
-        peers = load("peers.py")
+        peers = load("peer_inputs.py")
 
         class Shaped:
             def __init__(self, *shape):
