@@ -27,7 +27,7 @@ struct BackendOptions {
   int64_t pool_bytes = int64_t{1} << 30;  // one allocation, made at start and never grown
   int32_t num_threads = 0;                // cpu only; 0 = one per core
   int32_t device = 0;                     // cuda only: ordinal
-  std::string tuning_file;  // measured split sizes and crossovers; "" = built-in table
+  std::string tuning_file;                // cuda only: see cuda/tuning.h; "" = built-in numbers
 };
 
 struct BackendInfo {
@@ -39,6 +39,7 @@ struct BackendInfo {
   int32_t max_group_size = 0;
   int32_t max_q_len = 0;  // rows of q per sequence and step
   int64_t pool_bytes = 0;
+  std::string tuning = "built-in";  // or the tuning file, where it knows the device
 };
 
 // A run of consecutive sealed pages that were encoded with one basis, in table order.
@@ -234,7 +235,8 @@ class Backend {
 absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const BackendOptions& options);
 
 // kUnimplemented in a build without CUDA, kFailedPrecondition without a usable device or driver
-// (naming what is missing), kResourceExhausted when the pool does not fit.
+// (naming what is missing), kResourceExhausted when the pool does not fit, kNotFound or
+// kInvalidArgument for a tuning file that cannot be read.
 absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const BackendOptions& options);
 
 // "cpu", "cuda", or "auto": cuda where it can be created, else cpu with the reason in `note`.

@@ -1,11 +1,12 @@
 // Checks exact decode against float64 and times it, whole steps through the backend, and
 // progressive decode on captured traces.
 //
-//   adaattn_decode_bench [--check] [--time] [--steps] [--progressive] [--json=FILE] [--runs=N]
-//                        [flags of progressive_bench.h]
+//   adaattn_decode_bench [--check] [--time] [--steps] [--progressive] [--tune=FILE] [--json=FILE]
+//                        [--runs=N] [flags of progressive_bench.h]
 //
-// Without --check, --time, --steps or --progressive it does the first three. L2 is flushed before
-// every timed run; times are medians of device events around one step's launch.
+// Without --check, --time, --steps, --progressive or --tune it does the first three. --tune
+// measures the device and writes its tuning file (tune_bench.h). L2 is flushed before every timed
+// run; times are medians of device events around one step's launch.
 
 #include <cuda_runtime_api.h>
 
@@ -26,13 +27,13 @@
 #include "kernels/cuda/device_buffer.h"
 #include "kernels/cuda/status.h"
 #include "loadtest/decode_case.h"
+#include "loadtest/device_timer.h"
 #include "loadtest/progressive_bench.h"
 #include "loadtest/step_bench.h"
+#include "loadtest/tune_bench.h"
 
 namespace adaattn {
 namespace {
-
-constexpr int64_t kFlushBytes = int64_t{256} << 20;  // five times the L2 of an H100
 
 struct Settings {
   bool check = true;
@@ -42,6 +43,7 @@ struct Settings {
   ProgressiveBenchOptions progressive_options;
   int runs = 31;
   std::string json_file;
+  std::string tuning_file;
   std::string command;
 };
 
@@ -117,28 +119,6 @@ absl::StatusOr<bool> CheckAll(int32_t num_ctas) {
   return all_good;
 }
 
-absl::StatusOr<std::vector<double>> TimeRuns(const DecodeCase& test, int runs,
-                                             const DeviceBuffer& flush) {
-  cudaEvent_t start, stop;
-  ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventCreate(&start));
-  ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventCreate(&stop));
-  std::vector<double> times;
-  for (int i = -3; i < runs; ++i) {
-    ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(flush.data(), i & 0xff, flush.bytes(), nullptr));
-    ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventRecord(start, nullptr));
-    ADAATTN_RETURN_IF_ERROR(test.Run(nullptr));
-    ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventRecord(stop, nullptr));
-    ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(stop));
-    float milliseconds = 0;
-    ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventElapsedTime(&milliseconds, start, stop));
-    if (i >= 0) times.push_back(milliseconds * 1e3);
-  }
-  (void)cudaEventDestroy(start);
-  (void)cudaEventDestroy(stop);
-  std::sort(times.begin(), times.end());
-  return times;
-}
-
 absl::Status TimeAll(const Settings& settings, int32_t num_ctas, const DeviceBuffer& flush,
                      nlohmann::json* report) {
   const AttentionShape usual{32, 8, 128};
@@ -158,13 +138,24 @@ absl::Status TimeAll(const Settings& settings, int32_t num_ctas, const DeviceBuf
       options.kv_lens = timed.kv_lens;
       options.q_len = timed.q_len;
       ADAATTN_ASSIGN_OR_RETURN(auto test, DecodeCase::Create(options, num_ctas));
-      ADAATTN_ASSIGN_OR_RETURN(const auto times, TimeRuns(*test, settings.runs, flush));
+      ADAATTN_ASSIGN_OR_RETURN(const auto times, TimeFlushed(nullptr, settings.runs, flush,
+                                                             [&test](cudaStream_t stream) {
+                                                               return test->Run(stream);
+                                                             }));
       const double median = times[times.size() / 2];
       const double rate = test->kv_bytes() / median * 1e-6;
       std::printf("%-36s median %8.2f us  min %8.2f  %5.2f TB/s read  %5.2f as BF16  parts %d\n",
                   options.Name().c_str(), median, times.front(), rate,
                   test->kv_bytes_as_bf16() / median * 1e-6, test->num_slots());
       report->push_back({{"case", options.Name()},
+                         {"kv_type", DTypeName(type)},
+                         {"num_sequences", timed.kv_lens.size()},
+                         {"kv_len", timed.kv_lens[0]},
+                         {"q_len", timed.q_len},
+                         {"num_q_heads", timed.shape.num_q_heads},
+                         {"num_kv_heads", timed.shape.num_kv_heads},
+                         {"head_dim", timed.shape.head_dim},
+                         {"bytes_as_bf16", test->kv_bytes_as_bf16()},
                          {"median_us", median},
                          {"min_us", times.front()},
                          {"kv_bytes", test->kv_bytes()},
@@ -192,7 +183,8 @@ absl::StatusOr<nlohmann::json> Provenance(const Settings& settings) {
 }
 
 absl::StatusOr<int> Run(const Settings& settings) {
-  ADAATTN_ASSIGN_OR_RETURN(nlohmann::json report, Provenance(settings));
+  ADAATTN_ASSIGN_OR_RETURN(const nlohmann::json provenance, Provenance(settings));
+  nlohmann::json report = provenance;
   const int32_t num_sms = report["multiprocessors"].get<int32_t>(), num_ctas = 2 * num_sms;
   std::printf("%s, %d multiprocessors, CUDA %s, commit %s\n",
               report["device"].get<std::string>().c_str(), num_sms,
@@ -215,6 +207,10 @@ absl::StatusOr<int> Run(const Settings& settings) {
                                               &report["progressive"]));
     good &= progressive_good;
   }
+  if (!settings.tuning_file.empty()) {
+    ADAATTN_RETURN_IF_ERROR(TuneDevice(settings.progressive_options, settings.runs, flush,
+                                       provenance, settings.tuning_file));
+  }
   if (!settings.json_file.empty()) std::ofstream(settings.json_file) << report.dump(2) << "\n";
   return good ? 0 : 1;
 }
@@ -230,6 +226,8 @@ bool ParseFlags(absl::Span<char*> arguments, Settings* settings) {
       steps = true;
     } else if (flag == "--progressive") {
       settings->progressive = true;
+    } else if (absl::ConsumePrefix(&flag, "--tune=")) {
+      settings->tuning_file = std::string(flag);
     } else if (absl::ConsumePrefix(&flag, "--json=")) {
       settings->json_file = std::string(flag);
     } else if (absl::ConsumePrefix(&flag, "--runs=")) {
@@ -238,7 +236,7 @@ bool ParseFlags(absl::Span<char*> arguments, Settings* settings) {
       return false;
     }
   }
-  if (check || time || steps || settings->progressive) {
+  if (check || time || steps || settings->progressive || !settings->tuning_file.empty()) {
     settings->check = check, settings->time = time, settings->steps = steps;
   }
   settings->command = absl::StrJoin(arguments, " ");
@@ -251,12 +249,13 @@ bool ParseFlags(absl::Span<char*> arguments, Settings* settings) {
 int main(int argc, char** argv) {
   adaattn::Settings settings;
   if (!adaattn::ParseFlags(absl::MakeSpan(argv, static_cast<size_t>(argc)), &settings)) {
-    std::fprintf(stderr,
-                 "usage: %s [--check] [--time] [--steps] [--progressive] [--json=FILE]\n"
-                 "       [--runs=N >= 1] [--trace=FILE]... [--cases=BATCHxTOKENS,...]\n"
-                 "       [--heads=Q/KV] [--stored-bits=4|6|8] [--policy=threshold|budget]\n"
-                 "       [--theta=X] [--target=X] [--two-stage] [--z=X] [--sample=N]\n",
-                 argv[0]);
+    std::fprintf(
+        stderr,
+        "usage: %s [--check] [--time] [--steps] [--progressive] [--tune=FILE]\n"
+        "       [--json=FILE] [--runs=N >= 1] [--trace=FILE]... [--cases=BATCHxTOKENS,...]\n"
+        "       [--heads=Q/KV] [--stored-bits=4|6|8] [--policy=threshold|budget]\n"
+        "       [--theta=X] [--target=X] [--two-stage] [--z=X] [--sample=N]\n",
+        argv[0]);
     return 2;
   }
   const absl::StatusOr<int> result = adaattn::Run(settings);

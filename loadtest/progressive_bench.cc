@@ -6,6 +6,7 @@
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <utility>
 
 #include "absl/strings/numbers.h"
@@ -14,6 +15,7 @@
 #include "absl/strings/strip.h"
 #include "client/trace.h"
 #include "kernels/cuda/status.h"
+#include "kernels/format/float_types.h"
 #include "kernels/policy/ladder.h"
 #include "loadtest/progressive_case.h"
 #include "loadtest/row_judge.h"
@@ -70,16 +72,6 @@ std::vector<CaseSize> Cases(const ProgressiveBenchOptions& options, const Trace&
     }
   }
   return cases;
-}
-
-std::vector<std::string> DefaultTraces() {
-  std::vector<std::string> found;
-  for (const char* path : {"tests/data/qwen25-coder-1.5b-layer14-8k.safetensors",
-                           "tests/data/smollm2-135m-layer15-8k.safetensors",
-                           "shared/data/qwen25-coder-1.5b-layer14-32k.safetensors"}) {
-    if (std::ifstream(path).good()) found.emplace_back(path);
-  }
-  return found;
 }
 
 // Every n-th (sequence, q head); n is odd, so that no group of heads is left out.
@@ -200,7 +192,7 @@ absl::StatusOr<bool> BenchCase(const ProgressiveBenchOptions& options, int runs,
                                const CaseSize& size, nlohmann::json* report) {
   DecisionParams decision = MakeDecision(options, size.shape.head_dim);
   ADAATTN_ASSIGN_OR_RETURN(
-      auto test, ProgressiveCase::Create(pool, size.num_sequences, size.kv_len, decision));
+      auto test, ProgressiveCase::Create(pool, {size.num_sequences, size.kv_len, decision}));
   const Sample sample = TakeSample(*test, judge, options.sample);
   const bool search = (decision.policy == Policy::kBudget ? options.target : options.theta) <= 0;
   if (search) ADAATTN_RETURN_IF_ERROR(Search(test.get(), sample, &decision));
@@ -273,7 +265,38 @@ bool ParsePositive(absl::string_view text, double* value) {
   return absl::SimpleAtod(text, value) && *value > 0 && std::isfinite(*value);
 }
 
+// Normal q, k and v: attention without structure.
+Trace RandomTrace(int32_t head_dim) {
+  Trace trace;
+  trace.model = "random";
+  trace.shape = {8, 2, head_dim};
+  trace.num_tokens = 8192;
+  trace.num_rows = 64;
+  trace.softmax_scale = 1 / std::sqrt(static_cast<double>(head_dim));
+  for (int32_t i = 0; i < trace.num_rows; ++i) trace.positions.push_back(8192 - 64 + i);
+  std::mt19937_64 engine(1);
+  std::normal_distribution<float> normal;
+  const auto fill = [&](std::vector<uint16_t>* values, int64_t count) {
+    values->resize(count);
+    for (uint16_t& value : *values) value = ToFp16(normal(engine)).bits;
+  };
+  fill(&trace.q, int64_t{8} * trace.num_rows * head_dim);
+  fill(&trace.k, 2 * trace.num_tokens * head_dim);
+  fill(&trace.v, 2 * trace.num_tokens * head_dim);
+  return trace;
+}
+
 }  // namespace
+
+absl::StatusOr<Trace> LoadBenchTrace(const std::string& path) {
+  absl::string_view dim = path;
+  int32_t head_dim = 0;
+  if (!absl::ConsumePrefix(&dim, "random:")) return LoadTrace(path);
+  if (!absl::SimpleAtoi(dim, &head_dim) || head_dim < 16 || head_dim > 256) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": must be random:16 to random:256"));
+  }
+  return RandomTrace(head_dim);
+}
 
 bool ParseProgressiveFlag(absl::string_view flag, ProgressiveBenchOptions* options) {
   if (absl::ConsumePrefix(&flag, "--trace=")) {
@@ -300,13 +323,29 @@ bool ParseProgressiveFlag(absl::string_view flag, ProgressiveBenchOptions* optio
   return flag == "--policy=threshold";
 }
 
+std::vector<std::string> BenchTraces(const ProgressiveBenchOptions& options) {
+  if (!options.traces.empty()) return options.traces;
+  std::vector<std::string> found;
+  for (const char* name :
+       {"qwen25-coder-1.5b-layer14-8k.safetensors", "smollm2-135m-layer15-8k.safetensors",
+        "qwen25-coder-1.5b-layer14-32k.safetensors"}) {
+    for (const char* folder : {"data/", "tests/data/", "shared/data/", "../shared/data/"}) {
+      const std::string path = absl::StrCat(folder, name);
+      if (!std::ifstream(path).good()) continue;
+      found.push_back(path);
+      break;
+    }
+  }
+  return found;
+}
+
 absl::StatusOr<bool> BenchProgressive(const ProgressiveBenchOptions& options, int runs,
                                       const DeviceBuffer& flush, nlohmann::json* report) {
-  const std::vector<std::string> paths = options.traces.empty() ? DefaultTraces() : options.traces;
+  const std::vector<std::string> paths = BenchTraces(options);
   if (paths.empty()) return absl::NotFoundError("no captured trace found; name one with --trace=");
   bool good = true;
   for (const std::string& path : paths) {
-    ADAATTN_ASSIGN_OR_RETURN(const Trace trace, LoadTrace(path));
+    ADAATTN_ASSIGN_OR_RETURN(const Trace trace, LoadBenchTrace(path));
     std::printf("%s\n", path.c_str());
     nlohmann::json cases = nlohmann::json::array();
     ADAATTN_ASSIGN_OR_RETURN(const bool trace_good,
@@ -314,6 +353,7 @@ absl::StatusOr<bool> BenchProgressive(const ProgressiveBenchOptions& options, in
     good &= trace_good;
     for (nlohmann::json& entry : cases) {
       entry["trace"] = path.substr(path.rfind('/') + 1);
+      entry["trace_path"] = path;
       report->push_back(std::move(entry));
     }
   }

@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "client/trace.h"
 #include "kernels/cuda/device_buffer.h"
 #include "kernels/policy/decision.h"
 
@@ -18,7 +19,7 @@ struct ProgressiveBenchOptions {
     int32_t num_sequences = 0;
     int32_t kv_len = 0;
   };
-  // Captures to run on; empty: tests/data and shared/data as the working directory has them.
+  // Captures to run on; empty: those that BenchTraces finds.
   std::vector<std::string> traces;
   std::vector<Size> sizes;  // empty: the cases of docs/kernels.md that suit the trace's length
   int32_t num_q_heads = 0;  // 0: 32 over 8, and where the cases say so 28 over 4
@@ -34,9 +35,16 @@ struct ProgressiveBenchOptions {
 
 // Whether `flag` is one of this benchmark's and fine; then it stands in `options`.
 //
-//   --trace=FILE --cases=BATCHxTOKENS,... --heads=Q/KV --stored-bits=4|6|8
+//   --trace=FILE|random:HEAD_DIM --cases=BATCHxTOKENS,... --heads=Q/KV --stored-bits=4|6|8
 //   --policy=threshold|budget --theta=X --target=X --two-stage --z=X --sample=N
 bool ParseProgressiveFlag(absl::string_view flag, ProgressiveBenchOptions* options);
+
+// A captured trace, or for "random:D" normal numbers of head_dim D. Errors: as LoadTrace.
+absl::StatusOr<Trace> LoadBenchTrace(const std::string& path);
+
+// options.traces, or those of tests/data and shared/data that the working directory, or one above
+// it, has.
+std::vector<std::string> BenchTraces(const ProgressiveBenchOptions& options);
 
 // Times progressive decode on captured traces and judges its error. Theta (or the target) that is
 // searched is the largest whose mean error is at most half of dense FP8's on the same rows; at

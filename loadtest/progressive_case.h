@@ -19,6 +19,13 @@
 
 namespace adaattn {
 
+struct ProgressiveCaseOptions {
+  int32_t num_sequences = 1;
+  int32_t kv_len = 0;  // of each
+  DecisionParams decision;
+  int32_t cta_percent = 100;  // CudaTuning::progressive_cta_percent
+};
+
 // What one run of a case gave.
 struct ProgressiveOutput {
   std::vector<float> out;               // [num_sequences, num_q_heads, head_dim]
@@ -29,12 +36,10 @@ struct ProgressiveOutput {
 // pool for as long as it lives. Not thread-safe.
 class ProgressiveCase {
  public:
-  // Fills the pool with `num_sequences` sequences of `kv_len` tokens (TracePool::FillSequences) and
-  // captures the step's kernels. Errors: as FillSequences and RunProgressive.
-  static absl::StatusOr<std::unique_ptr<ProgressiveCase>> Create(TracePool* pool,
-                                                                 int32_t num_sequences,
-                                                                 int32_t kv_len,
-                                                                 const DecisionParams& decision);
+  // Fills the pool with the sequences (TracePool::FillSequences) and captures the step's kernels.
+  // Errors: as FillSequences and RunProgressive.
+  static absl::StatusOr<std::unique_ptr<ProgressiveCase>> Create(
+      TracePool* pool, const ProgressiveCaseOptions& options);
 
   // For the runs that follow. Requires: the policy and coarse_rank given to Create.
   absl::Status SetDecision(const DecisionParams& decision);
@@ -47,26 +52,26 @@ class ProgressiveCase {
 
   // Where row (sequence, q_head) of the output comes from.
   TraceRow Source(int32_t sequence, int32_t q_head) const {
-    return SourceRow(pool_->trace(), pool_->shape(), kv_len_, sequence, q_head);
+    return SourceRow(pool_->trace(), pool_->shape(), options_.kv_len, sequence, q_head);
   }
 
   std::string Name() const;  // progressive_d128_n8_kv32768_h32/8
   const AttentionShape& shape() const { return pool_->shape(); }
-  int32_t num_sequences() const { return num_sequences_; }
-  int32_t kv_len() const { return kv_len_; }
+  int32_t num_sequences() const { return options_.num_sequences; }
+  int32_t kv_len() const { return options_.kv_len; }
   int64_t bytes_as_bf16() const;  // of K and V
   std::string plan() const { return plan_->DebugString(); }
 
  private:
-  ProgressiveCase(TracePool* pool, int32_t num_sequences, int32_t kv_len)
-      : pool_(pool), num_sequences_(num_sequences), kv_len_(kv_len) {}
-  absl::Status Prepare(const DecisionParams& decision);
+  ProgressiveCase(TracePool* pool, const ProgressiveCaseOptions& options)
+      : pool_(pool), options_(options) {}
+  absl::Status Prepare();
+  absl::Status MakePlan(const AttendBatch& batch);
   std::vector<SequenceStep> Steps(const DecisionParams& decision) const;
-  int32_t num_pages() const { return kv_len_ / kPageTokens; }
+  int32_t num_pages() const { return options_.kv_len / kPageTokens; }
 
   TracePool* const pool_;
-  const int32_t num_sequences_;
-  const int32_t kv_len_;
+  const ProgressiveCaseOptions options_;
   std::vector<PageId> tables_;  // [num_sequences, num_pages]
   BasisRun basis_run_;
   int32_t group_ = 0;  // of the plan's sealed groups

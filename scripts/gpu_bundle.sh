@@ -6,7 +6,8 @@
 #   scripts/gpu_bundle.sh [BUILD_DIR]      default: build/cuda, configured and built first
 #
 # ADAATTN_BUNDLE_DATA=0 leaves the captured traces out: run-tests then takes those of the checkout
-# that the bundle lies in.
+# that the bundle lies in. ADAATTN_BUNDLE_SANITIZER=1 adds compute-sanitizer (28 MB, from PyPI), for
+# `run-tests sanitize`; without it that takes the machine's own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,8 +20,12 @@ if [ $# -eq 0 ]; then
   cmake --preset cuda -Wno-dev --log-level=WARNING
 fi
 if grep -q '^ADAATTN_SERVER:BOOL=ON' "$build/CMakeCache.txt"; then
-  targets+=(adaattn_server adaattn_cli adaattn_server_tests)
-  binaries+=(server/adaattn-server client/adaattn-cli tests/adaattn_server_tests)
+  targets+=(adaattn_server adaattn_cli)
+  binaries+=(server/adaattn-server client/adaattn-cli)
+  for name in adaattn_server_tests adaattn_client_server_tests adaattn_process_tests; do
+    targets+=("$name")
+    binaries+=("tests/$name")
+  done
 fi
 if [ $# -eq 0 ]; then
   ninja -C "$build" "${targets[@]}"
@@ -42,6 +47,26 @@ done | awk '$2 == "=>" && $3 ~ /^\// {print $1, $3}' | sort -u |
     install -m 644 "$(readlink -f "$library")" "$bundle/lib/$name"
   done
 if compgen -G "$bundle/lib/*" >/dev/null; then strip --strip-unneeded "$bundle"/lib/*; fi
+install -m 755 loadtest/{adaattn_bench,peers.py,peer_inputs.py} "$bundle/bin/"
+
+if [ "${ADAATTN_BUNDLE_SANITIZER:-0}" != 0 ]; then
+  wheels=.cache/sanitizer
+  [ -x .venv/bin/python ] || python3 -m venv .venv
+  .venv/bin/python -m pip download -q --disable-pip-version-check --no-deps -d "$wheels" \
+    nvidia-cuda-sanitizer-api==13.0.85
+  mkdir "$bundle/sanitizer"
+  python3 - "$wheels" "$bundle/sanitizer" <<'PY'
+import pathlib, sys, zipfile
+wheels, target = map(pathlib.Path, sys.argv[1:])
+with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+    for name in wheel.namelist():
+        path = pathlib.PurePath(name)
+        # The tool looks for its libraries beside itself.
+        if path.parent.name in ("bin", "lib") and path.name != "libsanitizer-public.so":
+            (target / path.name).write_bytes(wheel.read(name))
+(target / "compute-sanitizer").chmod(0o755)
+PY
+fi
 
 if [ "${ADAATTN_BUNDLE_DATA:-1}" != 0 ]; then
   mkdir "$bundle/data"
@@ -52,14 +77,19 @@ cat >"$bundle/run-tests" <<'EOF'
 #!/usr/bin/env bash
 # Runs every GPU test, even after one has failed, and exits non-zero when one has.
 #
-#   run-tests [bench]     bench: the timings too, into $OUT/decode.json
+#   run-tests                   all of them
+#   run-tests bench             and the timings too, into $OUT/decode.json
+#   run-tests sanitize [TOOL]...  small shapes under compute-sanitizer: memcheck, racecheck, synccheck
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=$(cd "${OUT:-.}" && pwd)
 export LD_LIBRARY_PATH="$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 export ADAATTN_TEST_BACKEND=cuda
+export ADAATTN_TEST_SERVER="$here/bin/adaattn-server"
 # Tests look for data/ where they run.
-if [ -d "$here/data" ]; then cd "$here"; else cd "$here/../../tests" || exit 1; fi
+tests=$here
+[ -d "$here/data" ] || tests="$here/../../tests"
+cd "$tests" || exit 1
 failed=()
 run() {
   local name=$1
@@ -67,20 +97,48 @@ run() {
   echo "=== $name"
   "$@" || failed+=("$name")
 }
+finish() {
+  if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]}"
+    exit 1
+  fi
+  echo "all passed"
+}
+
+if [ "${1:-}" = sanitize ]; then
+  shift
+  sanitizer="$here/sanitizer/compute-sanitizer"
+  [ -x "$sanitizer" ] || sanitizer=$(command -v compute-sanitizer) || {
+    echo "run-tests: no compute-sanitizer here, nor in the bundle (ADAATTN_BUNDLE_SANITIZER=1)" >&2
+    exit 1
+  }
+  [ $# -gt 0 ] || set -- memcheck racecheck synccheck
+  # Every kernel family once: dense pages of each type, sealing, reopening, copies, and progressive
+  # decode under every policy.
+  small='SealTest.*:ReopenTest.*:CopyPageTest.*:ZeroPageTest.*:SplitLawTest.*:Fp8ScalesTest.*'
+  small+=':TypesTest.*:ProgressiveTest.*:*/DenseTest.*_d128_g4:*/DenseTest.*_d64_g1'
+  small+=':*/ProgressiveShapeTest.*/d64_g3:*/ProgressiveShapeTest.*/d128_g6'
+  small+=':*/ProgressiveShapeTest.*/d256_g1'
+  for tool in "$@"; do
+    run "$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 \
+      "$here/bin/adaattn_backend_tests" --gtest_brief=1 --gtest_filter="$small"
+  done
+  finish
+  exit
+fi
+
 run host "$here/bin/adaattn_cuda_host_tests" --gtest_brief=1
 run decode "$here/bin/adaattn_decode_bench" --check
 run backend "$here/bin/adaattn_backend_tests" --gtest_brief=1
-if [ -x "$here/bin/adaattn_server_tests" ]; then
-  run server "$here/bin/adaattn_server_tests" --gtest_brief=1
-fi
+for name in server client_server process; do
+  if [ -x "$here/bin/adaattn_${name}_tests" ]; then
+    run "$name" "$here/bin/adaattn_${name}_tests" --gtest_brief=1
+  fi
+done
 if [ "${1:-}" = bench ]; then
-  run bench "$here/bin/adaattn_decode_bench" --time --steps --json="$out/decode.json"
+  run bench "$here/bin/adaattn_decode_bench" --time --steps --progressive --json="$out/decode.json"
 fi
-if [ ${#failed[@]} -gt 0 ]; then
-  echo "failed: ${failed[*]}"
-  exit 1
-fi
-echo "all passed"
+finish
 EOF
 chmod +x "$bundle/run-tests"
 du -sh "$bundle"

@@ -127,7 +127,7 @@ void FillServerInfo(const ServiceContext& service, v1::GetServerInfoResponse* in
        {"MODE_DETERMINISTIC", "Tensor.shared_memory", "MLA layouts", "learned attention sinks"}) {
     info->add_unsupported(feature);
   }
-  info->set_tuning(options.device.tuning_file.empty() ? "built-in" : options.device.tuning_file);
+  info->set_tuning(backend.tuning);
 }
 
 }  // namespace

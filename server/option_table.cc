@@ -55,7 +55,7 @@ void AddDevice(ServerOptions* o, std::vector<Setting>* table) {
       {"threads", &o->device.num_threads, "Threads of the cpu backend; 0 = one a core.", 0, 1024});
   table->push_back({"device", &o->device.device, "Ordinal of the GPU.", 0, 64});
   table->push_back({"tuning-file", &o->device.tuning_file,
-                    "Measured split sizes and crossovers; empty = the built-in table."});
+                    "What adaattn_bench tune measured, for cuda; empty = built-in numbers."});
   table->push_back({"default-page-format",
                     &o->default_page_format,
                     "Of sessions that ask for none.",

@@ -21,6 +21,7 @@
 #include "kernels/cuda/step.h"
 #include "kernels/cuda/step_buffers.h"
 #include "kernels/cuda/stream.h"
+#include "kernels/cuda/tuning.h"
 
 namespace adaattn {
 namespace {
@@ -36,7 +37,7 @@ class CudaBackend final : public Backend {
   }
 
   // Requires: the device exists and runs this build's kernels.
-  absl::Status Start(int64_t pool_bytes);
+  absl::Status Start(const BackendOptions& options);
 
   const BackendInfo& info() const override { return info_; }
   absl::StatusOr<std::unique_ptr<StepBuffers>> CreateStepBuffers(
@@ -108,6 +109,7 @@ class CudaBackend final : public Backend {
   const int32_t device_;
   BackendInfo info_;
   int32_t num_sms_ = 0;
+  CudaTuning tuning_;
   absl::Status lost_;
   Stream stream_, capture_stream_;
   DeviceBuffer pool_;
@@ -122,9 +124,11 @@ class CudaBackend final : public Backend {
   int64_t last_ticket_ = 0;
 };
 
-absl::Status CudaBackend::Start(int64_t pool_bytes) {
+absl::Status CudaBackend::Start(const BackendOptions& options) {
+  const int64_t pool_bytes = options.pool_bytes;
   cudaDeviceProp properties;
   ADAATTN_RETURN_IF_CUDA_ERROR(cudaGetDeviceProperties(&properties, device_));
+  ADAATTN_ASSIGN_OR_RETURN(tuning_, LoadTuning(options.tuning_file, properties.name));
   size_t free_bytes = 0, all_bytes = 0;
   ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemGetInfo(&free_bytes, &all_bytes));
   const absl::Status pool = pool_.Allocate(pool_bytes);
@@ -149,6 +153,7 @@ absl::Status CudaBackend::Start(int64_t pool_bytes) {
   info_.max_group_size = kCudaMaxGroupSize;
   info_.max_q_len = kCudaMaxQLen;
   info_.pool_bytes = pool_bytes;
+  if (!tuning_.device.empty()) info_.tuning = options.tuning_file;
   return absl::OkStatus();
 }
 
@@ -375,7 +380,7 @@ absl::Status CheckDevice(int32_t ordinal) {
 absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const BackendOptions& options) {
   ADAATTN_RETURN_IF_ERROR(CheckDevice(options.device));
   auto backend = std::make_unique<CudaBackend>(options.device);
-  ADAATTN_RETURN_IF_ERROR(backend->Start(options.pool_bytes));
+  ADAATTN_RETURN_IF_ERROR(backend->Start(options));
   return backend;
 }
 

@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 
 #include "kernels/format/float_types.h"
 #include "kernels/reference/attention_f64.h"
+#include "tests/support/test_backend.h"
 
 namespace adaattn {
 namespace {
@@ -28,13 +28,11 @@ void WriteTensor(DType type, const std::vector<float>& values, int64_t first, st
 }  // namespace
 
 std::unique_ptr<Backend> MakeTestBackend(int64_t pool_bytes, int32_t num_threads) {
-  const char* name = std::getenv("ADAATTN_TEST_BACKEND");
   BackendOptions options;
   options.pool_bytes = pool_bytes;
   options.num_threads = num_threads;
   std::string note;
-  absl::StatusOr<std::unique_ptr<Backend>> backend =
-      CreateBackend(name == nullptr ? "cpu" : name, options, &note);
+  absl::StatusOr<std::unique_ptr<Backend>> backend = CreateBackend(TestBackend(), options, &note);
   EXPECT_TRUE(backend.ok()) << backend.status();
   return backend.ok() ? *std::move(backend) : nullptr;
 }

@@ -13,6 +13,7 @@
 #include "client/replay.h"
 #include "client/trace.h"
 #include "server/server.h"
+#include "tests/support/test_backend.h"
 
 namespace adaattn::client {
 namespace {
@@ -28,7 +29,7 @@ class ClientServerTest : public ::testing::Test {
     ServerOptions options;
     options.listen = options.metrics_listen = "";
     options.unix_socket = absl::StrCat(directory_, "/socket");
-    options.backend = "cpu";
+    options.backend = TestBackend();
     options.device.pool_bytes = int64_t{256} << 20;
     options.device.num_threads = 2;
     auto server = Server::Start(options);

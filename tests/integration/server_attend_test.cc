@@ -211,7 +211,7 @@ TEST_F(SealedTest, BytesFollowFromThePageCountsAndAreThoseOfTheMetrics) {
   server_->engine()->Quiesce();  // The last batch is recorded.
   auto after = Samples();
   const auto grown = [&](const std::string& name) { return after.at(name) - before.at(name); };
-  const std::string read = "adaattn_kv_bytes_read_total{backend=\"cpu\",tensor=";
+  const std::string read = "adaattn_kv_bytes_read_total{backend=\"" + TestBackend() + "\",tensor=";
   EXPECT_EQ(grown(read + "\"key\"}"), key_bytes);
   EXPECT_EQ(grown(read + "\"value\"}"), value_bytes);
   EXPECT_EQ(grown(read + "\"basis\"}"), basis_bytes);

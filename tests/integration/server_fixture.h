@@ -20,6 +20,7 @@
 #include "server/server.h"
 #include "tests/support/exposition.h"
 #include "tests/support/http_get.h"
+#include "tests/support/test_backend.h"
 
 namespace adaattn {
 
@@ -73,8 +74,8 @@ inline double RelativeError(const Floats& actual, const std::vector<double>& exp
   return std::sqrt(difference / norm);
 }
 
-// A server with the cpu backend in this process, reached over real sockets. Every test ends with
-// all sessions closed and must leave no page behind.
+// A server in this process, with the backend that ADAATTN_TEST_BACKEND names, reached over real
+// sockets. Every test ends with all sessions closed and must leave no page behind.
 class ServerFixture : public ::testing::Test {
  protected:
   static constexpr int kLayers = 2, kQHeads = 4, kKvHeads = 2, kDim = 64;
@@ -85,7 +86,7 @@ class ServerFixture : public ::testing::Test {
     options.listen = "127.0.0.1:0";
     options.metrics_listen = "127.0.0.1:0";
     options.unix_socket = dir_.File("grpc.sock");
-    options.backend = "cpu";
+    options.backend = TestBackend();
     options.device.pool_bytes = int64_t{48} << 20;
     options.device.num_threads = 2;
     options.engine.audit_share = 0;

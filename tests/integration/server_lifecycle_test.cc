@@ -43,7 +43,8 @@ TEST_F(LifecycleTest, InfoSaysWhatTheServerCanAndCannotDo) {
   grpc::ClientContext context;
   v1::GetServerInfoResponse info;
   ASSERT_TRUE(stub_->GetServerInfo(&context, {}, &info).ok());
-  EXPECT_EQ(info.backend(), "cpu");
+  EXPECT_EQ(info.backend(), TestBackend());
+  EXPECT_EQ(info.tuning(), "built-in");
   EXPECT_EQ(info.instance(), server_->sessions()->instance());
   EXPECT_THAT(info.head_dims(), Contains(128));
   EXPECT_THAT(info.page_formats(), Contains(v1::PAGE_FORMAT_PROGRESSIVE));

@@ -2,6 +2,7 @@
 #include <signal.h>
 #include <sys/wait.h>
 
+#include <cstdlib>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <sstream>
@@ -18,7 +19,8 @@ using ::testing::HasSubstr;
 class Process {
  public:
   explicit Process(std::vector<std::string> args) {
-    args.insert(args.begin(), ADAATTN_SERVER_BINARY);
+    const char* binary = std::getenv("ADAATTN_TEST_SERVER");
+    args.insert(args.begin(), binary == nullptr ? ADAATTN_SERVER_BINARY : binary);
     std::vector<char*> argv;
     for (std::string& arg : args) argv.push_back(arg.data());
     argv.push_back(nullptr);
@@ -71,7 +73,7 @@ class ProcessTest : public ::testing::Test {
   std::vector<std::string> Flags(std::vector<std::string> more) const {
     std::vector<std::string> flags = {"--listen=127.0.0.1:0",
                                       "--metrics-listen=127.0.0.1:0",
-                                      "--backend=cpu",
+                                      "--backend=" + TestBackend(),
                                       "--pool-bytes=16MiB",
                                       "--max-batch-q-bytes=1MiB",
                                       "--max-batch-kv-bytes=1MiB",
