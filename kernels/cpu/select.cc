@@ -213,7 +213,7 @@ float Selection::Entropy() const {
 
 void Selection::Report() {
   HeadDecision* decision = job_.head->decision;
-  std::vector<float> errors(rows_);
+  std::vector<ErrorTerms> errors(rows_);
   for (int32_t page = 0; page < job_.num_pages; ++page) {
     const PageDepth& depth = job_.depths[page];
     ++decision->key_pages[KeyDepthIndex(depth.key.bits, depth.key.chunks)];
@@ -222,13 +222,13 @@ void Selection::Report() {
     decision->value_bytes += static_cast<int64_t>(sizeof(ValueSummary)) + head_dim_;
     for (int32_t row = 0; row < rows_; ++row) {
       if (scan(page, row).lse == kNegativeInfinity) continue;
-      errors[row] +=
-          PredictedPageError(ErrorInputs(page, row, summary), depth.value_bits, head_dim_);
+      AddTerms(PageErrorTerms(ErrorInputs(page, row, summary), depth.value_bits, head_dim_),
+               &errors[row]);
     }
   }
   float total = 0;
   for (int32_t row = 0; row < rows_; ++row) {
-    if (norms_[row] > 0) total += errors[row] / norms_[row];
+    total += RelativeErrorSquare(errors[row], norms_[row]);
   }
   decision->predicted_error = std::sqrt(total / static_cast<float>(rows_));
   decision->entropy = Entropy();

@@ -218,12 +218,12 @@ void StepRun::Predict() {
   double total = 0.0;
   for (size_t i = 0; i < rows_.size(); ++i) {
     const Row& row = rows_[i];
-    double error2 = 0.0;
+    ErrorTerms terms;
     for (int32_t p = 0; p < num_pages(); ++p) {
-      if (Sees(row, p)) error2 += PredictedPageError(ErrorInputs(row, p), depth(p).value_bits, d_);
+      if (!Sees(row, p)) continue;
+      AddTerms(PageErrorTerms(ErrorInputs(row, p), depth(p).value_bits, d_), &terms);
     }
-    if (row.norm2 > 0) error2 /= row.norm2;
-    if (!(row.norm2 > 0)) error2 = 0.0;
+    const double error2 = RelativeErrorSquare(terms, static_cast<float>(row.norm2));
     result_.predicted[i] = std::sqrt(error2);
     total += error2;
   }

@@ -37,6 +37,14 @@ std::vector<PageBudget> Budgets(const DecisionParams& params, const std::vector<
   return pages;
 }
 
+double ErrorAt(const DecisionParams& params, const std::vector<PageBudget>& pages, float theta) {
+  ErrorTerms sum;
+  for (const PageBudget& page : pages) {
+    AddTerms(BudgetTermsAt(params, page, theta, kDim, 8), &sum);
+  }
+  return std::sqrt(ErrorSquare(sum));
+}
+
 DecisionParams BudgetParams(float target) {
   DecisionParams params;
   params.policy = Policy::kBudget;
@@ -46,10 +54,37 @@ DecisionParams BudgetParams(float target) {
 
 TEST(ErrorModelTest, PageErrorIsTheFormula) {
   const PageErrorInputs page = Inputs(0.1f);
-  EXPECT_NEAR(PredictedPageError(page, 0, kDim), 0.01 * (4.0 + 0.04 * 3.0), 1e-8);
+  const ErrorTerms skipped = PageErrorTerms(page, 0, kDim);
+  EXPECT_NEAR(skipped.square, 0.01 * 0.25 * 4.0, 1e-8);
+  EXPECT_NEAR(skipped.amplitude, 0.1 * 0.5 * 2.0, 1e-8);
   const double value_variance = 64 * std::pow(1.0 / 8, 2) / 12;  // 4 bits: steps of r / 8
-  EXPECT_NEAR(PredictedPageError(page, 4, kDim),
-              0.01 * 0.25 * (0.04 * (4.0 + 3.0) + value_variance), 1e-8);
+  const ErrorTerms read = PageErrorTerms(page, 4, kDim);
+  EXPECT_NEAR(read.square,
+              0.01 * 0.25 * (std::pow(1 - 0.025, 2) * 0.04 * (4.0 + 3.0) + value_variance), 1e-8);
+  EXPECT_EQ(read.amplitude, 0.0f);
+}
+
+TEST(ErrorModelTest, SkippedPagesAddUpInPart) {
+  ErrorTerms sum;
+  for (int i = 0; i < 100; ++i) AddTerms(PageErrorTerms(Inputs(0.01f), 0, kDim), &sum);
+  const double one = 0.0001 * 0.25 * 4.0;
+  EXPECT_NEAR(ErrorSquare(sum), 100 * one + kCoherence * 100 * 100 * one, 1e-6);
+}
+
+TEST(ErrorModelTest, RelativeErrorCountsWhatWasLost) {
+  ErrorTerms terms;
+  EXPECT_EQ(RelativeErrorSquare(terms, 0.0f), 0.0f);
+  terms.square = 1.0f;
+  EXPECT_EQ(RelativeErrorSquare(terms, 0.0f), 1.0f);
+  EXPECT_EQ(RelativeErrorSquare(terms, 3.0f), 0.25f);
+}
+
+TEST(ErrorModelTest, ATokenWithAllMassIsWhatItIsWhateverItsScore) {
+  PageErrorInputs page = Inputs(1.0f);
+  page.concentration = 1.0f;
+  const float before = PageErrorTerms(page, 8, kDim).square;
+  page.score_variance = 4.0f;
+  EXPECT_FLOAT_EQ(PageErrorTerms(page, 8, kDim).square, before);
 }
 
 TEST(ErrorModelTest, ScoreVarianceCountsReadAndUnreadChannels) {
@@ -91,7 +126,7 @@ TEST(BudgetTest, GridIsHalfOctaves) {
 TEST(BudgetTest, ErrorsFallWithDepth) {
   const std::vector<PageBudget> pages = Budgets(BudgetParams(0.05f), {0.2f});
   for (int32_t depth = 2; depth < kNumValueDepths; ++depth) {
-    EXPECT_LT(pages[0].error[depth], pages[0].error[depth - 1]) << depth;
+    EXPECT_LT(pages[0].square[depth], pages[0].square[depth - 1]) << depth;
   }
 }
 
@@ -105,15 +140,10 @@ TEST(BudgetTest, TakesTheLargestThetaThatFits) {
     ASSERT_FALSE(choice.fallback) << target;
     EXPECT_GE(choice.theta, last) << "a wider budget never reads more";
     EXPECT_LE(choice.predicted_error, kBudgetMargin * target);
-    double sum = 0.0;
-    for (const PageBudget& page : pages) sum += BudgetErrorAt(params, page, choice.theta, kDim, 8);
-    EXPECT_NEAR(choice.predicted_error, std::sqrt(sum), 1e-6);
+    EXPECT_NEAR(choice.predicted_error, ErrorAt(params, pages, choice.theta), 1e-6);
     if (choice.theta < 0.25f) {
-      double next = 0.0;
-      for (const PageBudget& page : pages) {
-        next += BudgetErrorAt(params, page, choice.theta * 1.41421356f, kDim, 8);
-      }
-      EXPECT_GT(std::sqrt(next), kBudgetMargin * target) << "the next theta would not fit";
+      EXPECT_GT(ErrorAt(params, pages, choice.theta * 1.41421356f), kBudgetMargin * target)
+          << "the next theta would not fit";
     }
     last = choice.theta;
   }
@@ -126,7 +156,7 @@ TEST(BudgetTest, FallsBackToFullDepthWhereNothingFits) {
   const BudgetChoice choice = ChooseTheta(params, pages, kDim, 8);
   EXPECT_TRUE(choice.fallback);
   EXPECT_EQ(choice.theta, 0.0f);
-  EXPECT_NEAR(choice.predicted_error, std::sqrt(pages[0].error[4] + pages[1].error[4]), 1e-7);
+  EXPECT_NEAR(choice.predicted_error, std::sqrt(pages[0].square[4] + pages[1].square[4]), 1e-7);
   EXPECT_EQ(LadderDepth(params, choice.theta, 0.05f, {}, kDim, 8).value_bits, 8);
 }
 
