@@ -92,8 +92,8 @@ HeadStepSummary HeadStepTrace::Summarise(const std::vector<HeadStep>& steps, dou
     bf16 += 4.0 * (trace_->positions[step.row] + 1) * trace_->shape.head_dim;
   }
   const auto count = static_cast<double>(steps.size());
-  for (double* mean : {&summary.mean_error, &summary.above, &summary.mean_q_error,
-                       &summary.q_above, &summary.fallbacks}) {
+  for (double* mean : {&summary.mean_error, &summary.above, &summary.mean_q_error, &summary.q_above,
+                       &summary.fallbacks}) {
     *mean /= count;
   }
   summary.bytes = bytes / bf16;

@@ -82,7 +82,7 @@ void Wave::Add(HeadJob* head, PageRange pages) {
   job.layout = MakePageLayout(shape_, sequence.stored_bits);
   job.first_page = pages.first;
   job.num_pages = pages.end - pages.first;
-  job.ladder = params.policy == Policy::kThreshold || params.policy == Policy::kBudget;
+  job.ladder = UsesLadder(params.policy);
   job.fixed = params.policy == Policy::kStatic
                   ? StaticDepth(params, head_dim_, sequence.stored_bits)
                   : FullDepth(head_dim_, sequence.stored_bits);

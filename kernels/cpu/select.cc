@@ -11,6 +11,7 @@
 #include "kernels/policy/budget.h"
 #include "kernels/policy/entropy.h"
 #include "kernels/policy/error_model.h"
+#include "kernels/policy/theta.h"
 
 namespace adaattn {
 namespace {
@@ -34,11 +35,7 @@ class Selection {
   void Run() {
     DecodeSink();
     Estimate();
-    const DecisionParams& params = job_.head->sequence->decision;
-    float theta = 0;
-    if (job_.ladder) {
-      theta = params.policy == Policy::kBudget ? ChooseBudget() : params.theta;
-    }
+    const float theta = job_.ladder ? ChooseTheta() : 0.0f;
     job_.head->decision->theta = theta;
     for (int32_t page = 0; page < job_.num_pages; ++page) SelectPage(page, theta);
     Report();
@@ -62,7 +59,9 @@ class Selection {
   void AddDense(int32_t row, float* o) const;
   float FirstTokenDistance2(const float* o) const;
   PageErrorInputs ErrorInputs(int32_t page, int32_t row, const ValueSummary& summary) const;
+  float ChooseTheta() const;
   float ChooseBudget() const;
+  MassSums SumMasses() const;
   void SelectPage(int32_t page, float theta);
   void Report();
   float Entropy() const;
@@ -156,6 +155,34 @@ PageErrorInputs Selection::ErrorInputs(int32_t page, int32_t row,
   return inputs;
 }
 
+float Selection::ChooseTheta() const {
+  const DecisionParams& params = job_.head->sequence->decision;
+  switch (params.policy) {
+    case Policy::kBudget:
+      return ChooseBudget();
+    case Policy::kEntropy:
+    case Policy::kLearned:
+      return ThetaFromMasses(params, SumMasses(), rows_, job_.num_pages);
+    default:
+      return params.theta;
+  }
+}
+
+MassSums Selection::SumMasses() const {
+  MassSums sums;
+  for (int32_t row = 0; row < rows_; ++row) {
+    if (job_.row_lse[row] == kNegativeInfinity) continue;
+    MassSums own;
+    for (int32_t page = 0; page < job_.num_pages; ++page) {
+      const int64_t at = int64_t{page} * rows_ + row;
+      AddPageMass(shares_[at], job_.scans[at].concentration, job_.scans[at].variance, &own);
+    }
+    AddDenseMass(1.0f - own.sealed, &own);
+    AddMasses(own, &sums);
+  }
+  return sums;
+}
+
 float Selection::ChooseBudget() const {
   const SequenceStep& sequence = *job_.head->sequence;
   std::vector<PageBudget> budgets(job_.num_pages);
@@ -170,7 +197,7 @@ float Selection::ChooseBudget() const {
                   sequence.stored_bits, &budgets[page]);
     }
   }
-  return ChooseTheta(sequence.decision, budgets, head_dim_, sequence.stored_bits).theta;
+  return adaattn::ChooseTheta(sequence.decision, budgets, head_dim_, sequence.stored_bits).theta;
 }
 
 void Selection::SelectPage(int32_t page, float theta) {

@@ -232,14 +232,14 @@ TEST(DecisionTest, KeyDepthIndexNamesEveryDepthOnce) {
 }
 
 TEST(PolicyNamesTest, EveryNameIsReadBack) {
-  for (const Policy policy :
-       {Policy::kFullDepth, Policy::kStatic, Policy::kThreshold, Policy::kBudget}) {
+  for (const Policy policy : {Policy::kFullDepth, Policy::kStatic, Policy::kThreshold,
+                              Policy::kBudget, Policy::kEntropy, Policy::kLearned}) {
     EXPECT_EQ(ParsePolicy(PolicyName(policy)), policy);
     DecisionParams params;
     params.policy = policy;
     EXPECT_THAT(DebugString(params), HasSubstr(PolicyName(policy)));
   }
-  EXPECT_EQ(ParsePolicy("entropy"), std::nullopt);
+  EXPECT_EQ(ParsePolicy("exact"), std::nullopt);
   EXPECT_EQ(ParsePolicy(""), std::nullopt);
 }
 
