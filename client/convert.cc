@@ -293,6 +293,10 @@ const char* PolicyName(Policy policy) {
       return "threshold";
     case Policy::kBudget:
       return "budget";
+    case Policy::kEntropy:
+      return "entropy";
+    case Policy::kLearned:
+      return "learned";
   }
   return "unknown";
 }

@@ -25,8 +25,15 @@ enum class Policy : uint8_t {
   kLearned = 5
 };
 
+inline constexpr int kNumPolicies = 6;
+
 // Whether pages are read by the ladder, whatever chooses theta: the policies that scan first.
 ADAATTN_HD constexpr bool UsesLadder(Policy policy) { return policy >= Policy::kThreshold; }
+
+// Whether the policy follows target_relative_error.
+ADAATTN_HD constexpr bool AimsAtError(Policy policy) {
+  return policy == Policy::kBudget || policy == Policy::kLearned;
+}
 
 // The learned policy's model: log2(theta) = sum of weights[i] * ThetaFeatures[i] (theta.h).
 inline constexpr int32_t kNumThetaFeatures = 8;

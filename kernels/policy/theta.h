@@ -40,7 +40,8 @@ struct MassSums {
 ADAATTN_HD float ShareEntropy(float share) { return share > 0.0f ? -share * logf(share) : 0.0f; }
 
 // A sealed page as one row of one q head sees it.
-ADAATTN_HD void AddPageMass(float share, float concentration, float score_variance, MassSums* sums) {
+ADAATTN_HD void AddPageMass(float share, float concentration, float score_variance,
+                            MassSums* sums) {
   sums->entropy += ShareEntropy(share);
   sums->sealed += share;
   sums->square += share * share;
