@@ -268,6 +268,7 @@ struct Profile {
   ModelShape model;
   TensorView basis_mean, basis;
   std::vector<float> key_scales, value_scales;
+  std::string policy_json;  // of the learned policy; "" = the server's
 };
 
 struct ServerInfo {

@@ -47,8 +47,8 @@ absl::StatusOr<ThetaModel> ParsePolicyFile(absl::string_view json) {
     if (!status.ok()) return status;
   }
   const auto weights = file.find("weights");
-  const std::string allowed = absl::StrCat(kNumThetaFeatures, " finite numbers of at most ",
-                                           kMaxWeight, ", one a feature");
+  const std::string allowed =
+      absl::StrCat(kNumThetaFeatures, " finite numbers of at most ", kMaxWeight, ", one a feature");
   if (weights == file.end()) return Wrong("weights", "nothing", allowed);
   if (!weights->is_array() || weights->size() != kNumThetaFeatures) {
     return Wrong("weights", Shown(*weights), allowed);

@@ -38,8 +38,8 @@ absl::Status CheckMode(const v1::AttendOptions& options, absl::string_view field
                      {"static_value_bits", options.static_value_bits() != 0}},
                     name);
   }
-  if (status.ok() && (mode == v1::MODE_EXACT || mode == v1::MODE_FULL_DEPTH ||
-                      mode == v1::MODE_STATIC)) {
+  if (status.ok() &&
+      (mode == v1::MODE_EXACT || mode == v1::MODE_FULL_DEPTH || mode == v1::MODE_STATIC)) {
     status = Refuse(field,
                     {{"policy", options.policy() != v1::POLICY_UNSPECIFIED},
                      {"theta", options.theta() != 0},
@@ -78,9 +78,10 @@ absl::Status CheckPolicyFields(const v1::AttendOptions& options, absl::string_vi
   if (std::find(policies.begin(), policies.end(), policy) != policies.end()) return status;
   return absl::UnimplementedError(absl::StrCat(
       field, field.empty() ? "" : ".", "policy: ", PolicyName(policy), " is not supported by ",
-      backend.name, "; supported: ",
-      absl::StrJoin(policies, ", ",
-                    [](std::string* out, Policy each) { out->append(PolicyName(each)); })));
+      backend.name,
+      "; supported: ", absl::StrJoin(policies, ", ", [](std::string* out, Policy each) {
+        out->append(PolicyName(each));
+      })));
 }
 
 void FillServerDefaults(const ValidationContext& context, const ModelProfile* profile,
