@@ -61,7 +61,8 @@ double LanczosEntropy(const Matrix& x, double trace, const Vector& z, int32_t st
     v = next / beside(size);
   }
   Eigen::SelfAdjointEigenSolver<Matrix> solver;
-  solver.computeFromTridiagonal(diagonal.head(size), beside.head(std::max<Eigen::Index>(size - 1, 0)));
+  solver.computeFromTridiagonal(diagonal.head(size),
+                                beside.head(std::max<Eigen::Index>(size - 1, 0)));
   double sum = 0;
   for (Eigen::Index i = 0; i < size; ++i) {
     const double weight = solver.eigenvectors()(0, i);

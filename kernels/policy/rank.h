@@ -38,8 +38,8 @@ struct RowsView {
 };
 
 struct RankEstimate {
-  double rank = 0;   // 0 where X is 0
-  double low = 0;    // about 95 % of the time low <= exact <= high; equal to rank where it is exact
+  double rank = 0;  // 0 where X is 0
+  double low = 0;   // about 95 % of the time low <= exact <= high; equal to rank where it is exact
   double high = 0;
 };
 

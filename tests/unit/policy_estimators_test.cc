@@ -153,7 +153,8 @@ TEST(RankTest, EstimatorsAgreeWithTheSpectrum) {
 TEST(RankTest, MoreProbesNarrowTheInterval) {
   const std::vector<float> x = Rows(512, Decaying(64), 7);
   const RowsView view{x, 64};
-  const RankEstimate few = RankByHutchinson(view, 8, 16, 3), many = RankByHutchinson(view, 128, 16, 3);
+  const RankEstimate few = RankByHutchinson(view, 8, 16, 3),
+                     many = RankByHutchinson(view, 128, 16, 3);
   EXPECT_LT(many.high - many.low, 0.6 * (few.high - few.low));
 }
 
