@@ -29,7 +29,7 @@ namespace adaattn {
 namespace {
 
 constexpr double kMaxControlShare = 0.05;
-constexpr int kTimedSteps = 200;
+constexpr int kTimedSteps = 201;
 
 std::vector<float> Floats(const std::vector<uint16_t>& bits, int64_t begin, int64_t count) {
   std::vector<float> values;
@@ -54,9 +54,10 @@ class Tally {
   }
   void Print(const char* name) const {
     const double mean = sum_ / count_;
-    std::printf("    %-34s %9.2f us  exact %8.3f  bias %+8.4f  spread %7.4f  in its interval %.2f\n",
-                name, microseconds_ / count_, exact_ / count_, mean,
-                std::sqrt(std::max(0.0, squares_ / count_ - mean * mean)), covered_ / count_);
+    std::printf(
+        "    %-34s %9.2f us  exact %8.3f  bias %+8.4f  spread %7.4f  in its interval %.2f\n", name,
+        microseconds_ / count_, exact_ / count_, mean,
+        std::sqrt(std::max(0.0, squares_ / count_ - mean * mean)), covered_ / count_);
   }
 
  private:
@@ -72,8 +73,7 @@ struct RowScores {
 RowScores ScoresOf(const Trace& trace, const std::vector<float>& keys, int32_t q_head,
                    int32_t row) {
   const int64_t d = trace.shape.head_dim;
-  const std::vector<float> q =
-      Floats(trace.q, (int64_t{q_head} * trace.num_rows + row) * d, d);
+  const std::vector<float> q = Floats(trace.q, (int64_t{q_head} * trace.num_rows + row) * d, d);
   RowScores result;
   for (int64_t t = 0; t <= trace.positions[row]; ++t) {
     float dot = 0;
@@ -102,7 +102,8 @@ void PrintEntropy(const Trace& trace) {
             SampledAttentionEntropy(row_scores.scores, row_scores.page_lse, draws, 1 + row);
         return std::make_pair(estimate.entropy, estimate.low <= truth && truth <= estimate.high);
       };
-      exact.Add(truth, [&] { return std::make_pair(ExactAttentionEntropy(row_scores.scores), true); });
+      exact.Add(truth,
+                [&] { return std::make_pair(ExactAttentionEntropy(row_scores.scores), true); });
       proxy.Add(truth, [&] {
         const double value = ProxyAttentionEntropy(row_scores.page_lse);
         return std::make_pair(value, value <= truth && truth <= value + std::log(kPageTokens));
@@ -162,7 +163,8 @@ void PrintRank(const Trace& trace) {
   const int32_t dim = trace.shape.head_dim;
   for (int32_t head = 0; head < trace.shape.num_kv_heads; ++head) {
     const int64_t begin = head * trace.num_tokens * dim;
-    const std::vector<float> raw = Floats(trace.k, begin, std::min(kTokens, trace.num_tokens) * dim);
+    const std::vector<float> raw =
+        Floats(trace.k, begin, std::min(kTokens, trace.num_tokens) * dim);
     const std::vector<float> all = Centred(raw, dim);
     for (uint64_t seed = 1; seed <= 4; ++seed) keys.Add({all, dim}, seed);
     // A basis fitted on the first 1024 tokens stores its channels' energies: no further work.
@@ -235,24 +237,29 @@ bool PrintPolicies(HeadStepTrace* steps) {
 double ControlShare(HeadStepTrace* steps, const DecisionParams& params) {
   TraceCache& cache = steps->cache();
   const Trace& trace = steps->trace();
-  const std::vector<SequenceStep> step = {
-      cache.Step(trace.num_rows - 1, params, trace.num_tokens)};
+  const std::vector<SequenceStep> step = {cache.Step(trace.num_rows - 1, params, trace.num_tokens)};
   const auto batch = cache.Prepare(step, {trace.num_rows - 1});
   if (!batch.ok()) return 1;
   const auto plan = cache.backend().PlanAttend(*batch);
   if (!plan.ok()) return 1;
-  absl::Duration control, whole;
+  // Medians: what else runs on the machine interrupts either now and then.
+  std::vector<absl::Duration> control, whole;
   for (int i = 0; i < kTimedSteps; ++i) {
     const absl::Time start = absl::Now();
     const auto ticket = cache.backend().RunAttend(**plan, *batch);
     if (!ticket.ok() || !cache.backend().Wait(*ticket).ok()) return 1;
-    whole += absl::Now() - start;
-    control += batch->buffers->stage_times()->select;
+    whole.push_back(absl::Now() - start);
+    control.push_back(batch->buffers->stage_times()->select);
   }
+  const auto median = [](std::vector<absl::Duration>* times) {
+    std::nth_element(times->begin(), times->begin() + kTimedSteps / 2, times->end());
+    return (*times)[kTimedSteps / 2];
+  };
+  const absl::Duration select = median(&control), step_time = median(&whole);
+  const double share = absl::FDivDuration(select, step_time);
   std::printf("    %-58s select %7.1f us of %8.1f us: %.3f\n", DebugString(params).c_str(),
-              absl::ToDoubleMicroseconds(control) / kTimedSteps,
-              absl::ToDoubleMicroseconds(whole) / kTimedSteps, absl::FDivDuration(control, whole));
-  return absl::FDivDuration(control, whole);
+              absl::ToDoubleMicroseconds(select), absl::ToDoubleMicroseconds(step_time), share);
+  return share;
 }
 
 bool PrintCost(HeadStepTrace* steps) {
@@ -268,6 +275,7 @@ bool PrintCost(HeadStepTrace* steps) {
 std::unique_ptr<Backend> MakeBackend(int64_t pool_bytes) {
   BackendOptions options;
   options.pool_bytes = pool_bytes;
+  options.num_threads = 1;  // waking others would be timed too
   auto backend = CreateCpuBackend(options);
   return backend.ok() ? *std::move(backend) : nullptr;
 }

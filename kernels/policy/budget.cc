@@ -1,5 +1,7 @@
 #include "kernels/policy/budget.h"
 
+#include <algorithm>
+
 namespace adaattn {
 
 BudgetChoice ChooseTheta(const DecisionParams& params, absl::Span<const PageBudget> pages,
@@ -7,8 +9,14 @@ BudgetChoice ChooseTheta(const DecisionParams& params, absl::Span<const PageBudg
   ErrorTerms sums[kNumBudgetThetas];
   ErrorTerms full_depth;
   for (const PageBudget& page : pages) {
-    for (int32_t i = 0; i < kNumBudgetThetas; ++i) {
-      AddTerms(BudgetTermsAt(params, page, BudgetTheta(i), head_dim, stored_bits), &sums[i]);
+    const int32_t below = NumThetasBelow(page.share);
+    int32_t begin = 0;
+    for (const int32_t edge : {below - 12, below - 8, below - 4, below, kNumBudgetThetas}) {
+      const int32_t end = std::min(std::max(edge, begin), kNumBudgetThetas);
+      if (end == begin) continue;
+      const ErrorTerms terms =
+          BudgetTermsAt(params, page, BudgetTheta(begin), head_dim, stored_bits);
+      for (; begin < end; ++begin) AddTerms(terms, &sums[begin]);
     }
     AddTerms(BudgetTermsAt(params, page, 0.0f, head_dim, stored_bits), &full_depth);
   }

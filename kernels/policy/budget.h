@@ -10,7 +10,8 @@
 // the target itself would exceed it in half of the steps.
 //
 // On the device: AddToBudget per page and column, BudgetTermsAt summed over pages by member for
-// every theta of the grid and for 0, ChooseThetaFromTerms at the end.
+// every theta of the grid and for 0 (NumThetasBelow says where it changes), ChooseThetaFromTerms at
+// the end.
 
 #include <cmath>
 #include <cstdint>
@@ -28,49 +29,47 @@ inline constexpr float kBudgetMargin = 0.7f;
 
 // Grid value `index` in [0, kNumBudgetThetas), ascending.
 ADAATTN_HD constexpr float BudgetTheta(int32_t index) {
-  float theta = index % 2 == 0 ? 1.0f : 1.41421356f;
-  for (int32_t octave = index / 2; octave < 16; ++octave) theta *= 0.5f;
-  return theta;
+  return (index % 2 == 0 ? 1.0f : 1.41421356f) / static_cast<float>(1 << (16 - index / 2));
 }
 
 // What a budget needs of one sealed page of one kv head: its share (as the ladder takes it) and its
-// part of the kv head's mean square relative error.
+// part of the kv head's mean square relative error, with keys as the 4-bit scan reads them.
 struct PageBudget {
   float share = 0;
   PageFacts facts;
-  float square[kNumValueDepths] = {};  // ErrorTerms::square by value bits / 2
-  float amplitude_square = 0;          // of ErrorTerms::amplitude, where the page is skipped
+  PageErrorParts parts;
 };
 
-// Adds one row and q head to `page`, whose facts are set already: raises its share, adds the error
-// of each depth. The keys are taken at the depth that LadderDepth pairs with these value bits;
-// `inputs.score_variance` is that of the 4-bit scan.
+// Adds one row and q head to `page`, whose facts are set already.
 //
+//   share   of the row's mass
+//   parts   ErrorParts of the page, score_variance that of the 4-bit scan
 //   weight  1 / (|o|^2 * number of rows * number of q heads); 0 where o is 0
-ADAATTN_HD void AddToBudget(const DecisionParams& params, const PageErrorInputs& inputs,
-                            float weight, int32_t head_dim, int32_t stored_bits, PageBudget* page) {
-  page->share = inputs.share > page->share ? inputs.share : page->share;
-  for (int32_t depth = 0; depth < kNumValueDepths; ++depth) {
-    const int32_t value_bits = 2 * depth < stored_bits ? 2 * depth : stored_bits;
-    int32_t key_bits = page->facts.sink ? stored_bits : LadderKeyBits(value_bits);
-    if (value_bits > 0 && key_bits < params.floor_key_bits) key_bits = params.floor_key_bits;
-    if (key_bits > stored_bits) key_bits = stored_bits;
-    PageErrorInputs at_depth = inputs;
-    at_depth.score_variance = ScoreVarianceAt(inputs.score_variance, key_bits);
-    const ErrorTerms terms = PageErrorTerms(at_depth, value_bits, head_dim);
-    page->square[depth] += weight * terms.square;
-    page->amplitude_square += weight * terms.amplitude * terms.amplitude;
-  }
+ADAATTN_HD constexpr void AddToBudget(float share, const PageErrorParts& parts, float weight,
+                                      PageBudget* page) {
+  page->share = share > page->share ? share : page->share;
+  page->parts.skipped += weight * parts.skipped;
+  page->parts.score += weight * parts.score;
+  page->parts.value += weight * parts.value;
 }
 
 // The page's part of the mean square relative error when the ladder runs with `theta`.
 ADAATTN_HD ErrorTerms BudgetTermsAt(const DecisionParams& params, const PageBudget& page,
                                     float theta, int32_t head_dim, int32_t stored_bits) {
   const PageDepth depth = LadderDepth(params, theta, page.share, page.facts, head_dim, stored_bits);
-  ErrorTerms terms;
-  terms.square = page.square[depth.value_bits / 2];
-  if (depth.value_bits == 0) terms.amplitude = sqrtf(page.amplitude_square);
-  return terms;
+  return TermsOf(page.parts, ScoreVarianceAt(1.0f, depth.key.bits), depth.value_bits);
+}
+
+// How many values of the grid lie below `share`. As 4 theta is the grid's value four further on, a
+// page's value bits change only at this index and 4, 8 and 12 before it.
+ADAATTN_HD int32_t NumThetasBelow(float share) {
+  if (!(share > BudgetTheta(0))) return 0;
+  int32_t exponent = 0;
+  const float mantissa =
+      2.0f * frexpf(share, &exponent);  // [1, 2), share = mantissa 2^(exponent-1)
+  const int32_t below =
+      2 * (exponent + 15) + (mantissa > 1.0f ? 1 : 0) + (mantissa > 1.41421356f ? 1 : 0);
+  return below < kNumBudgetThetas + 12 ? below : kNumBudgetThetas + 12;
 }
 
 struct BudgetChoice {
@@ -102,10 +101,12 @@ ADAATTN_HD BudgetChoice ChooseThetaFromTerms(const ErrorTerms* sums, const Error
   return choice;
 }
 
-// What the CUDA kernel sums until it carries ErrorTerms: one number per page that is never below
-// its independent part. As amplitude^2 = concentration * spread^2 * share^2 and a concentration is
-// at least 1 / 64, the factor stands for kCoherence times the number of pages that are skipped
-// together.
+// What the CUDA kernel calls until it carries ErrorTerms: one number per page, in which a factor
+// stands for kCoherence times the number of pages that are skipped together.
+ADAATTN_HD constexpr void AddToBudget(const DecisionParams&, const PageErrorInputs& inputs,
+                                      float weight, int32_t head_dim, int32_t, PageBudget* page) {
+  AddToBudget(inputs.share, ErrorParts(inputs, head_dim), weight, page);
+}
 ADAATTN_HD float BudgetErrorAt(const DecisionParams& params, const PageBudget& page, float theta,
                                int32_t head_dim, int32_t stored_bits) {
   const ErrorTerms terms = BudgetTermsAt(params, page, theta, head_dim, stored_bits);

@@ -97,6 +97,24 @@ struct PageErrorInputs {
 // How much of the skipped pages' amplitudes adds up.
 inline constexpr float kCoherence = 0.3f;
 
+// What one page costs one row of one q head (or, weighted, many of them) by what is read of it.
+struct PageErrorParts {
+  float skipped = 0;  // a^2, if the mean stands in
+  float score = 0;    // from the keys at the depth of PageErrorInputs::score_variance
+  float value = 0;    // from the values, per unit of CodeVariance
+};
+
+ADAATTN_HD constexpr PageErrorParts ErrorParts(const PageErrorInputs& page, int32_t head_dim) {
+  const float share2 = page.share * page.share * page.concentration;  // sum_j p_j^2
+  const float spread2 = page.spread * page.spread;
+  const float away = 1.0f - page.share * page.concentration;
+  PageErrorParts parts;
+  parts.skipped = share2 * spread2;
+  parts.score = share2 * page.score_variance * away * away * (spread2 + page.mean_distance2);
+  parts.value = share2 * static_cast<float>(head_dim) * page.scale_rms * page.scale_rms;
+  return parts;
+}
+
 // What one or many pages add to E|do|^2 of one row of one q head. Sums over pages are by member.
 struct ErrorTerms {
   float square = 0;     // of errors that are independent of other pages'
@@ -113,28 +131,24 @@ ADAATTN_HD constexpr float ErrorSquare(const ErrorTerms& terms) {
   return terms.square + kCoherence * terms.amplitude * terms.amplitude;
 }
 
+// The page's terms with its values read at `value_bits` (0: replaced by the mean) and its keys as
+// deep as leaves `score_factor` of the variance that the parts were made with.
+ADAATTN_HD ErrorTerms TermsOf(const PageErrorParts& parts, float score_factor, int32_t value_bits) {
+  ErrorTerms terms;
+  if (value_bits == 0) {
+    terms.square = parts.skipped;
+    terms.amplitude = sqrtf(parts.skipped);
+  } else {
+    terms.square = parts.score * score_factor + parts.value * CodeVariance(1.0f, value_bits);
+  }
+  return terms;
+}
+
 // E|do|^2 / |o|^2. `norm2` is that of the estimate or of the output, which lack what skipping lost:
 // it is at right angles to them, and added. So the result stays below 1; it is 0 where both are 0.
 ADAATTN_HD constexpr float RelativeErrorSquare(const ErrorTerms& terms, float norm2) {
   const float square = ErrorSquare(terms);
   return square > 0.0f ? square / (norm2 + square) : 0.0f;
-}
-
-// The page's part with its values read at `value_bits` (0: replaced by the mean).
-ADAATTN_HD ErrorTerms PageErrorTerms(const PageErrorInputs& page, int32_t value_bits,
-                                     int32_t head_dim) {
-  const float share2 = page.share * page.share * page.concentration;  // sum_j p_j^2
-  const float spread2 = page.spread * page.spread;
-  ErrorTerms terms;
-  if (value_bits == 0) {
-    terms.square = share2 * spread2;
-    terms.amplitude = sqrtf(terms.square);
-    return terms;
-  }
-  const float away = 1.0f - page.share * page.concentration;
-  terms.square = share2 * (page.score_variance * away * away * (spread2 + page.mean_distance2) +
-                           static_cast<float>(head_dim) * CodeVariance(page.scale_rms, value_bits));
-  return terms;
 }
 
 }  // namespace adaattn

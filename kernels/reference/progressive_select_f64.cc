@@ -134,8 +134,8 @@ float StepRun::ChooseBudget() const {
       if (!Sees(row, p)) continue;
       const double weight =
           row.norm2 > 0 ? 1.0 / (row.norm2 * static_cast<double>(rows_.size())) : 0.0;
-      AddToBudget(step_.decision, ErrorInputs(row, p), static_cast<float>(weight), d_, stored_bits_,
-                  &budget);
+      const PageErrorInputs inputs = ErrorInputs(row, p);
+      AddToBudget(inputs.share, ErrorParts(inputs, d_), static_cast<float>(weight), &budget);
     }
     budgets.push_back(budget);
   }
@@ -241,7 +241,7 @@ void StepRun::Predict() {
     ErrorTerms terms;
     for (int32_t p = 0; p < num_pages(); ++p) {
       if (!Sees(row, p)) continue;
-      AddTerms(PageErrorTerms(ErrorInputs(row, p), depth(p).value_bits, d_), &terms);
+      AddTerms(TermsOf(ErrorParts(ErrorInputs(row, p), d_), 1.0f, depth(p).value_bits), &terms);
     }
     const double error2 = RelativeErrorSquare(terms, static_cast<float>(row.norm2));
     result_.predicted[i] = std::sqrt(error2);
