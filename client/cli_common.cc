@@ -103,9 +103,12 @@ std::vector<Flag> AttendFlags() {
       {"element-type", Flag::Type::kString, "default",
        "progressive: pages not sealed yet, fp16 (the default) or bf16"},
       {"stored-bits", Flag::Type::kInt, "8", "progressive: bits kept of each code: 8, 6, 4"},
-      {"policy", Flag::Type::kString, "default", "statistical: threshold or budget"},
-      {"theta", Flag::Type::kDouble, "0", "threshold: share below which V is skipped; 0 = .004"},
-      {"target", Flag::Type::kDouble, "0", "budget: target relative error; 0 = .05"},
+      {"policy", Flag::Type::kString, "default",
+       "statistical: budget, threshold, entropy or learned"},
+      {"theta", Flag::Type::kDouble, "0",
+       "threshold, entropy: share below which V is skipped; 0 = .004, .03"},
+      {"target", Flag::Type::kDouble, "0",
+       "budget, learned: target relative error; 0 = the server's (.05)"},
       {"coarse-rank", Flag::Type::kInt, "-1",
        "two-stage scan: channels read first; 0 = one stage, -1 = the server's default"},
       {"coarse-z", Flag::Type::kDouble, "-1",
@@ -128,7 +131,7 @@ absl::StatusOr<AttendChoice> ParseAttendFlags(const Args& args, const std::strin
   const auto parsed_mode = ParseEnum<Mode>("mode", mode.empty() ? "default" : mode, 6, ModeName);
   if (!parsed_mode.ok()) return parsed_mode.status();
   choice.options.mode = *parsed_mode;
-  const auto policy = ParseEnum<Policy>("policy", args.String("policy"), 3, PolicyName);
+  const auto policy = ParseEnum<Policy>("policy", args.String("policy"), 5, PolicyName);
   if (!policy.ok()) return policy.status();
   choice.options.policy = *policy;
   choice.stored_bits = choice.page_format == PageFormat::kProgressive

@@ -166,6 +166,7 @@ void ToProto(const Profile& profile, v1::UploadProfileRequest* message) {
   if (!profile.basis.empty()) ToProto(profile.basis, message->mutable_basis());
   Assign(profile.key_scales, message->mutable_key_scales());
   Assign(profile.value_scales, message->mutable_value_scales());
+  message->set_policy_json(profile.policy_json);
 }
 
 Tensor FromProto(v1::Tensor* tensor) {
@@ -298,6 +299,10 @@ const char* PolicyName(Policy policy) {
       return "threshold";
     case Policy::kBudget:
       return "budget";
+    case Policy::kEntropy:
+      return "entropy";
+    case Policy::kLearned:
+      return "learned";
   }
   return "unknown";
 }

@@ -36,7 +36,7 @@ enum class Mode : int {
   kDeterministic = 4,
   kStatic = 5,
 };
-enum class Policy : int { kDefault = 0, kThreshold = 1, kBudget = 2 };
+enum class Policy : int { kDefault = 0, kThreshold = 1, kBudget = 2, kEntropy = 3, kLearned = 4 };
 enum class Detail : int { kDefault = 0, kNone = 1, kSummary = 2, kPerHead = 3 };
 enum class Fallback : int { kNone = 0, kNoBasis = 1, kBudget = 2, kPressure = 3 };
 
@@ -271,6 +271,7 @@ struct Profile {
   ModelShape model;
   TensorView basis_mean, basis;
   std::vector<float> key_scales, value_scales;
+  std::string policy_json;  // of the learned policy; "" = the server's
 };
 
 struct ServerInfo {

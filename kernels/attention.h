@@ -36,6 +36,8 @@ struct BackendInfo {
   std::string kernels;  // instruction set or architecture the kernels run with
   std::vector<int32_t> head_dims;
   std::vector<PageFormat> formats;
+  std::vector<Policy> policies = {Policy::kFullDepth, Policy::kStatic, Policy::kThreshold,
+                                  Policy::kBudget};
   int32_t max_group_size = 0;
   int32_t max_q_len = 0;  // rows of q per sequence and step
   int64_t pool_bytes = 0;

@@ -49,7 +49,19 @@ absl::StatusOr<ResolvedOptions> ResolveOptions(const AttendOptions& message,
     case AttendMode::kStatistical:
       decision.policy = FirstOf(message.policy, session.policy, Policy::kBudget);
   }
-  decision.theta = FirstOf(message.theta, session.theta, decision.theta);
+  if (decision.policy == Policy::kLearned) {
+    if (!session.theta_model) {
+      return absl::FailedPreconditionError(
+          "options.policy: LEARNED needs a policy file, of the session's profile "
+          "(UploadProfile.policy_json) or of the server (setting policy-file)");
+    }
+    decision.theta_model = *session.theta_model;
+  }
+  // A theta means something else to another policy.
+  const bool same_policy = session.policy.value_or(decision.policy) == decision.policy;
+  decision.theta =
+      FirstOf(message.theta, same_policy ? session.theta : std::nullopt,
+              decision.policy == Policy::kEntropy ? kDefaultEntropyTheta : kDefaultTheta);
   decision.target_relative_error = FirstOf(
       message.target_relative_error, session.target_relative_error, decision.target_relative_error);
   decision.static_key_bits = FirstOf(message.static_key_bits, session.static_key_bits, 8);

@@ -20,7 +20,7 @@ enum class DecisionDetail : uint8_t { kNone = 0, kSummary = 1, kPerHead = 2 };
 // (those of attention.proto) and leaves a field absent where the message has the default value.
 struct AttendOptions {
   std::optional<AttendMode> mode;
-  std::optional<Policy> policy;  // statistical mode: kThreshold or kBudget
+  std::optional<Policy> policy;  // statistical mode: one that uses the ladder
   std::optional<float> theta;
   std::optional<float> target_relative_error;
   std::optional<float> max_relative_error;
@@ -32,9 +32,14 @@ struct AttendOptions {
   std::optional<int32_t> coarse_rank;
   std::optional<float> coarse_z;
   std::optional<DecisionDetail> detail;
-  std::optional<int64_t> window;  // of a message only: instead of the layer's
-  std::optional<float> softcap;   // likewise
+  std::optional<int64_t> window;          // of a message only: instead of the layer's
+  std::optional<float> softcap;           // likewise
+  std::optional<ThetaModel> theta_model;  // of a session only: what kLearned runs with
 };
+
+// theta where neither message nor session says one.
+inline constexpr float kDefaultTheta = 0.004f;
+inline constexpr float kDefaultEntropyTheta = 0.03f;
 
 // The same, decided.
 struct ResolvedOptions {
@@ -44,10 +49,11 @@ struct ResolvedOptions {
   float max_relative_error = 0;  // 0 = pressure may not raise the target
 };
 
-// The first of: message, session, server. The server's: kStatistical with kBudget on progressive
-// pages, kExact on dense ones; a coarse scan of half the rank with z = 2.
+// The first of: message, session, built-in. A session's theta counts for the session's policy only.
+// Built in: kStatistical with kBudget on progressive pages, kExact on dense ones; a coarse scan of
+// half the rank with z = 2. (The server's own defaults are part of the session's.)
 // Errors: kFailedPrecondition for kExact on progressive pages without an exact tier, naming
-// FULL_DEPTH as the nearest.
+// FULL_DEPTH as the nearest, and for kLearned in a session without a model.
 absl::StatusOr<ResolvedOptions> ResolveOptions(const AttendOptions& message,
                                                const AttendOptions& session, PageFormat format,
                                                bool exact_tier, int32_t head_dim);

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "kernels/format/float_types.h"
+#include "server/policy_file.h"
 #include "server/validation.h"
 
 namespace adaattn {
@@ -217,7 +218,7 @@ absl::StatusOr<std::unique_ptr<AttentionTask>> ValidateAttend(AttendMessage mess
   std::shared_ptr<Session> first;
   status = TakeSequences(header, caller, sessions, context.backend->max_q_len, task.get(), &first);
   if (!status.ok()) return status;
-  auto options = ValidateAttendOptions(header.options(), "options");
+  auto options = ValidateAttendOptions(header.options(), "options", context);
   if (!options.ok()) return options.status();
   task->options = *options;
   task->layer = header.layer();
@@ -363,6 +364,13 @@ absl::StatusOr<std::shared_ptr<const ModelProfile>> ValidateProfile(
     }
     target->assign(scales->begin(), scales->end());
   }
+  if (!request.policy_json().empty()) {
+    absl::StatusOr<ThetaModel> model = ParsePolicyFile(request.policy_json());
+    if (!model.ok()) {
+      return absl::InvalidArgumentError(absl::StrCat("policy_json: ", model.status().message()));
+    }
+    profile->theta_model = *model;
+  }
   return profile;
 }
 
@@ -374,6 +382,34 @@ DType DTypeOf(v1::DataType type) {
 }
 
 v1::DataType ToProto(DType type) { return static_cast<v1::DataType>(static_cast<int>(type) + 1); }
+
+Policy PolicyOf(v1::Policy policy) {
+  switch (policy) {
+    case v1::POLICY_THRESHOLD:
+      return Policy::kThreshold;
+    case v1::POLICY_ENTROPY:
+      return Policy::kEntropy;
+    case v1::POLICY_LEARNED:
+      return Policy::kLearned;
+    default:
+      return Policy::kBudget;
+  }
+}
+
+v1::Policy ToProto(Policy policy) {
+  switch (policy) {
+    case Policy::kThreshold:
+      return v1::POLICY_THRESHOLD;
+    case Policy::kBudget:
+      return v1::POLICY_BUDGET;
+    case Policy::kEntropy:
+      return v1::POLICY_ENTROPY;
+    case Policy::kLearned:
+      return v1::POLICY_LEARNED;
+    default:
+      return v1::POLICY_UNSPECIFIED;
+  }
+}
 
 PageFormat PageFormatOf(v1::PageFormat format, v1::DataType element_type, PageFormat unspecified) {
   if (format != v1::PAGE_FORMAT_UNSPECIFIED) {

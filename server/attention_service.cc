@@ -111,8 +111,9 @@ void FillServerInfo(const ServiceContext& service, v1::GetServerInfoResponse* in
        {v1::MODE_EXACT, v1::MODE_FULL_DEPTH, v1::MODE_STATISTICAL, v1::MODE_STATIC}) {
     info->add_modes(mode);
   }
-  info->add_policies(v1::POLICY_THRESHOLD);
-  info->add_policies(v1::POLICY_BUDGET);
+  for (const Policy policy : backend.policies) {
+    if (UsesLadder(policy)) info->add_policies(ToProto(policy));
+  }
   info->add_transports(v1::TRANSPORT_GRPC_BYTES);
   info->set_max_group_size(backend.max_group_size);
   info->set_max_q_len(backend.max_q_len);

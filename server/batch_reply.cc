@@ -113,6 +113,7 @@ void BatchRunner::Report(const Batch& batch, const BatcherLoad& load) {
     StepReport& of_step = reports_.emplace_back();
     of_step.code = step.status.code();
     of_step.mode = step.options.mode;
+    of_step.policy = step.options.decision.policy;
     of_step.replayed = step.replayed;
     of_step.kv_len = outcome.kv_len;
     of_step.q_len = step.q_len();

@@ -44,9 +44,10 @@ struct ServiceContext {
   const Clock* clock = nullptr;
   StreamRegistry* streams = nullptr;
   const std::atomic<bool>* refuse_sessions = nullptr;  // draining: no new sessions
+  const ThetaModel* theta_model = nullptr;             // of the policy file; null = none
   MetricsInfo info;
 
-  ValidationContext validation() const { return {options, &engine->backend_info()}; }
+  ValidationContext validation() const { return {options, &engine->backend_info(), theta_model}; }
 };
 
 // The codes share their numbers.

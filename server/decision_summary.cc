@@ -72,7 +72,7 @@ DecisionSummary Summarize(absl::Span<const HeadDecision> heads, const AttentionS
   summary.mean_value_bits = mean(sums.value_bits, sums.value_pages, 16);
   summary.mean_rank = mean(sums.rank, sums.key_pages, shape.head_dim);
   summary.fallback = FallbackOf(summary, format, options, any_zero_theta, raised);
-  if (options.mode == AttendMode::kStatistical && options.decision.policy == Policy::kBudget) {
+  if (options.mode == AttendMode::kStatistical && AimsAtError(options.decision.policy)) {
     summary.effective_target = options.decision.target_relative_error;
   }
   return summary;

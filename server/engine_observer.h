@@ -17,6 +17,7 @@ namespace adaattn {
 struct StepReport {
   absl::StatusCode code = absl::StatusCode::kOk;
   AttendMode mode = AttendMode::kStatistical;
+  Policy policy = Policy::kBudget;  // that chose the depths
   bool attended = false;
   bool replayed = false;
   int32_t q_len = 0;

@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/policy/names.h"
 
 namespace adaattn {
 namespace {
@@ -104,6 +105,9 @@ void AddDecisionMetrics(std::vector<MetricDescriptor>* table) {
       {{"mode", {"exact", "full_depth", "statistical", "static"}},
        {"precision", {"4", "6", "8", "16"}},
        {"rank_bucket", {"0.25", "0.5", "0.75", "1"}}});
+  Add(table, MetricType::kCounter, "head_policies_total",
+      "Steps of one kv head by the policy that chose its depths; full_depth includes exact ones.",
+      {{"policy", Names<Policy>(kNumPolicies, PolicyName)}});
   Add(table, MetricType::kHistogram, "key_bits", "Mean key bits of a step of one kv head.", {},
       kKeyBitsBuckets);
   Add(table, MetricType::kHistogram, "value_bits", "Mean value bits of a step of one kv head.", {},

@@ -138,6 +138,7 @@ struct Metrics::BatchSums {
         pages_skipped(r, "pages_skipped_total"),
         dense_tokens(r, "dense_tokens_read_total"),
         head_decisions(r, "head_decisions_total"),
+        head_policies(r, "head_policies_total"),
         fallbacks(r, "fallbacks_total"),
         key_bits(r, "key_bits"),
         value_bits(r, "value_bits"),
@@ -156,7 +157,7 @@ struct Metrics::BatchSums {
   void Flush() {
     for (BatchCounters* counters :
          {&sequences, &attended_tokens, &appended_tokens, &bytes_read, &bytes_baseline, &pages_read,
-          &pages_skipped, &dense_tokens, &head_decisions, &fallbacks}) {
+          &pages_skipped, &dense_tokens, &head_decisions, &head_policies, &fallbacks}) {
       counters->Flush();
     }
     for (BatchHistogram* histogram :
@@ -168,7 +169,7 @@ struct Metrics::BatchSums {
   }
 
   BatchCounters sequences, attended_tokens, appended_tokens, bytes_read, bytes_baseline, pages_read,
-      pages_skipped, dense_tokens, head_decisions, fallbacks;
+      pages_skipped, dense_tokens, head_decisions, head_policies, fallbacks;
   BatchHistogram key_bits, value_bits, key_rank, entropy, theta, predicted_error, audited_error,
       audit_ratio, batch_duration, batch_sequences, batch_tokens;
   std::vector<BatchHistogram> stages;
@@ -233,6 +234,7 @@ void Metrics::AddHead(const StepReport& step, const HeadDecision& head, int32_t 
   }
   const int64_t row = static_cast<int64_t>(step.mode) * kPrecisions + PrecisionIndex(mean.key_bits);
   sums.head_decisions.Add(static_cast<size_t>(row * kRankQuarters + mean.rank_quarter), 1);
+  sums.head_policies.Add(static_cast<size_t>(step.policy), 1);
   AddHeadTotals(head, mean, &sums.totals);
 }
 

@@ -2,6 +2,7 @@
 #include <sys/un.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/match.h"
@@ -73,6 +74,21 @@ absl::Status CheckOrder(const char* less, double smaller, const char* more, doub
       absl::StrCat("setting ", less, " (", smaller, ") must not exceed ", more, " (", larger, ")"));
 }
 
+absl::Status CheckPolicy(const DefaultPolicy& policy, const std::string& file) {
+  if (policy.name == "learned" && file.empty()) {
+    return absl::InvalidArgumentError("setting default-policy: learned needs a policy-file");
+  }
+  for (const auto& [name, bits] :
+       {std::make_pair("default-static-key-bits", policy.static_key_bits),
+        {"default-static-value-bits", policy.static_value_bits}}) {
+    if (bits % 2 == 0) continue;
+    return absl::InvalidArgumentError(absl::StrCat("setting ", name, ": ", bits, " is odd"));
+  }
+  if (policy.max_relative_error == 0) return absl::OkStatus();
+  return CheckOrder("default-target-relative-error", policy.target_relative_error,
+                    "default-max-relative-error", policy.max_relative_error);
+}
+
 }  // namespace
 
 absl::Status ValidateOptions(const ServerOptions& options) {
@@ -80,6 +96,7 @@ absl::Status ValidateOptions(const ServerOptions& options) {
   const int64_t message = options.max_message_bytes;
   for (const absl::Status& status :
        {CheckAddresses(options), CheckSecurity(options),
+        CheckPolicy(options.default_policy, options.policy_file),
         CheckOrder("default-lease", absl::ToDoubleSeconds(options.default_lease), "max-lease",
                    absl::ToDoubleSeconds(options.max_lease)),
         // A message that is allowed by its size must be able to get in at all.

@@ -64,6 +64,32 @@ void AddDevice(ServerOptions* o, std::vector<Setting>* table) {
                     {"fp32", "fp16", "bf16", "fp8_e4m3", "progressive"}});
 }
 
+void AddPolicy(ServerOptions* o, std::vector<Setting>* table) {
+  DefaultPolicy& policy = o->default_policy;
+  table->push_back({"default-policy",
+                    &policy.name,
+                    "How progressive sessions are attended that name neither mode nor policy.",
+                    0,
+                    0,
+                    {"full_depth", "static", "threshold", "budget", "entropy", "learned"}});
+  table->push_back({"default-theta", &policy.theta,
+                    "theta of the default policy (threshold, entropy); 0 = the policy's own.", 0,
+                    1});
+  table->push_back({"default-target-relative-error", &policy.target_relative_error,
+                    "What budget and learned policies aim at unless the caller says.", 1e-6, 1});
+  table->push_back({"default-max-relative-error", &policy.max_relative_error,
+                    "How far pressure may raise that target; 0 = never.", 0, 1});
+  table->push_back({"default-static-key-bits", &policy.static_key_bits,
+                    "Key bits of the default policy static: 4, 6 or 8.", 4, 8});
+  table->push_back(
+      {"default-static-rank", &policy.static_rank, "Its leading channels of K; 0 = all.", 0, 256});
+  table->push_back({"default-static-value-bits", &policy.static_value_bits,
+                    "Its value bits: 2, 4, 6 or 8.", 2, 8});
+  table->push_back({"policy-file", &o->policy_file,
+                    "JSON file with the learned policy's weights, as adaattn.fit_policy writes "
+                    "it; empty = none."});
+}
+
 void AddLimits(ServerOptions* o, std::vector<Setting>* table) {
   table->push_back({"max-message-bytes", &o->max_message_bytes, "Largest message received or sent.",
                     4096, kMaxInt});
@@ -152,6 +178,7 @@ std::vector<Setting> SettingTable(ServerOptions* options) {
   std::vector<Setting> table;
   AddAddresses(options, &table);
   AddDevice(options, &table);
+  AddPolicy(options, &table);
   AddLimits(options, &table);
   AddEngine(options, &table);
   return table;

@@ -20,6 +20,17 @@
 namespace adaattn {
 
 // Everything that can be set; SettingTable() says what each field means.
+// How progressive sessions are attended that say nothing about it.
+struct DefaultPolicy {
+  std::string name = "budget";  // PolicyName
+  float theta = 0;              // 0 = the policy's own
+  float target_relative_error = 0.05f;
+  float max_relative_error = 0;  // 0 = pressure never raises the target
+  int32_t static_key_bits = 8;
+  int32_t static_rank = 0;
+  int32_t static_value_bits = 8;
+};
+
 struct ServerOptions {
   std::string listen = "127.0.0.1:7470";
   std::string unix_socket;
@@ -46,6 +57,8 @@ struct ServerOptions {
   absl::Duration default_lease = absl::Minutes(5);
   absl::Duration max_lease = absl::Hours(1);
   std::string default_page_format = "progressive";
+  DefaultPolicy default_policy;
+  std::string policy_file;  // of the learned policy; "" = none
 
   EngineOptions engine;
 

@@ -22,6 +22,7 @@
 #include "absl/time/clock.h"
 #include "server/clock.h"
 #include "server/log.h"
+#include "server/policy_file.h"
 #include "server/session_id.h"
 
 namespace adaattn {
@@ -95,6 +96,11 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& optio
   absl::Status status = ValidateOptions(options);
   if (!status.ok()) return status;
   std::unique_ptr<Server> server(new Server(options));
+  if (!options.policy_file.empty()) {
+    absl::StatusOr<ThetaModel> model = LoadPolicyFile(options.policy_file);
+    if (!model.ok()) return model.status();
+    server->theta_model_ = *model;
+  }
   // gRPC accepts calls as soon as it listens, so what answers them comes first.
   status = server->Credentials().status();
   if (status.ok()) status = server->StartBackend();
@@ -146,6 +152,7 @@ absl::Status Server::StartBackend() {
   context.clock = clock;
   context.streams = &streams_;
   context.refuse_sessions = &refuse_sessions_;
+  if (theta_model_) context.theta_model = &*theta_model_;
   context.info = info;
   service_ = std::make_unique<AttentionService>(std::move(context));
   return engine_->Start([this](const absl::Status& status) { OnDeviceLost(status); });

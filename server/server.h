@@ -6,6 +6,7 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -69,6 +70,7 @@ class Server {
   void OnDeviceLost(const absl::Status& status);
 
   const ServerOptions options_;
+  std::optional<ThetaModel> theta_model_;  // of the policy file
   ServerAddresses addresses_;
   std::atomic<bool> ready_{false};
   std::atomic<bool> refuse_sessions_{false};

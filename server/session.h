@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -26,6 +27,7 @@ struct ModelProfile {
   std::vector<float> basis;         // [num_layers, num_kv_heads, head_dim, head_dim]; empty = none
   std::vector<float> key_scales;    // [num_layers, num_kv_heads]; empty = none
   std::vector<float> value_scales;  // likewise
+  std::optional<ThetaModel> theta_model;
 
   int64_t bytes() const {
     return static_cast<int64_t>(sizeof(float)) *

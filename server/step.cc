@@ -63,8 +63,7 @@ absl::Status ResolveHow(double queue_fraction, double pressure_threshold, Step* 
   DecisionParams& decision = step->options.decision;
   const float target = RaiseTarget(decision.target_relative_error, options->max_relative_error,
                                    queue_fraction, pressure_threshold);
-  step->target_raised = decision.policy == Policy::kBudget &&
-                        options->mode == AttendMode::kStatistical &&
+  step->target_raised = AimsAtError(decision.policy) && options->mode == AttendMode::kStatistical &&
                         target > decision.target_relative_error;
   if (step->target_raised) decision.target_relative_error = target;
   step->exact_table = IsProgressive(config.format) && options->mode == AttendMode::kExact;

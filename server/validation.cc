@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "server/policy_options.h"
 
 namespace adaattn {
 namespace {
@@ -208,8 +209,7 @@ absl::Status TakeEnums(const v1::AttendOptions& options, absl::string_view field
   if (!v1::Policy_IsValid(options.policy())) {
     return InvalidField(Sub(field, "policy"), absl::StrCat(options.policy()), "a Policy");
   }
-  if (options.policy() == v1::POLICY_THRESHOLD) out->policy = Policy::kThreshold;
-  if (options.policy() == v1::POLICY_BUDGET) out->policy = Policy::kBudget;
+  if (options.policy() != v1::POLICY_UNSPECIFIED) out->policy = PolicyOf(options.policy());
   if (!v1::DecisionDetail_IsValid(options.detail())) {
     return InvalidField(Sub(field, "detail"), absl::StrCat(options.detail()), "a DecisionDetail");
   }
@@ -270,10 +270,11 @@ template absl::Status CheckRange(absl::string_view, int32_t, int32_t, int32_t);
 template absl::Status CheckRange(absl::string_view, int64_t, int64_t, int64_t);
 
 absl::StatusOr<AttendOptions> ValidateAttendOptions(const v1::AttendOptions& options,
-                                                    absl::string_view field) {
+                                                    absl::string_view field,
+                                                    const ValidationContext& context) {
   AttendOptions out;
   for (const absl::Status& status :
-       {TakeEnums(options, field, &out),
+       {TakeEnums(options, field, &out), CheckPolicyFields(options, field, *context.backend),
         TakeShare(Sub(field, "theta"), options.theta(), &out.theta),
         TakeShare(Sub(field, "target_relative_error"), options.target_relative_error(),
                   &out.target_relative_error),
@@ -358,12 +359,15 @@ absl::StatusOr<SessionConfig> ValidateOpenSession(const v1::OpenSessionRequest& 
   if (status.ok()) status = CheckTransports(request);
   if (!status.ok()) return status;
   absl::StatusOr<AttendOptions> defaults =
-      ValidateAttendOptions(request.default_options(), "default_options");
+      ValidateAttendOptions(request.default_options(), "default_options", context);
   if (!defaults.ok()) return defaults.status();
   if (defaults->window || defaults->softcap) {
     return InvalidField("default_options", "window or softcap", "set in `layers` instead");
   }
   config.default_options = *defaults;
+  if (config.format == PageFormat::kProgressive) {
+    FillServerDefaults(context, config.profile.get(), &config.default_options);
+  }
   // Whether the defaults can be followed at all.
   const auto resolved = ResolveOptions(AttendOptions(), config.default_options, config.format,
                                        config.exact_tier, config.shape.head_dim);

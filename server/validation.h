@@ -27,10 +27,11 @@ inline constexpr int32_t kMaxLayers = 1024;
 inline constexpr int32_t kMaxKvHeads = 256;
 inline constexpr int32_t kMaxForks = 64;
 
-// What all checks need; both outlive it.
+// What all checks need; all of it outlives this.
 struct ValidationContext {
   const ServerOptions* options = nullptr;
   const BackendInfo* backend = nullptr;
+  const ThetaModel* theta_model = nullptr;  // of the server's policy file; null = none
 };
 
 // Who calls.
@@ -47,7 +48,8 @@ absl::StatusOr<SessionConfig> ValidateOpenSession(const v1::OpenSessionRequest& 
                                                   const ValidationContext& context);
 
 absl::StatusOr<AttendOptions> ValidateAttendOptions(const v1::AttendOptions& options,
-                                                    absl::string_view field);
+                                                    absl::string_view field,
+                                                    const ValidationContext& context);
 
 // A task without `done`. Sequences that cannot be found carry their status instead; when none is
 // found the task has no shape and its `payload_owner` is null: answer it without the engine.
@@ -83,6 +85,8 @@ absl::Status CheckRange(absl::string_view field, Number value, Number low, Numbe
 
 DType DTypeOf(v1::DataType type);  // FP32 for what has none
 v1::DataType ToProto(DType type);
+Policy PolicyOf(v1::Policy policy);  // of one that is set
+v1::Policy ToProto(Policy policy);   // UNSPECIFIED for what is a mode on the wire
 // `unspecified` where the request names none; of progressive pages in `element_type`.
 PageFormat PageFormatOf(v1::PageFormat format, v1::DataType element_type, PageFormat unspecified);
 v1::PageFormat ToProto(PageFormat format);

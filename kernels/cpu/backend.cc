@@ -63,6 +63,7 @@ class CpuBackend final : public Backend {
     info_.head_dims.assign(std::begin(kHeadDims), std::end(kHeadDims));
     info_.formats = {PageFormat::kF32,    PageFormat::kF16,         PageFormat::kBf16,
                      PageFormat::kF8E4m3, PageFormat::kProgressive, PageFormat::kProgressiveF16};
+    info_.policies.insert(info_.policies.end(), {Policy::kEntropy, Policy::kLearned});
     info_.max_group_size = kMaxGroupSize;
     info_.max_q_len = kMaxQLen;
     info_.pool_bytes = pool_.bytes();

@@ -33,8 +33,10 @@ struct SealedJob {
   int32_t first_chunks = 0;     // that the first scan reads
   float* raw = nullptr;         // [num_pages, rows, 64]
   RowScan* scans = nullptr;     // [num_pages, rows]
+  float* masses = nullptr;      // [num_pages, rows] exp(log_mass - row_max)
   PageFacts* facts = nullptr;   // [num_pages]
   PageDepth* depths = nullptr;  // [num_pages]
+  float* row_max = nullptr;     // [rows] largest log mass of a page or dense token
   float* row_lse = nullptr;     // [rows] global, from the scans and the dense pages
 
   int32_t split_pages = 0;
@@ -55,7 +57,7 @@ PageRange VisibleSealedPages(const HeadJob& head);
 // in the page; out [rows].
 void LocalRanges(const HeadJob& head, int32_t group_size, int32_t page, KeyRange* out);
 
-// Global LSE of each row from log masses and dense splits.
+// Masses and global LSE of each row from log masses and dense splits.
 void FinishMasses(SealedJob* job);
 
 // Two-stage scan: marks the pages that the coarse scan cannot rule out.

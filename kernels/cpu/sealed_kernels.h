@@ -101,9 +101,9 @@ void AttendSealedPage(const SealedPage& page, const RotatedRows& rows, const Sco
                       const KeyRange* visible, const float* raw, int32_t bits,
                       SealedScratch* scratch, const PartialRows& state);
 
-// acc[row][c] += weights[row] mean[c] for all rows.
-void AddValueMeans(const PageMean& page, int32_t head_dim, const float* weights, int32_t rows,
-                   float* acc);
+// acc[row][c] += sum over pages of weights[page][row] mean[page][c] for all rows.
+void AddValueMeans(const PageMean* pages, int32_t num_pages, int32_t head_dim, const float* weights,
+                   int32_t rows, float* acc);
 
 // out[row] = |mean - o[row]|^2.
 void ValueMeanDistances(const PageMean& page, int32_t head_dim, const float* o, int32_t rows,

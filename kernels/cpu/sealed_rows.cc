@@ -70,34 +70,59 @@ void PageStatisticsImpl(const RotatedRows& rows, const ScoreParams& params, cons
   }
 }
 
-void AddValueMeansImpl(const int8_t* mean, float mean_scale, int32_t head_dim, const float* weights,
-                       int32_t rows, float* acc) {
+HWY_INLINE VF LoadMean(const PageMean& page, int32_t c) {
   const F32 d;
   const hn::Rebind<int8_t, I32> narrow;
+  return hn::Mul(hn::ConvertTo(d, hn::PromoteTo(I32(), hn::LoadU(narrow, page.mean + c))),
+                 hn::Set(d, page.summary.mean_scale));
+}
+
+// kPages at a time, so that acc is read and written once for them.
+template <int kPages>
+HWY_INLINE void AddPages(const PageMean* pages, int32_t head_dim, const float* weights, int32_t rows,
+              float* acc) {
+  const F32 d;
   for (int32_t c = 0; c < head_dim; c += kLanes) {
-    const VF value = hn::Mul(hn::ConvertTo(d, hn::PromoteTo(I32(), hn::LoadU(narrow, mean + c))),
-                             hn::Set(d, mean_scale));
+    VF value[kPages];
+    for (int p = 0; p < kPages; ++p) value[p] = LoadMean(pages[p], c);
     for (int32_t row = 0; row < rows; ++row) {
       float* at = acc + int64_t{row} * head_dim + c;
-      hn::StoreU(hn::MulAdd(value, hn::Set(d, weights[row]), hn::LoadU(d, at)), d, at);
+      VF sum = hn::LoadU(d, at);
+      for (int p = 0; p < kPages; ++p) {
+        sum = hn::MulAdd(value[p], hn::Set(d, weights[p * rows + row]), sum);
+      }
+      hn::StoreU(sum, d, at);
     }
   }
 }
 
-void ValueMeanDistancesImpl(const int8_t* mean, float mean_scale, int32_t head_dim, const float* o,
-                            int32_t rows, float* out) {
-  const F32 d;
-  const hn::Rebind<int8_t, I32> narrow;
-  for (int32_t row = 0; row < rows; ++row) {
-    VF sum = hn::Zero(d);
-    for (int32_t c = 0; c < head_dim; c += kLanes) {
-      const VF value = hn::ConvertTo(d, hn::PromoteTo(I32(), hn::LoadU(narrow, mean + c)));
-      const VF off =
-          hn::MulSub(value, hn::Set(d, mean_scale), hn::LoadU(d, o + int64_t{row} * head_dim + c));
-      sum = hn::MulAdd(off, off, sum);
-    }
-    out[row] = HorizontalSum(sum);
+void AddValueMeansImpl(const PageMean* pages, int32_t num_pages, int32_t head_dim,
+                       const float* weights, int32_t rows, float* acc) {
+  int32_t page = 0;
+  for (; page + 4 <= num_pages; page += 4) {
+    AddPages<4>(pages + page, head_dim, weights + int64_t{page} * rows, rows, acc);
   }
+  for (; page < num_pages; ++page) {
+    AddPages<1>(pages + page, head_dim, weights + int64_t{page} * rows, rows, acc);
+  }
+}
+
+void ValueMeanDistancesImpl(const PageMean& page, int32_t head_dim, const float* o, int32_t rows,
+                            float* out) {
+  const F32 d;
+  ForRowBlocks(rows, [&](auto count, int32_t row) HWY_ATTR {
+    constexpr int kRows = decltype(count)::value;
+    VF sum[kRows];
+    for (int m = 0; m < kRows; ++m) sum[m] = hn::Zero(d);
+    for (int32_t c = 0; c < head_dim; c += kLanes) {
+      const VF value = LoadMean(page, c);
+      for (int m = 0; m < kRows; ++m) {
+        const VF off = hn::Sub(value, hn::LoadU(d, o + int64_t{row + m} * head_dim + c));
+        sum[m] = hn::MulAdd(off, off, sum[m]);
+      }
+    }
+    for (int m = 0; m < kRows; ++m) out[row + m] = HorizontalSum(sum[m]);
+  });
 }
 
 void RotateQueriesImpl(const uint16_t* query_basis, const float* mean, const float* q, int32_t rows,
@@ -154,16 +179,14 @@ void PageStatistics(const RotatedRows& rows, const ScoreParams& params, const Ke
   HWY_DYNAMIC_DISPATCH(PageStatisticsImpl)(rows, params, visible, raw, lse, concentration);
 }
 
-void AddValueMeans(const PageMean& page, int32_t head_dim, const float* weights, int32_t rows,
-                   float* acc) {
-  HWY_DYNAMIC_DISPATCH(AddValueMeansImpl)
-  (page.mean, page.summary.mean_scale, head_dim, weights, rows, acc);
+void AddValueMeans(const PageMean* pages, int32_t num_pages, int32_t head_dim, const float* weights,
+                   int32_t rows, float* acc) {
+  HWY_DYNAMIC_DISPATCH(AddValueMeansImpl)(pages, num_pages, head_dim, weights, rows, acc);
 }
 
 void ValueMeanDistances(const PageMean& page, int32_t head_dim, const float* o, int32_t rows,
                         float* out) {
-  HWY_DYNAMIC_DISPATCH(ValueMeanDistancesImpl)
-  (page.mean, page.summary.mean_scale, head_dim, o, rows, out);
+  HWY_DYNAMIC_DISPATCH(ValueMeanDistancesImpl)(page, head_dim, o, rows, out);
 }
 
 void RotateQueries(const uint16_t* query_basis, const float* mean, const float* q, int32_t rows,

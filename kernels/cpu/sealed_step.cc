@@ -82,7 +82,7 @@ void Wave::Add(HeadJob* head, PageRange pages) {
   job.layout = MakePageLayout(shape_, sequence.stored_bits);
   job.first_page = pages.first;
   job.num_pages = pages.end - pages.first;
-  job.ladder = params.policy == Policy::kThreshold || params.policy == Policy::kBudget;
+  job.ladder = UsesLadder(params.policy);
   job.fixed = params.policy == Policy::kStatic
                   ? StaticDepth(params, head_dim_, sequence.stored_bits)
                   : FullDepth(head_dim_, sequence.stored_bits);
@@ -92,9 +92,11 @@ void Wave::Add(HeadJob* head, PageRange pages) {
   const int64_t cells = int64_t{job.num_pages} * head->rows;
   job.raw = arena->Get<float>(cells * kPageTokens);
   job.scans = arena->Get<RowScan>(cells);
+  job.masses = arena->Get<float>(cells);
   job.facts = arena->Get<PageFacts>(job.num_pages);
   job.depths = arena->Get<PageDepth>(job.num_pages);
   job.row_lse = arena->Get<float>(head->rows);
+  job.row_max = arena->Get<float>(head->rows);
   job.split_pages = static_cast<int32_t>(SplitPages(job.num_pages));
   job.num_splits = (job.num_pages + job.split_pages - 1) / job.split_pages;
   job.splits = arena->Get<PartialRows>(job.num_splits);
@@ -247,8 +249,8 @@ void Wave::AttendPage(SealedJob* job, int32_t split, int32_t page, int32_t worke
       own.floats[row] = sees ? std::exp(log_mass - state.max[row]) : 0.0f;
       state.sum[row] += own.floats[row];
     }
-    AddValueMeans(JobPageMean(*job, context_.pool, page), head_dim_, own.floats.data(), rows,
-                  state.acc);
+    const PageMean mean = JobPageMean(*job, context_.pool, page);
+    AddValueMeans(&mean, 1, head_dim_, own.floats.data(), rows, state.acc);
     return;
   }
   const SealedPage view = JobPage(*job, head_dim_, context_.pool, page);

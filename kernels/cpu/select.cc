@@ -9,11 +9,16 @@
 #include "kernels/format/hadamard.h"
 #include "kernels/format/seal.h"
 #include "kernels/policy/budget.h"
-#include "kernels/policy/entropy.h"
 #include "kernels/policy/error_model.h"
+#include "kernels/policy/theta.h"
 
 namespace adaattn {
 namespace {
+
+// Summaries lie a page apart, where no prefetcher of the processor finds them.
+constexpr int32_t kSummariesAhead = 12;
+constexpr int32_t kCacheLine = 64;
+constexpr int32_t kMeansAtOnce = 16;
 
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 
@@ -27,20 +32,20 @@ class Selection {
         group_(group_size),
         pool_(pool),
         shares_(int64_t{job->num_pages} * rows_),
-        distances_(shares_.size()),
+        parts_(shares_.size()),
         estimates_(int64_t{rows_} * head_dim),
         norms_(rows_) {}
 
   void Run() {
     DecodeSink();
     Estimate();
-    const DecisionParams& params = job_.head->sequence->decision;
-    float theta = 0;
-    if (job_.ladder) {
-      theta = params.policy == Policy::kBudget ? ChooseBudget() : params.theta;
-    }
+    // A budget needs to know what every depth would cost before it can choose one.
+    const bool budget = job_.ladder && job_.head->sequence->decision.policy == Policy::kBudget;
+    if (budget) FillParts(/*all=*/true);
+    const float theta = job_.ladder ? ChooseTheta() : 0.0f;
     job_.head->decision->theta = theta;
     for (int32_t page = 0; page < job_.num_pages; ++page) SelectPage(page, theta);
+    if (!budget) FillParts(/*all=*/false);
     Report();
   }
 
@@ -56,13 +61,19 @@ class Selection {
                                    scan(page, row).concentration);
   }
   void DecodeSink();
+  void PrefetchMean(int32_t page) const;
   // o before attending, in the Hadamard frame: pages by what stands for them, dense tokens as they
   // are.
   void Estimate();
   void AddDense(int32_t row, float* o) const;
   float FirstTokenDistance2(const float* o) const;
-  PageErrorInputs ErrorInputs(int32_t page, int32_t row, const ValueSummary& summary) const;
+  void FillDistances(int32_t page, float* distances) const;
+  // What every page costs every row, with keys as the scan read them. Not `all`: of skipped pages
+  // only what skipping costs.
+  void FillParts(bool all);
+  float ChooseTheta() const;
   float ChooseBudget() const;
+  MassSums SumMasses() const;
   void SelectPage(int32_t page, float theta);
   void Report();
   float Entropy() const;
@@ -72,11 +83,11 @@ class Selection {
   const int32_t head_dim_;
   const int32_t group_;
   const std::byte* const pool_;
-  std::vector<float> shares_;     // [num_pages, rows]
-  std::vector<float> distances_;  // [num_pages, rows] |mean - o|^2
-  std::vector<float> estimates_;  // [rows, head_dim]
-  std::vector<float> norms_;      // [rows] |o|^2
-  std::vector<float> first_;      // [head_dim] the sink's first value, Hadamard frame
+  std::vector<float> shares_;          // [num_pages, rows]
+  std::vector<PageErrorParts> parts_;  // [num_pages, rows]; 0 where the row sees none of the page
+  std::vector<float> estimates_;       // [rows, head_dim]
+  std::vector<float> norms_;           // [rows] |o|^2
+  std::vector<float> first_;           // [head_dim] the sink's first value, Hadamard frame
   float first_scale_rms_ = 0;
 };
 
@@ -88,6 +99,12 @@ void Selection::DecodeSink() {
   first_.resize(head_dim_);
   first_scale_rms_ =
       DecodeFirstRotatedValue(head, pool_ + PageOffset(sequence.pages[0]), bits, first_.data());
+}
+
+void Selection::PrefetchMean(int32_t page) const {
+  const PageMean mean = JobPageMean(job_, pool_, page);
+  for (int32_t c = 0; c < head_dim_; c += kCacheLine) __builtin_prefetch(mean.mean + c);
+  __builtin_prefetch(mean.mean + head_dim_ - 1);
 }
 
 void Selection::AddDense(int32_t row, float* o) const {
@@ -111,66 +128,111 @@ void Selection::Estimate() {
   for (int32_t row = 0; row < rows_; ++row) {
     AddDense(row, estimates_.data() + int64_t{row} * head_dim_);
   }
-  std::vector<float> weights(rows_);
+  std::vector<float> scales(rows_);  // from masses to shares
+  for (int32_t row = 0; row < rows_; ++row) {
+    const bool any = job_.row_max[row] > kNegativeInfinity;
+    scales[row] = any ? std::exp(job_.row_max[row] - job_.row_lse[row]) : 0.0f;
+  }
+  PageMean means[kMeansAtOnce];
+  std::vector<float> weights(int64_t{kMeansAtOnce} * rows_);
+  int32_t held = 0;
   for (int32_t page = 0; page < job_.num_pages; ++page) {
+    if (page + kSummariesAhead < job_.num_pages) PrefetchMean(page + kSummariesAhead);
+    means[held] = JobPageMean(job_, pool_, page);
     for (int32_t row = 0; row < rows_; ++row) {
-      const float log_mass = scan(page, row).log_mass;
-      const float share =
-          log_mass == kNegativeInfinity ? 0.0f : std::exp(log_mass - job_.row_lse[row]);
-      shares_[int64_t{page} * rows_ + row] = share;
+      const int64_t at = int64_t{page} * rows_ + row;
+      shares_[at] = job_.masses[at] * scales[row];
       const bool first = FirstTokenStands(page, row);
-      weights[row] = first ? 0.0f : share;
+      weights[int64_t{held} * rows_ + row] = first ? 0.0f : shares_[at];
       if (first) {
-        AddScaled(first_.data(), share, head_dim_, estimates_.data() + int64_t{row} * head_dim_);
+        AddScaled(first_.data(), shares_[at], head_dim_,
+                  estimates_.data() + int64_t{row} * head_dim_);
       }
     }
-    AddValueMeans(JobPageMean(job_, pool_, page), head_dim_, weights.data(), rows_,
-                  estimates_.data());
+    if (++held < kMeansAtOnce && page + 1 < job_.num_pages) continue;
+    AddValueMeans(means, held, head_dim_, weights.data(), rows_, estimates_.data());
+    held = 0;
   }
   for (int32_t row = 0; row < rows_; ++row) {
     const float* o = estimates_.data() + int64_t{row} * head_dim_;
     for (int32_t c = 0; c < head_dim_; ++c) norms_[row] += o[c] * o[c];
   }
+}
+
+void Selection::FillDistances(int32_t page, float* distances) const {
+  ValueMeanDistances(JobPageMean(job_, pool_, page), head_dim_, estimates_.data(), rows_,
+                     distances);
+  if (!job_.facts[page].sink) return;
+  for (int32_t row = 0; row < rows_; ++row) {
+    if (!FirstTokenStands(page, row)) continue;
+    distances[row] = FirstTokenDistance2(estimates_.data() + int64_t{row} * head_dim_);
+  }
+}
+
+void Selection::FillParts(bool all) {
+  std::vector<float> distances(rows_);  // |mean - o|^2
   for (int32_t page = 0; page < job_.num_pages; ++page) {
-    float* distances = distances_.data() + int64_t{page} * rows_;
-    ValueMeanDistances(JobPageMean(job_, pool_, page), head_dim_, estimates_.data(), rows_,
-                       distances);
+    if (all || job_.depths[page].value_bits > 0) FillDistances(page, distances.data());
+    const ValueSummary summary = JobPageMean(job_, pool_, page).summary;
     for (int32_t row = 0; row < rows_; ++row) {
-      if (!FirstTokenStands(page, row)) continue;
-      distances[row] = FirstTokenDistance2(estimates_.data() + int64_t{row} * head_dim_);
+      const int64_t at = int64_t{page} * rows_ + row;
+      if (job_.scans[at].lse == kNegativeInfinity) continue;
+      const bool first = FirstTokenStands(page, row);
+      PageErrorInputs inputs;
+      inputs.share = shares_[at];
+      inputs.concentration = job_.scans[at].concentration;
+      inputs.score_variance = job_.scans[at].variance;
+      inputs.mean_distance2 = distances[row];
+      inputs.spread = first ? 0.0f : summary.spread;
+      inputs.scale_rms = first ? first_scale_rms_ : summary.scale_rms;
+      parts_[at] = ErrorParts(inputs, head_dim_);
     }
   }
 }
 
-PageErrorInputs Selection::ErrorInputs(int32_t page, int32_t row,
-                                       const ValueSummary& summary) const {
-  const int64_t at = int64_t{page} * rows_ + row;
-  PageErrorInputs inputs;
-  inputs.share = shares_[at];
-  inputs.concentration = job_.scans[at].concentration;
-  inputs.score_variance = job_.scans[at].variance;
-  inputs.mean_distance2 = distances_[at];
-  const bool first = FirstTokenStands(page, row);
-  inputs.spread = first ? 0.0f : summary.spread;
-  inputs.scale_rms = first ? first_scale_rms_ : summary.scale_rms;
-  return inputs;
+float Selection::ChooseTheta() const {
+  const DecisionParams& params = job_.head->sequence->decision;
+  switch (params.policy) {
+    case Policy::kBudget:
+      return ChooseBudget();
+    case Policy::kEntropy:
+    case Policy::kLearned:
+      return ThetaFromMasses(params, SumMasses(), rows_, job_.num_pages);
+    default:
+      return params.theta;
+  }
+}
+
+MassSums Selection::SumMasses() const {
+  MassSums sums;
+  for (int32_t row = 0; row < rows_; ++row) {
+    if (job_.row_lse[row] == kNegativeInfinity) continue;
+    MassSums own;
+    for (int32_t page = 0; page < job_.num_pages; ++page) {
+      const int64_t at = int64_t{page} * rows_ + row;
+      AddPageMass(shares_[at], job_.scans[at].concentration, job_.scans[at].variance, &own);
+    }
+    AddDenseMass(1.0f - own.sealed, &own);
+    AddMasses(own, &sums);
+  }
+  return sums;
 }
 
 float Selection::ChooseBudget() const {
   const SequenceStep& sequence = *job_.head->sequence;
+  std::vector<float> weights(rows_);
+  for (int32_t row = 0; row < rows_; ++row) {
+    if (norms_[row] > 0) weights[row] = 1.0f / (norms_[row] * static_cast<float>(rows_));
+  }
   std::vector<PageBudget> budgets(job_.num_pages);
   for (int32_t page = 0; page < job_.num_pages; ++page) {
     budgets[page].facts = job_.facts[page];
-    const ValueSummary summary = JobPageMean(job_, pool_, page).summary;
     for (int32_t row = 0; row < rows_; ++row) {
-      if (scan(page, row).lse == kNegativeInfinity) continue;
-      const float weight =
-          norms_[row] > 0 ? 1.0f / (norms_[row] * static_cast<float>(rows_)) : 0.0f;
-      AddToBudget(sequence.decision, ErrorInputs(page, row, summary), weight, head_dim_,
-                  sequence.stored_bits, &budgets[page]);
+      const int64_t at = int64_t{page} * rows_ + row;
+      AddToBudget(shares_[at], parts_[at], weights[row], &budgets[page]);
     }
   }
-  return ChooseTheta(sequence.decision, budgets, head_dim_, sequence.stored_bits).theta;
+  return adaattn::ChooseTheta(sequence.decision, budgets, head_dim_, sequence.stored_bits).theta;
 }
 
 void Selection::SelectPage(int32_t page, float theta) {
@@ -185,11 +247,6 @@ void Selection::SelectPage(int32_t page, float theta) {
   }
   job_.depths[page] = LadderDepth(sequence.decision, theta, share, job_.facts[page], head_dim_,
                                   sequence.stored_bits);
-  if (!job_.facts[page].opened) return;
-  for (int32_t row = 0; row < rows_; ++row) {
-    float& variance = job_.scans[int64_t{page} * rows_ + row].variance;
-    variance = ScoreVarianceAt(variance, job_.depths[page].key.bits);
-  }
 }
 
 float Selection::Entropy() const {
@@ -199,7 +256,8 @@ float Selection::Entropy() const {
     const float lse = job_.row_lse[row];
     if (lse == kNegativeInfinity) continue;
     for (int32_t page = 0; page < job_.num_pages; ++page) {
-      total += EntropyTerm(scan(page, row).log_mass, lse);
+      const float share = shares_[int64_t{page} * rows_ + row];
+      if (share > 0) total += share * (lse - scan(page, row).log_mass);
     }
     for (int32_t i = 0; i < head.num_splits; ++i) {
       const PartialRows& split = head.splits[i].rows;
@@ -213,22 +271,23 @@ float Selection::Entropy() const {
 
 void Selection::Report() {
   HeadDecision* decision = job_.head->decision;
-  std::vector<float> errors(rows_);
+  std::vector<ErrorTerms> errors(rows_);
   for (int32_t page = 0; page < job_.num_pages; ++page) {
     const PageDepth& depth = job_.depths[page];
     ++decision->key_pages[KeyDepthIndex(depth.key.bits, depth.key.chunks)];
     ++decision->value_pages[depth.value_bits / 2];
-    const ValueSummary summary = JobPageMean(job_, pool_, page).summary;
     decision->value_bytes += static_cast<int64_t>(sizeof(ValueSummary)) + head_dim_;
+    // Only a ladder reads keys deeper than it scanned them, and only those of opened pages.
+    const float score_factor =
+        job_.ladder && job_.facts[page].opened ? ScoreVarianceAt(1.0f, depth.key.bits) : 1.0f;
     for (int32_t row = 0; row < rows_; ++row) {
-      if (scan(page, row).lse == kNegativeInfinity) continue;
-      errors[row] +=
-          PredictedPageError(ErrorInputs(page, row, summary), depth.value_bits, head_dim_);
+      const PageErrorParts& parts = parts_[int64_t{page} * rows_ + row];
+      AddTerms(TermsOf(parts, score_factor, depth.value_bits), &errors[row]);
     }
   }
   float total = 0;
   for (int32_t row = 0; row < rows_; ++row) {
-    if (norms_[row] > 0) total += errors[row] / norms_[row];
+    total += RelativeErrorSquare(errors[row], norms_[row]);
   }
   decision->predicted_error = std::sqrt(total / static_cast<float>(rows_));
   decision->entropy = Entropy();
@@ -279,15 +338,23 @@ void FinishMasses(SealedJob* job) {
     for (int32_t page = 0; page < job->num_pages; ++page) {
       max = std::max(max, job->scans[int64_t{page} * rows + row].log_mass);
     }
+    job->row_max[row] = max;
     job->row_lse[row] = max;
-    if (max == kNegativeInfinity) continue;
+    if (max == kNegativeInfinity) {
+      for (int32_t page = 0; page < job->num_pages; ++page) {
+        job->masses[int64_t{page} * rows + row] = 0;
+      }
+      continue;
+    }
     float sum = 0;
     for (int32_t i = 0; i < head.num_splits; ++i) {
       const PartialRows& split = head.splits[i].rows;
       sum += split.sum[row] * std::exp(split.max[row] - max);
     }
     for (int32_t page = 0; page < job->num_pages; ++page) {
-      sum += std::exp(job->scans[int64_t{page} * rows + row].log_mass - max);
+      const int64_t at = int64_t{page} * rows + row;
+      job->masses[at] = std::exp(job->scans[at].log_mass - max);
+      sum += job->masses[at];
     }
     job->row_lse[row] = max + std::log(sum);
   }

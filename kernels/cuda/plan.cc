@@ -8,6 +8,7 @@
 #include "absl/strings/str_join.h"
 #include "kernels/cuda/decode_schedule.h"
 #include "kernels/policy/ladder.h"
+#include "kernels/policy/names.h"
 
 namespace adaattn {
 namespace {
@@ -45,6 +46,11 @@ absl::Status CheckShape(const AttendBatch& batch) {
     if (sequence.kv_len + sequence.append_len > kMaxTokens) {
       return absl::UnimplementedError(absl::StrCat("kv_len ", sequence.kv_len + sequence.append_len,
                                                    "; at most ", kMaxTokens, " with cuda"));
+    }
+    if (sequence.decision.policy > Policy::kBudget) {
+      return absl::UnimplementedError(
+          absl::StrCat("policy ", PolicyName(sequence.decision.policy),
+                       "; with cuda full_depth, static, threshold and budget are supported"));
     }
     if (static_cast<int32_t>(sequence.bases.size()) > kMaxDeviceBasisRuns) {
       return absl::UnimplementedError(absl::StrCat(sequence.bases.size(), " basis runs; at most ",

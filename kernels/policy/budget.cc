@@ -1,18 +1,26 @@
 #include "kernels/policy/budget.h"
 
+#include <algorithm>
+
 namespace adaattn {
 
 BudgetChoice ChooseTheta(const DecisionParams& params, absl::Span<const PageBudget> pages,
                          int32_t head_dim, int32_t stored_bits) {
-  float sums[kNumBudgetThetas] = {};
-  float full_depth_sum = 0.0f;
+  ErrorTerms sums[kNumBudgetThetas];
+  ErrorTerms full_depth;
   for (const PageBudget& page : pages) {
-    for (int32_t i = 0; i < kNumBudgetThetas; ++i) {
-      sums[i] += BudgetErrorAt(params, page, BudgetTheta(i), head_dim, stored_bits);
+    const int32_t below = NumThetasBelow(page.share);
+    int32_t begin = 0;
+    for (const int32_t edge : {below - 12, below - 8, below - 4, below, kNumBudgetThetas}) {
+      const int32_t end = std::min(std::max(edge, begin), kNumBudgetThetas);
+      if (end == begin) continue;
+      const ErrorTerms terms =
+          BudgetTermsAt(params, page, BudgetTheta(begin), head_dim, stored_bits);
+      for (; begin < end; ++begin) AddTerms(terms, &sums[begin]);
     }
-    full_depth_sum += BudgetErrorAt(params, page, 0.0f, head_dim, stored_bits);
+    AddTerms(BudgetTermsAt(params, page, 0.0f, head_dim, stored_bits), &full_depth);
   }
-  return ChooseThetaFromSums(sums, full_depth_sum, params.target_relative_error);
+  return ChooseThetaFromTerms(sums, full_depth, params.target_relative_error);
 }
 
 }  // namespace adaattn

@@ -5,8 +5,13 @@
 //
 // The scan gives each page's share; the error model gives what each depth of it would cost. Both
 // are per row and q head; a kv head's error is their root mean square, relative to |o|. Theta comes
-// from a grid of half octaves, and the prediction is aimed at kBudgetMargin of the target, since
-// the actual error exceeds an unbiased prediction in almost half of the cases.
+// from a grid of half octaves, and the prediction is aimed at kBudgetMargin of the target: the
+// actual error of a head spreads about its prediction (log-normally, sigma .3 to .5), so aiming at
+// the target itself would exceed it in half of the steps.
+//
+// On the device: AddToBudget per page and column, BudgetTermsAt summed over pages by member for
+// every theta of the grid and for 0 (NumThetasBelow says where it changes), ChooseThetaFromTerms at
+// the end.
 
 #include <cmath>
 #include <cstdint>
@@ -24,44 +29,47 @@ inline constexpr float kBudgetMargin = 0.7f;
 
 // Grid value `index` in [0, kNumBudgetThetas), ascending.
 ADAATTN_HD constexpr float BudgetTheta(int32_t index) {
-  float theta = index % 2 == 0 ? 1.0f : 1.41421356f;
-  for (int32_t octave = index / 2; octave < 16; ++octave) theta *= 0.5f;
-  return theta;
+  return (index % 2 == 0 ? 1.0f : 1.41421356f) / static_cast<float>(1 << (16 - index / 2));
 }
 
-// What a budget needs of one sealed page of one kv head: its share (as the ladder takes it) and,
-// for each value depth bits / 2, its part of the kv head's mean square relative error.
+// What a budget needs of one sealed page of one kv head: its share (as the ladder takes it) and its
+// part of the kv head's mean square relative error, with keys as the 4-bit scan reads them.
 struct PageBudget {
   float share = 0;
   PageFacts facts;
-  float error[kNumValueDepths] = {};
+  PageErrorParts parts;
 };
 
-// Adds one row and q head to `page`, whose facts are set already: raises its share, adds the error
-// of each depth. The keys are taken at the depth that LadderDepth pairs with these value bits;
-// `inputs.score_variance` is that of the 4-bit scan.
+// Adds one row and q head to `page`, whose facts are set already.
 //
+//   share   of the row's mass
+//   parts   ErrorParts of the page, score_variance that of the 4-bit scan
 //   weight  1 / (|o|^2 * number of rows * number of q heads); 0 where o is 0
-ADAATTN_HD constexpr void AddToBudget(const DecisionParams& params, const PageErrorInputs& inputs,
-                                      float weight, int32_t head_dim, int32_t stored_bits,
+ADAATTN_HD constexpr void AddToBudget(float share, const PageErrorParts& parts, float weight,
                                       PageBudget* page) {
-  page->share = inputs.share > page->share ? inputs.share : page->share;
-  for (int32_t depth = 0; depth < kNumValueDepths; ++depth) {
-    const int32_t value_bits = 2 * depth < stored_bits ? 2 * depth : stored_bits;
-    int32_t key_bits = page->facts.sink ? stored_bits : LadderKeyBits(value_bits);
-    if (value_bits > 0 && key_bits < params.floor_key_bits) key_bits = params.floor_key_bits;
-    if (key_bits > stored_bits) key_bits = stored_bits;
-    PageErrorInputs at_depth = inputs;
-    at_depth.score_variance = ScoreVarianceAt(inputs.score_variance, key_bits);
-    page->error[depth] += weight * PredictedPageError(at_depth, value_bits, head_dim);
-  }
+  page->share = share > page->share ? share : page->share;
+  page->parts.skipped += weight * parts.skipped;
+  page->parts.score += weight * parts.score;
+  page->parts.value += weight * parts.value;
 }
 
 // The page's part of the mean square relative error when the ladder runs with `theta`.
-ADAATTN_HD constexpr float BudgetErrorAt(const DecisionParams& params, const PageBudget& page,
-                                         float theta, int32_t head_dim, int32_t stored_bits) {
+ADAATTN_HD ErrorTerms BudgetTermsAt(const DecisionParams& params, const PageBudget& page,
+                                    float theta, int32_t head_dim, int32_t stored_bits) {
   const PageDepth depth = LadderDepth(params, theta, page.share, page.facts, head_dim, stored_bits);
-  return page.error[depth.value_bits / 2];
+  return TermsOf(page.parts, ScoreVarianceAt(1.0f, depth.key.bits), depth.value_bits);
+}
+
+// How many values of the grid lie below `share`. As 4 theta is the grid's value four further on, a
+// page's value bits change only at this index and 4, 8 and 12 before it.
+ADAATTN_HD int32_t NumThetasBelow(float share) {
+  if (!(share > BudgetTheta(0))) return 0;
+  int32_t exponent = 0;
+  const float mantissa =
+      2.0f * frexpf(share, &exponent);  // [1, 2), share = mantissa 2^(exponent-1)
+  const int32_t below =
+      2 * (exponent + 15) + (mantissa > 1.0f ? 1 : 0) + (mantissa > 1.41421356f ? 1 : 0);
+  return below < kNumBudgetThetas + 12 ? below : kNumBudgetThetas + 12;
 }
 
 struct BudgetChoice {
@@ -74,22 +82,43 @@ struct BudgetChoice {
 BudgetChoice ChooseTheta(const DecisionParams& params, absl::Span<const PageBudget> pages,
                          int32_t head_dim, int32_t stored_bits);
 
-// The choice from sums[i] = sum over pages of BudgetErrorAt(BudgetTheta(i)) and the sum at theta 0;
-// the part of ChooseTheta that a device reduction ends with.
-ADAATTN_HD BudgetChoice ChooseThetaFromSums(const float* sums, float full_depth_sum,
-                                            float target_relative_error) {
+// The choice from sums[i], BudgetTermsAt(BudgetTheta(i)) summed over the pages, and the sum at
+// theta 0; the part of ChooseTheta that a device reduction ends with.
+ADAATTN_HD BudgetChoice ChooseThetaFromTerms(const ErrorTerms* sums, const ErrorTerms& full_depth,
+                                             float target_relative_error) {
   const float limit = kBudgetMargin * target_relative_error;
   BudgetChoice choice;
   for (int32_t i = kNumBudgetThetas - 1; i >= 0; --i) {
-    if (sums[i] <= limit * limit) {
+    const float square = ErrorSquare(sums[i]);
+    if (square <= limit * limit) {
       choice.theta = BudgetTheta(i);
-      choice.predicted_error = sqrtf(sums[i]);
+      choice.predicted_error = sqrtf(square);
       return choice;
     }
   }
-  choice.predicted_error = sqrtf(full_depth_sum);
+  choice.predicted_error = sqrtf(ErrorSquare(full_depth));
   choice.fallback = true;
   return choice;
+}
+
+// What the CUDA kernel calls until it carries ErrorTerms: one number per page, in which a factor
+// stands for kCoherence times the number of pages that are skipped together.
+ADAATTN_HD constexpr void AddToBudget(const DecisionParams&, const PageErrorInputs& inputs,
+                                      float weight, int32_t head_dim, int32_t, PageBudget* page) {
+  AddToBudget(inputs.share, ErrorParts(inputs, head_dim), weight, page);
+}
+ADAATTN_HD float BudgetErrorAt(const DecisionParams& params, const PageBudget& page, float theta,
+                               int32_t head_dim, int32_t stored_bits) {
+  const ErrorTerms terms = BudgetTermsAt(params, page, theta, head_dim, stored_bits);
+  return terms.square + 64.0f * kCoherence * terms.amplitude * terms.amplitude;
+}
+ADAATTN_HD BudgetChoice ChooseThetaFromSums(const float* sums, float full_depth_sum,
+                                            float target_relative_error) {
+  ErrorTerms terms[kNumBudgetThetas];
+  for (int32_t i = 0; i < kNumBudgetThetas; ++i) terms[i].square = sums[i];
+  ErrorTerms full_depth;
+  full_depth.square = full_depth_sum;
+  return ChooseThetaFromTerms(terms, full_depth, target_relative_error);
 }
 
 }  // namespace adaattn

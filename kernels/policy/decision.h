@@ -12,15 +12,40 @@ namespace adaattn {
 //   kFullDepth   every sealed page at its stored depth
 //   kStatic      every sealed page at static_key_bits, static_rank and static_value_bits
 //   kThreshold   the ladder: bits follow a page's share of the softmax mass, against theta
-//   kBudget      the ladder with theta chosen per kv head from the predicted error
+//   kBudget      the ladder with theta chosen per kv head from the predicted error (budget.h)
+//   kEntropy     the ladder with theta relative to the entropy of the page shares (theta.h)
+//   kLearned     the ladder with theta from a fitted model of how the mass lies (theta.h)
 // The session's exact data (mode EXACT) are not a policy: the server then passes dense pages only.
-enum class Policy : uint8_t { kFullDepth = 0, kStatic = 1, kThreshold = 2, kBudget = 3 };
+enum class Policy : uint8_t {
+  kFullDepth = 0,
+  kStatic = 1,
+  kThreshold = 2,
+  kBudget = 3,
+  kEntropy = 4,
+  kLearned = 5
+};
+
+inline constexpr int kNumPolicies = 6;
+
+// Whether pages are read by the ladder, whatever chooses theta: the policies that scan first.
+ADAATTN_HD constexpr bool UsesLadder(Policy policy) { return policy >= Policy::kThreshold; }
+
+// Whether the policy follows target_relative_error.
+ADAATTN_HD constexpr bool AimsAtError(Policy policy) {
+  return policy == Policy::kBudget || policy == Policy::kLearned;
+}
+
+// The learned policy's model: log2(theta) = sum of weights[i] * ThetaFeatures[i] (theta.h).
+inline constexpr int32_t kNumThetaFeatures = 8;
+struct ThetaModel {
+  float weights[kNumThetaFeatures] = {};
+};
 
 // How one sequence's sealed pages are to be read. Plain data: host and device share it.
 struct DecisionParams {
   Policy policy = Policy::kThreshold;
-  float theta = 0.004f;                 // kThreshold: (0, 1]
-  float target_relative_error = 0.05f;  // kBudget: (0, 1]; what the predicted error aims at
+  float theta = 0.004f;                 // kThreshold: (0, 1]; kEntropy: in units of exp(-entropy)
+  float target_relative_error = 0.05f;  // kBudget, kLearned: (0, 1]; what the error aims at
   int32_t static_key_bits = 8;          // kStatic: 4, 6, 8
   int32_t static_rank = 0;              // kStatic: leading channels of K, rounded up to chunks;
                                         // 0 = all
@@ -30,6 +55,7 @@ struct DecisionParams {
   int32_t coarse_rank = 0;              // two-stage scan: leading channels read first, rounded up
                                         // to chunks; 0 = one stage
   float coarse_z = 2.0f;                // two-stage scan: margin in standard deviations
+  ThetaModel theta_model;               // kLearned
 };
 
 // Key reads of a page: `bits` of the leading `chunks` rank chunks. chunks == 0: not read.

@@ -91,7 +91,7 @@ ADAATTN_HD constexpr PageDepth StaticDepth(const DecisionParams& params, int32_t
   return depth;
 }
 
-// The ladder's depth of one page. `theta` is params.theta, or what the budget chose (0 reads every
+// The ladder's depth of one page. `theta` is what the policy gives the head (0 reads every
 // page that has any mass at full depth). An unopened page stays at its coarse prefix.
 ADAATTN_HD constexpr PageDepth LadderDepth(const DecisionParams& params, float theta, float share,
                                            const PageFacts& facts, int32_t head_dim,

@@ -4,8 +4,8 @@
 
 namespace adaattn {
 namespace {
-constexpr Policy kPolicies[] = {Policy::kFullDepth, Policy::kStatic, Policy::kThreshold,
-                                Policy::kBudget};
+constexpr Policy kPolicies[] = {Policy::kFullDepth, Policy::kStatic,  Policy::kThreshold,
+                                Policy::kBudget,    Policy::kEntropy, Policy::kLearned};
 }  // namespace
 
 const char* PolicyName(Policy policy) {
@@ -18,6 +18,10 @@ const char* PolicyName(Policy policy) {
       return "threshold";
     case Policy::kBudget:
       return "budget";
+    case Policy::kEntropy:
+      return "entropy";
+    case Policy::kLearned:
+      return "learned";
   }
   return "unknown";
 }
@@ -41,7 +45,8 @@ std::string DebugString(const DecisionParams& params) {
       absl::StrAppend(&text, " coarse_rank=", params.coarse_rank, " z=", params.coarse_z);
     }
   }
-  if (params.policy == Policy::kBudget) {
+  if (params.policy == Policy::kEntropy) absl::StrAppend(&text, " theta=", params.theta);
+  if (params.policy == Policy::kBudget || params.policy == Policy::kLearned) {
     absl::StrAppend(&text, " target_relative_error=", params.target_relative_error);
   }
   if (params.policy != Policy::kFullDepth) {

@@ -5,6 +5,7 @@
 #include "kernels/format/nested_code.h"
 #include "kernels/policy/budget.h"
 #include "kernels/policy/entropy.h"
+#include "kernels/policy/theta.h"
 #include "kernels/reference/progressive_step_f64.h"
 
 // The first half of a step: scan, estimate, choose depths, predict the error.
@@ -133,12 +134,32 @@ float StepRun::ChooseBudget() const {
       if (!Sees(row, p)) continue;
       const double weight =
           row.norm2 > 0 ? 1.0 / (row.norm2 * static_cast<double>(rows_.size())) : 0.0;
-      AddToBudget(step_.decision, ErrorInputs(row, p), static_cast<float>(weight), d_, stored_bits_,
-                  &budget);
+      const PageErrorInputs inputs = ErrorInputs(row, p);
+      AddToBudget(inputs.share, ErrorParts(inputs, d_), static_cast<float>(weight), &budget);
     }
     budgets.push_back(budget);
   }
-  return ChooseTheta(step_.decision, budgets, d_, stored_bits_).theta;
+  return adaattn::ChooseTheta(step_.decision, budgets, d_, stored_bits_).theta;
+}
+
+float StepRun::ChooseTheta() const {
+  const DecisionParams& params = step_.decision;
+  if (params.policy == Policy::kBudget) return ChooseBudget();
+  MassSums sums;
+  for (const Row& row : rows_) {
+    MassSums own;
+    for (int32_t p = 0; p < num_pages(); ++p) {
+      if (!Sees(row, p)) continue;
+      const auto i = static_cast<size_t>(p);
+      AddPageMass(static_cast<float>(std::exp(row.log_mass[i] - row.lse)),
+                  static_cast<float>(row.scans[i].concentration),
+                  static_cast<float>(row.scans[i].variance), &own);
+    }
+    if (row.lse > kNoMass) AddDenseMass(1.0f - own.sealed, &own);
+    AddMasses(own, &sums);
+  }
+  return ThetaFromMasses(params, sums, static_cast<int32_t>(rows_.size()),
+                         static_cast<int32_t>(std::count(visible_.begin(), visible_.end(), true)));
 }
 
 // Second stage: pages that the coarse scan cannot rule out are scanned in full.
@@ -168,12 +189,11 @@ void StepRun::SelectByScan() {
   const DecisionParams& params = step_.decision;
   const int32_t coarse = CoarseChunks(params, d_);
   const int32_t chunks = coarse > 0 ? coarse : NumRankChunks(d_);
-  float theta = params.theta;
   sink_value_bits_ = stored_bits_;
   ScanAll(KeyDepth{kScanBits, static_cast<uint8_t>(chunks)}, /*correct=*/true);
-  if (coarse > 0) OpenPages(theta);
+  if (coarse > 0) OpenPages(params.theta);
   for (Row& row : rows_) Estimate(&row);
-  if (params.policy == Policy::kBudget) theta = ChooseBudget();
+  const float theta = ChooseTheta();
   result_.decision.theta = theta;
   for (int32_t p = 0; p < num_pages(); ++p) {
     if (!visible_[static_cast<size_t>(p)]) continue;
@@ -194,7 +214,7 @@ void StepRun::SelectByScan() {
 
 void StepRun::Select() {
   const DecisionParams& params = step_.decision;
-  if (params.policy == Policy::kThreshold || params.policy == Policy::kBudget) {
+  if (UsesLadder(params.policy)) {
     SelectByScan();
     return;
   }
@@ -218,12 +238,12 @@ void StepRun::Predict() {
   double total = 0.0;
   for (size_t i = 0; i < rows_.size(); ++i) {
     const Row& row = rows_[i];
-    double error2 = 0.0;
+    ErrorTerms terms;
     for (int32_t p = 0; p < num_pages(); ++p) {
-      if (Sees(row, p)) error2 += PredictedPageError(ErrorInputs(row, p), depth(p).value_bits, d_);
+      if (!Sees(row, p)) continue;
+      AddTerms(TermsOf(ErrorParts(ErrorInputs(row, p), d_), 1.0f, depth(p).value_bits), &terms);
     }
-    if (row.norm2 > 0) error2 /= row.norm2;
-    if (!(row.norm2 > 0)) error2 = 0.0;
+    const double error2 = RelativeErrorSquare(terms, static_cast<float>(row.norm2));
     result_.predicted[i] = std::sqrt(error2);
     total += error2;
   }

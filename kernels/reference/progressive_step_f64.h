@@ -66,6 +66,7 @@ class StepRun {
   void OpenPages(float theta);
   PageErrorInputs ErrorInputs(const Row& row, int32_t page) const;
   float ChooseBudget() const;
+  float ChooseTheta() const;
   void Select();
   void SelectByScan();
   void Predict();

@@ -5,6 +5,7 @@
 // and what float64 says about the same. ADAATTN_TEST_BACKEND names the backend (default cpu), so
 // that every backend runs the same tests.
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <random>
@@ -73,6 +74,10 @@ class BackendHarness {
   explicit BackendHarness(const HarnessOptions& options);
 
   Backend& backend() { return *backend_; }
+  bool Supports(Policy policy) const {
+    const std::vector<Policy>& policies = backend_->info().policies;
+    return std::find(policies.begin(), policies.end(), policy) != policies.end();
+  }
   bool ok() const { return backend_ != nullptr; }
   const HarnessOptions& options() const { return options_; }
   std::mt19937& random() { return random_; }

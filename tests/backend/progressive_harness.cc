@@ -184,7 +184,9 @@ void ProgressiveHarness::CompareHead(const StepCase& step, const StepOutput& out
   EXPECT_EQ(actual.dense_tokens, expected.decision.dense_tokens);
   const bool any_page = std::any_of(std::begin(actual.value_pages), std::end(actual.value_pages),
                                     [](int32_t pages) { return pages > 0; });
-  EXPECT_FLOAT_EQ(actual.theta, any_page ? expected.decision.theta : 0.0f);
+  // Entropy and learned theta come from sums of exponentials; the others are of a grid.
+  const float theta = any_page ? expected.decision.theta : 0.0f;
+  EXPECT_NEAR(actual.theta, theta, (step.decision.policy > Policy::kBudget ? 1e-3 : 1e-6) * theta);
   EXPECT_NEAR(actual.entropy, expected.decision.entropy, 1e-3);
   EXPECT_NEAR(actual.predicted_error, expected.decision.predicted_error,
               (moved == 0 ? 0.01 : 0.5) * expected.decision.predicted_error + 1e-6);

@@ -41,6 +41,22 @@ DecisionParams Full() {
   return params;
 }
 
+DecisionParams Relative(float theta) {
+  DecisionParams params;
+  params.policy = Policy::kEntropy;
+  params.theta = theta;
+  return params;
+}
+
+// A model that makes something of every feature and stays inside the range of theta.
+DecisionParams Learned(float target) {
+  DecisionParams params;
+  params.policy = Policy::kLearned;
+  params.target_relative_error = target;
+  params.theta_model = {{-1.0f, 1.2f, -0.3f, 0.4f, 0.2f, -0.1f, -0.3f, -0.2f}};
+  return params;
+}
+
 using Shape = std::tuple<int32_t, int32_t>;  // head_dim, group size
 
 class ProgressiveShapeTest : public ::testing::TestWithParam<Shape> {};
@@ -55,8 +71,9 @@ TEST_P(ProgressiveShapeTest, MatchesTheReferenceUnderEveryPolicy) {
   const int32_t half = options.shape.head_dim / 2;
   for (const DecisionParams& params :
        {Threshold(0.004f), Threshold(0.02f, half), Threshold(0.0005f), Budget(0.05f), Budget(0.3f),
-        Static(6, half, 4), Full()}) {
+        Static(6, half, 4), Full(), Relative(0.05f), Learned(0.1f)}) {
     SCOPED_TRACE(DebugString(params));
+    if (!progressive.harness().Supports(params.policy)) continue;
     StepCase step = progressive.NewStep(1);
     step.decision = params;
     progressive.RunAndCompare(step);
@@ -128,7 +145,9 @@ TEST_F(ProgressiveTest, MatchesTheReferenceWithManyRowsWindowsAndSoftCap) {
   for (const int32_t q_len : {1, 2, 5, 8}) {
     for (const int64_t window : {0, 1, 100, 333, 640}) {
       for (const float softcap : {0.0f, 4.0f}) {
-        for (const DecisionParams& params : {Threshold(0.01f), Threshold(0.01f, 16), Full()}) {
+        for (const DecisionParams& params :
+             {Threshold(0.01f), Threshold(0.01f, 16), Relative(0.05f), Full()}) {
+          if (!progressive.harness().Supports(params.policy)) continue;
           SCOPED_TRACE("q_len " + std::to_string(q_len) + " window " + std::to_string(window) +
                        " softcap " + std::to_string(softcap) + " " + DebugString(params));
           StepCase step = progressive.NewStep(q_len);

@@ -110,6 +110,59 @@ TEST_F(BadInputTest, FieldsOutOfRangeAreNamed) {
   ExpectRefused(request, grpc::StatusCode::INVALID_ARGUMENT, {"kv_follows", "AttendStream"});
 }
 
+TEST_F(BadInputTest, BudgetsMustMakeSense) {
+  const auto refuse = [this](void (*spoil)(v1::AttendOptions*), std::vector<std::string> parts) {
+    v1::AttendRequest request = Good();
+    spoil(request.mutable_options());
+    ExpectRefused(request, grpc::StatusCode::INVALID_ARGUMENT, parts);
+  };
+  using Options = v1::AttendOptions;
+  for (const float bad : {-0.1f, 1.5f, std::numeric_limits<float>::quiet_NaN(),
+                          std::numeric_limits<float>::infinity()}) {
+    v1::AttendRequest request = Good();
+    request.mutable_options()->set_target_relative_error(bad);
+    ExpectRefused(request, grpc::StatusCode::INVALID_ARGUMENT,
+                  {"options.target_relative_error", "(0, 1]"});
+  }
+  refuse(
+      [](Options* o) {
+        o->set_target_relative_error(0.1f);
+        o->set_max_relative_error(0.05f);
+      },
+      {"options.max_relative_error", "0.05", "0.1"});
+  refuse(
+      [](Options* o) {
+        o->set_mode(v1::MODE_EXACT);
+        o->set_target_relative_error(0.1f);
+      },
+      {"options.target_relative_error", "unset with MODE_EXACT"});
+  refuse(
+      [](Options* o) {
+        o->set_mode(v1::MODE_STATIC);
+        o->set_policy(v1::POLICY_BUDGET);
+      },
+      {"options.policy", "MODE_STATIC"});
+  refuse(
+      [](Options* o) {
+        o->set_mode(v1::MODE_STATISTICAL);
+        o->set_static_rank(16);
+      },
+      {"options.static_rank", "MODE_STATISTICAL"});
+  refuse(
+      [](Options* o) {
+        o->set_policy(v1::POLICY_BUDGET);
+        o->set_theta(0.01f);
+      },
+      {"options.theta", "POLICY_BUDGET"});
+  refuse(
+      [](Options* o) {
+        o->set_policy(v1::POLICY_THRESHOLD);
+        o->set_max_relative_error(0.2f);
+      },
+      {"options.max_relative_error", "POLICY_THRESHOLD"});
+  refuse([](Options* o) { o->set_policy(static_cast<v1::Policy>(77)); }, {"options.policy", "77"});
+}
+
 TEST_F(BadInputTest, NumbersThatAreNoneAppendNothing) {
   for (const float bad :
        {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
@@ -299,6 +352,14 @@ TEST_F(BadInputTest, SessionsAreOpenedOnlyAsTheContractSays) {
   refuse([](Request* r) { r->set_profile("none"); }, grpc::StatusCode::NOT_FOUND, {"none"});
   refuse([](Request* r) { r->mutable_default_options()->set_theta(2); }, invalid,
          {"default_options.theta", "2"});
+  refuse(
+      [](Request* r) {
+        r->mutable_default_options()->set_policy(v1::POLICY_ENTROPY);
+        r->mutable_default_options()->set_target_relative_error(0.1f);
+      },
+      invalid, {"default_options.target_relative_error", "POLICY_ENTROPY"});
+  refuse([](Request* r) { r->mutable_default_options()->set_policy(v1::POLICY_LEARNED); },
+         grpc::StatusCode::FAILED_PRECONDITION, {"LEARNED", "policy-file"});
   refuse([](Request* r) { r->mutable_default_options()->set_mode(v1::MODE_EXACT); },
          grpc::StatusCode::FAILED_PRECONDITION, {"FULL_DEPTH"});
 }

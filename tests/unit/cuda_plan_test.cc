@@ -105,6 +105,11 @@ TEST(PlanKeyTest, RefusesWhatHasNoKernelAndSaysWhatHas) {
   EXPECT_EQ(MakePlanKey(batch.get()).status().code(), absl::StatusCode::kUnimplemented);
   batch.steps[0].q_len = 8;
   EXPECT_TRUE(MakePlanKey(batch.get()).ok());
+  batch.steps[0].decision.policy = Policy::kEntropy;
+  status = MakePlanKey(batch.get()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
+  EXPECT_NE(status.message().find("policy entropy"), absl::string_view::npos);
+  batch.steps[0].decision.policy = Policy::kBudget;
   batch.steps[0].kv_len = int64_t{1} << 31;
   EXPECT_EQ(MakePlanKey(batch.get()).status().code(), absl::StatusCode::kUnimplemented);
 }

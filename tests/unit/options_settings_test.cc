@@ -94,6 +94,15 @@ TEST(OptionsTest, ErrorsNameSettingValueAndRange) {
   EXPECT_THAT(MessageOf(ParseCommandLine({"--pool-bytes=9000000000GiB"})), HasSubstr("pool-bytes"));
   EXPECT_THAT(MessageOf(ParseCommandLine({"--fit-tokens=100"})),
               AllOf(HasSubstr("fit-tokens"), HasSubstr("multiple of 64")));
+  EXPECT_THAT(MessageOf(ParseCommandLine({"--default-policy=best"})),
+              AllOf(HasSubstr("default-policy"), HasSubstr("entropy, learned")));
+  EXPECT_THAT(MessageOf(ParseCommandLine({"--default-policy=learned"})), HasSubstr("policy-file"));
+  EXPECT_THAT(MessageOf(ParseCommandLine({"--default-static-key-bits=5"})),
+              AllOf(HasSubstr("default-static-key-bits"), HasSubstr("odd")));
+  EXPECT_THAT(MessageOf(ParseCommandLine({"--default-target-relative-error=0"})),
+              HasSubstr("default-target-relative-error"));
+  EXPECT_THAT(MessageOf(ParseCommandLine({"--default-max-relative-error=0.01"})),
+              AllOf(HasSubstr("default-target-relative-error"), HasSubstr("must not exceed")));
   EXPECT_THAT(MessageOf(ParseCommandLine({"--no-such-thing=1"})), HasSubstr("--no-such-thing"));
   EXPECT_THAT(MessageOf(ParseCommandLine({"serve"})), HasSubstr("\"serve\" is not a flag"));
   EXPECT_THAT(MessageOf(ParseCommandLine({"--listen"})), HasSubstr("--listen needs a value"));

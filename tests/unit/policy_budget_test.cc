@@ -27,14 +27,22 @@ PageErrorInputs Inputs(float share) {
   return inputs;
 }
 
-std::vector<PageBudget> Budgets(const DecisionParams& params, const std::vector<float>& shares) {
+std::vector<PageBudget> Budgets(const std::vector<float>& shares) {
   std::vector<PageBudget> pages;
   for (const float share : shares) {
     PageBudget page;
-    AddToBudget(params, Inputs(share), /*weight=*/0.5f, kDim, 8, &page);
+    AddToBudget(share, ErrorParts(Inputs(share), kDim), /*weight=*/0.5f, &page);
     pages.push_back(page);
   }
   return pages;
+}
+
+double ErrorAt(const DecisionParams& params, const std::vector<PageBudget>& pages, float theta) {
+  ErrorTerms sum;
+  for (const PageBudget& page : pages) {
+    AddTerms(BudgetTermsAt(params, page, theta, kDim, 8), &sum);
+  }
+  return std::sqrt(ErrorSquare(sum));
 }
 
 DecisionParams BudgetParams(float target) {
@@ -46,10 +54,37 @@ DecisionParams BudgetParams(float target) {
 
 TEST(ErrorModelTest, PageErrorIsTheFormula) {
   const PageErrorInputs page = Inputs(0.1f);
-  EXPECT_NEAR(PredictedPageError(page, 0, kDim), 0.01 * (4.0 + 0.04 * 3.0), 1e-8);
+  const ErrorTerms skipped = TermsOf(ErrorParts(page, kDim), 1, 0);
+  EXPECT_NEAR(skipped.square, 0.01 * 0.25 * 4.0, 1e-8);
+  EXPECT_NEAR(skipped.amplitude, 0.1 * 0.5 * 2.0, 1e-8);
   const double value_variance = 64 * std::pow(1.0 / 8, 2) / 12;  // 4 bits: steps of r / 8
-  EXPECT_NEAR(PredictedPageError(page, 4, kDim),
-              0.01 * 0.25 * (0.04 * (4.0 + 3.0) + value_variance), 1e-8);
+  const ErrorTerms read = TermsOf(ErrorParts(page, kDim), 1, 4);
+  EXPECT_NEAR(read.square,
+              0.01 * 0.25 * (std::pow(1 - 0.025, 2) * 0.04 * (4.0 + 3.0) + value_variance), 1e-8);
+  EXPECT_EQ(read.amplitude, 0.0f);
+}
+
+TEST(ErrorModelTest, SkippedPagesAddUpInPart) {
+  ErrorTerms sum;
+  for (int i = 0; i < 100; ++i) AddTerms(TermsOf(ErrorParts(Inputs(0.01f), kDim), 1, 0), &sum);
+  const double one = 0.0001 * 0.25 * 4.0;
+  EXPECT_NEAR(ErrorSquare(sum), 100 * one + kCoherence * 100 * 100 * one, 1e-6);
+}
+
+TEST(ErrorModelTest, RelativeErrorCountsWhatWasLost) {
+  ErrorTerms terms;
+  EXPECT_EQ(RelativeErrorSquare(terms, 0.0f), 0.0f);
+  terms.square = 1.0f;
+  EXPECT_EQ(RelativeErrorSquare(terms, 0.0f), 1.0f);
+  EXPECT_EQ(RelativeErrorSquare(terms, 3.0f), 0.25f);
+}
+
+TEST(ErrorModelTest, ATokenWithAllMassIsWhatItIsWhateverItsScore) {
+  PageErrorInputs page = Inputs(1.0f);
+  page.concentration = 1.0f;
+  const float before = TermsOf(ErrorParts(page, kDim), 1, 8).square;
+  page.score_variance = 4.0f;
+  EXPECT_FLOAT_EQ(TermsOf(ErrorParts(page, kDim), 1, 8).square, before);
 }
 
 TEST(ErrorModelTest, ScoreVarianceCountsReadAndUnreadChannels) {
@@ -88,10 +123,34 @@ TEST(BudgetTest, GridIsHalfOctaves) {
   }
 }
 
+TEST(BudgetTest, KnowsWhereAPagesDepthChanges) {
+  std::vector<float> shares = {0, 1e-9f, 1.0f, std::numeric_limits<float>::quiet_NaN()};
+  for (int32_t i = 0; i < kNumBudgetThetas; ++i) {
+    for (const float scale : {0.999f, 1.0f, 1.001f, 4.0f, 64.0f}) {
+      shares.push_back(scale * BudgetTheta(i));
+    }
+  }
+  for (const float share : shares) {
+    const int32_t below = NumThetasBelow(share);
+    for (int32_t i = 0; i < kNumBudgetThetas; ++i) {
+      const int32_t bits = i < below - 12  ? 8
+                           : i < below - 8 ? 6
+                           : i < below - 4 ? 4
+                           : i < below     ? 2
+                                           : 0;
+      EXPECT_EQ(LadderValueBits(share, BudgetTheta(i)), bits) << share << " at " << i;
+    }
+  }
+}
+
 TEST(BudgetTest, ErrorsFallWithDepth) {
-  const std::vector<PageBudget> pages = Budgets(BudgetParams(0.05f), {0.2f});
-  for (int32_t depth = 2; depth < kNumValueDepths; ++depth) {
-    EXPECT_LT(pages[0].error[depth], pages[0].error[depth - 1]) << depth;
+  const DecisionParams params = BudgetParams(0.05f);
+  const std::vector<PageBudget> pages = Budgets({0.2f});
+  float last = std::numeric_limits<float>::infinity();
+  for (const float theta : {0.1f, 0.04f, 0.01f, 0.002f}) {  // 2, 4, 6, 8 bits
+    const float square = BudgetTermsAt(params, pages[0], theta, kDim, 8).square;
+    EXPECT_LT(square, last) << theta;
+    last = square;
   }
 }
 
@@ -100,20 +159,15 @@ TEST(BudgetTest, TakesTheLargestThetaThatFits) {
   float last = 0.0f;
   for (const float target : {0.02f, 0.05f, 0.1f, 0.3f}) {
     const DecisionParams params = BudgetParams(target);
-    const std::vector<PageBudget> pages = Budgets(params, shares);
+    const std::vector<PageBudget> pages = Budgets(shares);
     const BudgetChoice choice = ChooseTheta(params, pages, kDim, 8);
     ASSERT_FALSE(choice.fallback) << target;
     EXPECT_GE(choice.theta, last) << "a wider budget never reads more";
     EXPECT_LE(choice.predicted_error, kBudgetMargin * target);
-    double sum = 0.0;
-    for (const PageBudget& page : pages) sum += BudgetErrorAt(params, page, choice.theta, kDim, 8);
-    EXPECT_NEAR(choice.predicted_error, std::sqrt(sum), 1e-6);
+    EXPECT_NEAR(choice.predicted_error, ErrorAt(params, pages, choice.theta), 1e-6);
     if (choice.theta < 0.25f) {
-      double next = 0.0;
-      for (const PageBudget& page : pages) {
-        next += BudgetErrorAt(params, page, choice.theta * 1.41421356f, kDim, 8);
-      }
-      EXPECT_GT(std::sqrt(next), kBudgetMargin * target) << "the next theta would not fit";
+      EXPECT_GT(ErrorAt(params, pages, choice.theta * 1.41421356f), kBudgetMargin * target)
+          << "the next theta would not fit";
     }
     last = choice.theta;
   }
@@ -122,11 +176,11 @@ TEST(BudgetTest, TakesTheLargestThetaThatFits) {
 
 TEST(BudgetTest, FallsBackToFullDepthWhereNothingFits) {
   const DecisionParams params = BudgetParams(1e-5f);
-  const std::vector<PageBudget> pages = Budgets(params, {0.9f, 0.05f});
+  const std::vector<PageBudget> pages = Budgets({0.9f, 0.05f});
   const BudgetChoice choice = ChooseTheta(params, pages, kDim, 8);
   EXPECT_TRUE(choice.fallback);
   EXPECT_EQ(choice.theta, 0.0f);
-  EXPECT_NEAR(choice.predicted_error, std::sqrt(pages[0].error[4] + pages[1].error[4]), 1e-7);
+  EXPECT_NEAR(choice.predicted_error, ErrorAt(params, pages, 0), 1e-7);
   EXPECT_EQ(LadderDepth(params, choice.theta, 0.05f, {}, kDim, 8).value_bits, 8);
 }
 
@@ -139,8 +193,8 @@ TEST(BudgetTest, NoPagesNeedNoBits) {
 TEST(BudgetTest, FlatAttentionMaySkipWhatOnePeakMayNot) {
   const DecisionParams params = BudgetParams(0.1f);
   const std::vector<float> flat(128, 1.0f / 128);
-  const BudgetChoice over_flat = ChooseTheta(params, Budgets(params, flat), kDim, 8);
-  const BudgetChoice over_peak = ChooseTheta(params, Budgets(params, {1.0f}), kDim, 8);
+  const BudgetChoice over_flat = ChooseTheta(params, Budgets(flat), kDim, 8);
+  const BudgetChoice over_peak = ChooseTheta(params, Budgets({1.0f}), kDim, 8);
   // The flat pages' errors average out, so a page may hold more than its share before it is read.
   EXPECT_GT(over_flat.theta, 1.0f / 512);
   EXPECT_GE(LadderValueBits(1.0f, over_peak.theta), 4);
@@ -151,7 +205,7 @@ TEST(BudgetTest, ANanPredictionFallsBack) {
   PageErrorInputs inputs = Inputs(0.5f);
   inputs.mean_distance2 = std::numeric_limits<float>::quiet_NaN();
   const DecisionParams params = BudgetParams(0.5f);
-  AddToBudget(params, inputs, 0.5f, kDim, 8, &page);
+  AddToBudget(inputs.share, ErrorParts(inputs, kDim), 0.5f, &page);
   EXPECT_TRUE(ChooseTheta(params, {&page, 1}, kDim, 8).fallback);
 }
 
@@ -202,14 +256,14 @@ TEST(DecisionTest, KeyDepthIndexNamesEveryDepthOnce) {
 }
 
 TEST(PolicyNamesTest, EveryNameIsReadBack) {
-  for (const Policy policy :
-       {Policy::kFullDepth, Policy::kStatic, Policy::kThreshold, Policy::kBudget}) {
+  for (const Policy policy : {Policy::kFullDepth, Policy::kStatic, Policy::kThreshold,
+                              Policy::kBudget, Policy::kEntropy, Policy::kLearned}) {
     EXPECT_EQ(ParsePolicy(PolicyName(policy)), policy);
     DecisionParams params;
     params.policy = policy;
     EXPECT_THAT(DebugString(params), HasSubstr(PolicyName(policy)));
   }
-  EXPECT_EQ(ParsePolicy("entropy"), std::nullopt);
+  EXPECT_EQ(ParsePolicy("exact"), std::nullopt);
   EXPECT_EQ(ParsePolicy(""), std::nullopt);
 }
 

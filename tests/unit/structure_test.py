@@ -28,7 +28,7 @@ SERVER_LAYERS = {
     "server": ["server"],
     "services": ["attend_call", "attend_reactors", "attend_stream", "attention_service", "control_calls",
                  "export_reactor", "import_reactor", "kv_reactors"],
-    "messages": ["attend_reply", "attend_validation", "call", "validation", "wire"],
+    "messages": ["attend_reply", "attend_validation", "call", "policy_options", "validation", "wire"],
     "outside": ["admin_page", "metrics", "option_checks", "option_table", "options"],
     "engine": ["engine"],
     "work": ["auditor", "batch_reply", "batch_runner", "decision_summary", "engine_observer",
@@ -38,7 +38,7 @@ SERVER_LAYERS = {
     "session": ["session"],
     "pages": ["attend_options", "page_allocator", "session_id"],
     "leaves": ["admission", "clock", "http_server", "live_page", "log", "metric_registry", "metric_table",
-               "process_stats"],
+               "policy_file", "process_stats"],
 }
 # Layers that know the generated messages and gRPC; everything else is free of both.
 MESSAGE_LAYERS = {"server", "services", "messages"}

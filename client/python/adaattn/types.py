@@ -45,6 +45,8 @@ class Policy(enum.IntEnum):
     DEFAULT = 0
     THRESHOLD = 1
     BUDGET = 2
+    ENTROPY = 3
+    LEARNED = 4
 
 
 class Detail(enum.IntEnum):

@@ -1,0 +1,144 @@
+// Policies over the wire: each answers, each is counted, and the learned one finds its weights.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <string>
+
+#include "integration/server_fixture.h"
+#include "kernels/policy/theta.h"
+#include "kernels/reference/attention_f64.h"
+
+namespace adaattn {
+namespace {
+
+using ::testing::HasSubstr;
+
+// A model that gives theta = 2^log_theta whatever it sees.
+std::string ConstantPolicy(int log_theta, int version = 1) {
+  std::string features;
+  for (const char* name : kThetaFeatureNames) {
+    features += (features.empty() ? "\"" : ", \"") + std::string(name) + "\"";
+  }
+  return R"({"format": "adaattn-policy", "version": )" + std::to_string(version) +
+         R"(, "features": [)" + features + R"(], "weights": [)" + std::to_string(log_theta) +
+         ", 0, 0, 0, 0, 0, 0, 0]}";
+}
+
+class PolicyServerTest : public ServerFixture {
+ protected:
+  static constexpr int64_t kTokens = 1536;
+
+  ServerOptions Options() const override {
+    ServerOptions options = ServerFixture::Options();
+    options.policy_file = dir_.File("policy.json");
+    std::ofstream(options.policy_file) << ConstantPolicy(-7);
+    return options;
+  }
+
+  v1::SessionRef OpenSealed(v1::OpenSessionRequest request) {
+    v1::SessionRef session;
+    const grpc::Status status = TryOpen(request, &session);
+    EXPECT_TRUE(status.ok()) << status.error_message();
+    ImportTokens(session, kTokens, k_, v_);
+    server_->engine()->Quiesce();
+    return session;
+  }
+  v1::AttendRequest Query(const v1::SessionRef& session, v1::Policy policy) const {
+    v1::AttendRequest request;
+    AddSequence(session, kTokens, 0, 1, 0, &request);
+    *request.mutable_q() = F32Tensor(q_, {1, kQHeads, kDim});
+    request.mutable_options()->set_policy(policy);
+    request.mutable_options()->set_detail(v1::DECISION_DETAIL_PER_HEAD);
+    return request;
+  }
+  v1::Decision Decide(const v1::AttendRequest& request) {
+    v1::AttendResponse response;
+    const grpc::Status status = Attend(request, &response);
+    EXPECT_TRUE(status.ok()) << status.error_message();
+    if (!status.ok()) return {};
+    EXPECT_EQ(response.sequences(0).code(), 0) << response.sequences(0).message();
+    AttentionF64Params params;
+    params.shape = {kQHeads, kKvHeads, kDim};
+    params.kv_len = kTokens;
+    params.q_len = 1;
+    params.q_start = kTokens - 1;
+    params.softmax_scale = 1 / std::sqrt(static_cast<double>(kDim));
+    const auto expected = AttentionF64(params, q_.data(), k_.data(), v_.data()).out;
+    EXPECT_LT(RelativeError(ReadF32(response.o()), expected), 0.6);
+    return response.sequences(0).decision();
+  }
+
+  const Floats k_ = RandomFloats(kTokens * kKvRow, 1), v_ = RandomFloats(kTokens * kKvRow, 2);
+  const Floats q_ = RandomFloats(kQRow, 3);
+};
+
+TEST_F(PolicyServerTest, EveryPolicyAnswersAndIsCounted) {
+  const v1::SessionRef session = OpenSealed(OpenRequest(v1::PAGE_FORMAT_PROGRESSIVE));
+  auto before = Samples();
+  v1::AttendRequest request = Query(session, v1::POLICY_THRESHOLD);
+  request.mutable_options()->set_theta(0.01f);
+  const v1::Decision threshold = Decide(request);
+  for (const v1::HeadDecision& head : threshold.heads()) EXPECT_EQ(head.theta(), 0.01f);
+
+  const v1::Decision budget = Decide(Query(session, v1::POLICY_BUDGET));
+  EXPECT_FLOAT_EQ(budget.effective_target(), 0.05f);
+
+  request = Query(session, v1::POLICY_ENTROPY);
+  request.mutable_options()->set_theta(0.1f);
+  const v1::Decision entropy = Decide(request);
+  // Random keys spread the mass over all 24 pages, or nearly.
+  for (const v1::HeadDecision& head : entropy.heads()) {
+    EXPECT_GT(head.theta(), 0.1f / 24);
+    EXPECT_LT(head.theta(), 0.1f / 12);
+  }
+  EXPECT_EQ(entropy.effective_target(), 0);
+
+  request = Query(session, v1::POLICY_LEARNED);
+  request.mutable_options()->set_target_relative_error(0.2f);
+  const v1::Decision learned = Decide(request);
+  for (const v1::HeadDecision& head : learned.heads()) EXPECT_FLOAT_EQ(head.theta(), 1.0f / 128);
+  EXPECT_FLOAT_EQ(learned.effective_target(), 0.2f);
+
+  server_->engine()->Quiesce();  // The last batch is recorded.
+  auto after = Samples();
+  for (const char* policy : {"threshold", "budget", "entropy", "learned"}) {
+    const std::string name = "adaattn_head_policies_total{policy=\"" + std::string(policy) + "\"}";
+    EXPECT_EQ(after.at(name) - before.at(name), kKvHeads) << policy;
+  }
+}
+
+TEST_F(PolicyServerTest, AProfileBringsItsOwnPolicy) {
+  v1::UploadProfileRequest profile;
+  profile.set_name("tuned");
+  v1::OpenSessionRequest open = OpenRequest(v1::PAGE_FORMAT_PROGRESSIVE);
+  *profile.mutable_model() = open.model();
+  profile.set_policy_json(ConstantPolicy(-9));
+  v1::UploadProfileResponse uploaded;
+  grpc::ClientContext context;
+  const grpc::Status status = stub_->UploadProfile(&context, profile, &uploaded);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  open.set_profile("tuned");
+  open.mutable_default_options()->set_policy(v1::POLICY_LEARNED);
+  const v1::SessionRef session = OpenSealed(open);
+  const v1::Decision decision = Decide(Query(session, v1::POLICY_UNSPECIFIED));
+  for (const v1::HeadDecision& head : decision.heads()) EXPECT_FLOAT_EQ(head.theta(), 1.0f / 512);
+
+  profile.set_policy_json(ConstantPolicy(-9, /*version=*/2));
+  grpc::ClientContext again;
+  const grpc::Status refused = stub_->UploadProfile(&again, profile, &uploaded);
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(refused.error_message(), HasSubstr("policy_json: policy file: version: 2"));
+}
+
+TEST_F(PolicyServerTest, AServerWithABadPolicyFileDoesNotStart) {
+  ServerOptions options = Options();
+  std::ofstream(options.policy_file) << ConstantPolicy(-9, 3);
+  const absl::Status status = Server::Start(options).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(status.message(), HasSubstr("version: 3"));
+}
+
+}  // namespace
+}  // namespace adaattn
