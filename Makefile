@@ -5,7 +5,7 @@ TEST_JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test test-python bench test-asan test-tsan cuda lint format format-check docs-check \
+.PHONY: help demo serve test test-python quality ablation bench test-asan test-tsan cuda lint format format-check docs-check \
         gpu-bundle setup setup-check clean
 
 help:  ## Lists these targets
@@ -35,6 +35,20 @@ test-python: setup build/release/build.ninja  ## The tests of the Python client,
 	@scripts/python client/python
 	@ninja -C build/release -j$(JOBS) adaattn_server
 	@.venv/bin/python -m pytest -q client/python/tests
+
+quality: setup build/release/build.ninja  ## A whole model over the server: perplexity, KL, retrieval (short; docs/quality.md has the long form)
+	@scripts/setup quality
+	@scripts/python client/python loadtest/quality
+	@ninja -C build/release -j$(JOBS) adaattn_server
+	@.venv/bin/python -m pytest -q loadtest/quality/tests
+	@scripts/quality --report build/quality/perplexity.json perplexity --tokens 2048 '{text}'
+	@scripts/quality --report build/quality/retrieval.json retrieval --contexts 2 --tokens 1536 '{text}'
+
+ablation: setup build/release/build.ninja  ## What each part of the design is worth, as a report with plots: build/ablation
+	@scripts/setup quality
+	@scripts/python client/python loadtest/quality
+	@ninja -C build/release -j$(JOBS) adaattn_server
+	@scripts/quality --report build/ablation/report.json ablation '{text}'
 
 bench: setup build/release/build.ninja  ## Times the kernels, and a small Attend beside a bare gRPC echo
 	@ninja -C build/release -j$(JOBS) adaattn_cpu_decode_bench adaattn_echo_bench adaattn_server

@@ -141,7 +141,9 @@ void Engine::LoseDevice(const absl::Status& status) {
 }
 
 bool Engine::BetweenBatches(bool idle) {
-  bool progress = false;
+  // After a batch: seal at once unless another one is waiting. A steady stream never leaves a whole
+  // tick of idleness, so waiting for one would let its pages pile up to the limit.
+  bool progress = !idle && !sealer_.idle();
   if (idle || sealer_.over_limit()) progress = SealSlice();
   if (clock_->Now() >= next_tick_) Tick();
   if (!idle) ReportGauges();

@@ -156,7 +156,8 @@ void AddEngine(ServerOptions* o, std::vector<Setting>* table) {
                     "Pages sealed in one go: the longest that a step may wait for sealing.", 1,
                     65536});
   table->push_back({"max-seal-backlog-pages", &engine.seal.max_backlog_pages,
-                    "Above this many, sealing goes before the next batch.", 1, kMaxCount});
+                    "Above this many, sealing goes before the next batch; 0 = whenever one is due.",
+                    0, kMaxCount});
   table->push_back({"refit-drift-ratio", &engine.seal.refit_drift_ratio,
                     "Mean drift above which a new basis is fitted; 0 = never.", 0, 1e6});
   table->push_back({"audit-share", &engine.audit_share,

@@ -50,6 +50,16 @@ TEST_F(EngineSealTest, SealsAPageWhenItsSuccessorIsFull) {
   EXPECT_EQ(observer_.sealed, 4);
 }
 
+TEST_F(EngineSealTest, SealsBetweenTheStepsOfASteadyStream) {
+  const auto session = OpenProgressive();
+  EXPECT_EQ(AppendOnes(session, 0, 256), 256);
+  // Far fewer than fit into a tick.
+  for (int step = 0; step < 50 && backend_->CountCalls("seal") < 3; ++step) {
+    EXPECT_EQ(Look(session, 256), 256);
+  }
+  EXPECT_EQ(backend_->CountCalls("seal"), 3);
+}
+
 TEST_F(EngineSealTest, FitsWithASampleOfTheQueries) {
   const auto session = OpenProgressive();
   ASSERT_TRUE(Control([&](SessionControl* control) {

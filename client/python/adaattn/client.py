@@ -90,7 +90,7 @@ class Client:
         """All sessions of the caller."""
         sessions, token = [], ""
         while True:
-            page = self.call("ListSessions", pb.ListSessionsRequest(page_token=token))
+            page = self.call("ListSessions", pb.ListSessionsRequest(page_size=1000, page_token=token))
             sessions += page.sessions
             token = page.next_page_token
             if not token:
@@ -269,8 +269,7 @@ def to_result(answer: pb.AttendResponse, request: pb.AttendRequest) -> AttendRes
                  if reply.code else None)
         decision = Decision.from_proto(reply.decision) if reply.HasField("decision") else None
         sequences.append(SequenceResult(o[rows], lse[rows], error, reply.kv_len, reply.replayed, decision))
-    times = StageTimes(*(getattr(answer.stage_times, f.name) for f in dataclasses.fields(StageTimes)))
-    return AttendResult(o, lse, tuple(sequences), times)
+    return AttendResult(o, lse, tuple(sequences), StageTimes.from_proto(answer.stage_times))
 
 
 def commit(layer: int, steps: Sequence[Step], result: AttendResult) -> None:

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import tempfile
 import time
-from typing import Union
+from types import MappingProxyType
+from typing import Mapping, Union
 
 _START_SECONDS = 60.0
 
@@ -14,12 +16,12 @@ _START_SECONDS = 60.0
 class LocalServer:
     """An adaattn-server process on a free loopback port and on a Unix socket; ends with `with`.
 
-    binary: path of adaattn-server; flags: its flags. Attributes: `tcp` and `unix`, addresses for
+    binary: path of adaattn-server; flags: its flags; environment: variables added to ours. Attributes: `tcp` and `unix`, addresses for
     Client; `log`, the path of its log. Errors: RuntimeError with the log when it does not start or
     ends with another status than 0.
     """
 
-    def __init__(self, binary: Union[str, pathlib.Path], *flags: str):
+    def __init__(self, binary: Union[str, pathlib.Path], *flags: str, environment: Mapping[str, str] = MappingProxyType({})):
         self._folder = tempfile.TemporaryDirectory(prefix="adaattn-")
         folder = pathlib.Path(self._folder.name)
         ports = folder / "ports"
@@ -28,7 +30,7 @@ class LocalServer:
             self.process = subprocess.Popen(
                 [str(binary), "--listen=127.0.0.1:0", "--metrics-listen=", "--drain-pause=0",
                  f"--unix-socket={folder / 'socket'}", f"--port-file={ports}", *flags],
-                stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+                stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **environment})
         deadline = time.monotonic() + _START_SECONDS
         while not (ports.exists() and ports.stat().st_size):
             if self.process.poll() is not None or time.monotonic() > deadline:

@@ -165,9 +165,11 @@ class Decision:
 
     @classmethod
     def from_proto(cls, message: pb.Decision) -> "Decision":
-        plain = {f.name: getattr(message, f.name) for f in dataclasses.fields(cls)
-                 if f.name not in ("fallback", "heads")}
+        plain = {name: getattr(message, name) for name in _PLAIN_DECISION}
         return cls(fallback=Fallback(message.fallback), heads=tuple(map(_head, message.heads)), **plain)
+
+
+_PLAIN_DECISION = tuple(f.name for f in dataclasses.fields(Decision) if f.name not in ("fallback", "heads"))
 
 
 def _head(message: pb.HeadDecision) -> HeadDecision:
@@ -192,6 +194,11 @@ class StageTimes:
     attend: float
     merge: float
     copy_out: float
+
+    @classmethod
+    def from_proto(cls, message: pb.StageTimes) -> "StageTimes":
+        return cls(message.queue, message.copy_in, message.append, message.scan, message.select, message.attend,
+                   message.merge, message.copy_out)
 
 
 @dataclasses.dataclass(frozen=True)

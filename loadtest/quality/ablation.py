@@ -1,0 +1,207 @@
+"""What each part of the design is worth: variants of the ladder on one text, as bytes against error, KL and
+perplexity, with dense and static caches as baselines.
+
+Variants run in PyTorch (ladder.py). That this states what the server does is shown first, on the settings that
+both have: rows with `served` come from the server, and the differences are printed.
+"""
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+import time
+from typing import Iterator, Optional, Sequence
+
+import torch
+
+import adaattn
+from quality.arms import parse
+from quality.dense import DenseCode, bytes_ratio
+from quality.ladder import Ladder, LadderOverPrefill
+from quality.mixture import Mixture
+from quality.model import Model, Prefill, attend_rows
+from quality.perplexity import score_rows
+from quality.served import FIT_TOKENS, segments
+
+
+@dataclasses.dataclass
+class Point:
+    """One way of attending on the text. error: mean relative L2 of a head's output against exact attention over
+    the same q, k, v; kl: mean, nats; bytes: of BF16's, metadata included."""
+
+    family: str
+    name: str
+    bytes: float
+    error: float
+    kl: float
+    perplexity_change: float
+    flips: float
+
+
+# Settings that the server and the simulation share: arm of arms.py -> the same here.
+SHARED = {
+    "theta=.004": Ladder(theta=0.004),
+    "theta=.001": Ladder(theta=0.001),
+    "two-stage=.004": Ladder(theta=0.004, coarse_rank=0.5),
+    "two-stage=.016/1": Ladder(theta=0.016, coarse_rank=0.5, coarse_z=1.0),
+    "static=8/32/8": Ladder(static=(8, 0.5, 8)),
+    "static=6/64/4": Ladder(static=(6, 1.0, 4)),
+}
+
+
+def variants() -> Iterator[tuple[str, str, Ladder]]:
+    """(family, name, variant)"""
+    for theta in (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016):
+        yield "precision only", f"theta {theta}", Ladder(theta)
+        yield "combined", f"theta {theta}", Ladder(theta, coarse_rank=0.5)
+    for theta in (0.001, 0.004, 0.016, 0.064):
+        yield "rank only", f"theta {theta}", Ladder(theta, coarse_rank=0.5, scan_bits=8, key_bits=(8,),
+                                                   value_bits=(8,), skips=False)
+    for rank in (0.25, 0.5, 0.75, 1.0):
+        yield "static rank", f"rank {rank}", Ladder(static=(8, rank, 8))
+        yield "static rank", f"rank {rank}, values 4 bits", Ladder(static=(8, rank, 4))
+    for key, value in ((4, 2), (4, 4), (6, 4), (6, 6), (8, 8)):
+        yield "static bits", f"{key} and {value} bits", Ladder(static=(key, 1.0, value))
+    for page in (16, 32, 128):
+        for theta in (0.002, 0.004, 0.008):
+            scaled = theta * page / 64
+            yield f"page {page}", f"theta {scaled:g}", Ladder(scaled, page=page, coarse_rank=0.5)
+    for basis in ("none", "hadamard", "pca", "profile"):
+        for theta in (0.002, 0.008):
+            yield f"basis {basis}", f"theta {theta}", Ladder(theta, basis=basis, coarse_rank=0.5)
+    for depths in ((8,), (4, 8)):
+        yield f"value depths {depths}", "theta 0.004", Ladder(0.004, coarse_rank=0.5, value_bits=depths)
+    yield "no skipping", "theta 0.004", Ladder(0.004, coarse_rank=0.5, skips=False)
+    for rank, z in ((0.25, 2.0), (0.5, 0.0), (0.5, 1.0), (0.5, 3.0), (0.75, 2.0)):
+        yield "coarse scan", f"rank {rank}, z {z:g}", Ladder(0.004, coarse_rank=rank, coarse_z=z)
+    yield "2-bit scan", "theta 0.002", Ladder(0.002, scan_bits=2, key_bits=(2, 4, 6, 8))
+
+
+class _WithError:
+    """As an Attend: the inner one's answers, their error against exact attention summed up."""
+
+    def __init__(self, inner, prefill: Prefill):
+        self.inner, self.prefill, self.error, self.rows = inner, prefill, None, 0
+
+    def __call__(self, layer, q, k, v, scale):
+        o = self.inner(layer, q, k, v, scale)
+        errors = []
+        for i in range(len(q)):  # one by one: exact attention over a long prefix takes room
+            seen = [torch.cat([old[layer][0], new[i]], 1)[None].half().to(q) for old, new in
+                    ((self.prefill.k, k), (self.prefill.v, v))]
+            exact = attend_rows(q[i:i + 1], *seen, scale)
+            errors.append(((o[i] - exact[0]).norm(dim=-1) / exact[0].norm(dim=-1)).sum().double())
+        self.error = torch.stack(errors) + (0 if self.error is None else self.error)
+        self.rows += q.shape[1] * q.shape[2]
+        return o
+
+
+class Ablation:
+    """One text: tokens [0, prefill) imported, the rest decoded."""
+
+    def __init__(self, model: Model, ids: torch.Tensor, prefill_tokens: int, other: Optional[torch.Tensor]):
+        """other: tokens of another text, for the basis that a profile brings."""
+        self.model, self.prefill_tokens = model, prefill_tokens
+        self.prefill = Prefill(prefill_tokens)
+        self.exact = model.hidden(ids[None], 0, self.prefill)[0, prefill_tokens:-1]
+        self.new, self.targets = ids[prefill_tokens:][None], ids[prefill_tokens + 1:].to(model.device)
+        self.base = score_rows(model, self.exact, self.exact, self.targets)
+        self.profile = Prefill(prefill_tokens)
+        model.hidden(other[None], 0, self.profile)
+
+    def point(self, family: str, name: str, hidden: torch.Tensor, ratio: float, error: float) -> Point:
+        scores = score_rows(self.model, self.exact, hidden[:-1], self.targets)
+        change = float(scores.nll.mean(dtype=float) - self.base.nll.mean(dtype=float))
+        return Point(family, name, ratio, error, float(scores.kl.mean(dtype=float)), change,
+                     float(scores.flip.mean()))
+
+    def simulated(self, family: str, name: str, variant: Ladder) -> Point:
+        attend = LadderOverPrefill(variant, self.prefill, FIT_TOKENS, self.profile)
+        hidden = self.model.hidden(self.new, self.prefill_tokens, attend)[0]
+        return self.point(family, name, hidden, attend.ratio, attend.mean_error)
+
+    def dense(self, code: str) -> Point:
+        attend = _WithError(DenseCode(self.prefill, code), self.prefill)
+        hidden = self.model.hidden(self.new, self.prefill_tokens, attend)[0]
+        ratio = bytes_ratio(code, self.model.shape.head_dim)
+        return self.point("dense", code, hidden, ratio, float(attend.error[0] / attend.rows))
+
+    def served(self, client: adaattn.Client, names: Sequence[str], parallel: int) -> list[Point]:
+        arms = [parse(name, self.model.shape.head_dim) for name in names]
+        new = self.new.expand(len(arms), -1)
+        lanes = [segments(i, new.shape[1], parallel) for i in range(len(arms))]
+        mixture = Mixture(client, self.model.shape, arms, lanes, self.prefill, quiet=False)
+        attend = _WithError(mixture, self.prefill)
+        hidden = self.model.hidden(new, self.prefill_tokens, attend)
+        return [self.point("served", name, hidden[i], mixture.ratios(i)[0], float(attend.error[i] / attend.rows))
+                for i, name in enumerate(names)]
+
+
+def run(client: adaattn.Client, model: Model, ids: torch.Tensor, prefill_tokens: int, other: torch.Tensor,
+        parallel: int) -> list[Point]:
+    """Every point; progress to stderr."""
+    begin = time.monotonic()
+    ablation = Ablation(model, ids, prefill_tokens, other)
+    points = [Point("exact", "exact", 1.0, 0.0, 0.0, 0.0, 0.0)]
+    points += ablation.served(client, ["bf16", *SHARED], parallel)
+    points += [ablation.simulated("simulated", name, variant) for name, variant in SHARED.items()]
+    points += [ablation.dense(code) for code in ("fp8", "int8", "int4")]
+    todo = list(variants())
+    for i, (family, name, variant) in enumerate(todo):
+        points.append(ablation.simulated(family, name, variant))
+        print(f"\rvariant {i + 1} of {len(todo)}, {time.monotonic() - begin:.0f} s", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return points
+
+
+def agreement(points: Sequence[Point]) -> list[str]:
+    """One line for each shared setting: what the server read and erred, what the simulation did."""
+    by = {(point.family, point.name): point for point in points}
+    lines = []
+    for name in SHARED:
+        real, simulated = by["served", name], by["simulated", name]
+        lines.append(f"{name:<18} bytes {real.bytes:.4f} {simulated.bytes:.4f}  error {real.error:.4f} "
+                     f"{simulated.error:.4f}  KL {real.kl:.6f} {simulated.kl:.6f}")
+    return lines
+
+
+def table(points: Sequence[Point]) -> str:
+    """Markdown."""
+    rows = ["| family | variant | bytes | error | KL | perplexity | flips |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for p in points:
+        rows.append(f"| {p.family} | {p.name} | {p.bytes:.4f} | {p.error:.4f} | {p.kl:.6f} | "
+                    f"{100 * p.perplexity_change:+.3f} % | {100 * p.flips:.2f} % |")
+    return "\n".join(rows)
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in bytes and KL alike, by bytes."""
+    best, found = float("inf"), []
+    for point in sorted(points, key=lambda p: (p.bytes, p.kl)):
+        if point.kl < best:
+            best = point.kl
+            found.append(point)
+    return found
+
+
+def plot(points: Sequence[Point], folder: pathlib.Path) -> None:
+    """folder/kl.svg and folder/error.svg: bytes against KL and error, a line a family."""
+    import matplotlib
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+    matplotlib.rcParams["svg.hashsalt"] = "adaattn"
+    shown = [p for p in points if p.family not in ("exact", "served", "simulated")]
+    for what in ("kl", "error"):
+        figure, axes = plt.subplots(figsize=(9, 6))
+        for family in dict.fromkeys(p.family for p in shown):
+            line = sorted((p.bytes, getattr(p, what)) for p in shown if p.family == family)
+            axes.plot(*zip(*line), marker="o", markersize=4, linewidth=1, label=family)
+        if what == "kl":
+            best = front(shown)
+            axes.plot([p.bytes for p in best], [p.kl for p in best], color="black", linestyle=":", label="Pareto front")
+        axes.set(xlabel="bytes read, of BF16's", ylabel={"kl": "mean KL to exact, nats", "error": "mean relative error"}[what],
+                 yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, ncols=2)
+        figure.savefig(folder / f"{what}.svg", metadata={"Date": None}, bbox_inches="tight")
+        plt.close(figure)

@@ -1,0 +1,56 @@
+"""The ways of answering attention that are compared."""
+from __future__ import annotations
+
+import dataclasses
+from typing import Optional
+
+import adaattn
+from quality.dense import CODES
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A page format and options of the server, or a dense quantiser of dense.py (`simulated`)."""
+
+    name: str
+    page_format: adaattn.PageFormat = adaattn.PageFormat.DEFAULT
+    options: adaattn.AttendOptions = adaattn.AttendOptions()
+    simulated: Optional[str] = None
+
+
+def threshold(theta: float, coarse_rank: int, coarse_z: float = 2.0) -> adaattn.AttendOptions:
+    """coarse_rank 0: a one-stage scan."""
+    return adaattn.AttendOptions(policy=adaattn.Policy.THRESHOLD, theta=theta, coarse_rank=coarse_rank,
+                                 coarse_z=coarse_z)
+
+
+def parse(text: str, head_dim: int) -> Arm:
+    """bf16 | fp8 | served-fp8 | int8 | int4 | theta=T | two-stage=T[/Z] | budget=E | static=K/R/V | full
+
+    theta: the ladder after a one-stage scan; two-stage: half the rank first, margin Z (2); budget: the
+    target relative error; static: key bits, rank, value bits. Errors: ValueError.
+    """
+    name, _, value = text.partition("=")
+    progressive = adaattn.PageFormat.PROGRESSIVE
+    if text in CODES:
+        return Arm(text, simulated=text)
+    if text == "bf16":
+        return Arm(text, adaattn.PageFormat.BF16)
+    if text == "served-fp8":
+        return Arm(text, adaattn.PageFormat.FP8_E4M3)
+    if text == "full":
+        return Arm(text, progressive, adaattn.AttendOptions(mode=adaattn.Mode.FULL_DEPTH))
+    if name == "theta":
+        return Arm(text, progressive, threshold(float(value), 0))
+    if name == "two-stage":
+        theta, _, z = value.partition("/")
+        return Arm(text, progressive, threshold(float(theta), head_dim // 2, float(z or 2)))
+    if name == "budget":
+        return Arm(text, progressive, adaattn.AttendOptions(
+            policy=adaattn.Policy.BUDGET, target_relative_error=float(value)))
+    if name == "static":
+        key_bits, rank, value_bits = map(int, value.split("/"))
+        return Arm(text, progressive, adaattn.AttendOptions(
+            mode=adaattn.Mode.STATIC, static_key_bits=key_bits, static_rank=rank, static_value_bits=value_bits))
+    raise ValueError(f"arm {text!r}: must be bf16, fp8, served-fp8, int8, int4, theta=T, two-stage=T[/Z], budget=E, "
+                     "static=KEY_BITS/RANK/VALUE_BITS or full")
