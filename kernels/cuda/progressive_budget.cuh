@@ -30,7 +30,7 @@ struct BudgetShared {
   float first_distance[kTileColumns];  // |v_0 - o|^2
   float lse[kMaxColumns];
   float2 lse_parts[kBudgetThreads / 32][kMaxColumns];
-  float sums[kBudgetThreads / 32][kNumBudgetThetas + 1];
+  ErrorTerms sums[kBudgetThreads / 32][kNumBudgetThetas + 1];
 };
 
 template <class Traits>
@@ -230,7 +230,7 @@ __device__ __forceinline__ void AddTile(const ProgressiveArgs& p, const Progress
         inputs.scale_rms = shared.first_rms;
       }
       const float weight = shared.norm[n] > 0 ? 1.0f / (shared.norm[n] * columns) : 0.0f;
-      AddToBudget(from.decision, inputs, weight, Traits::kHeadDim, p.stored_bits, &budget);
+      AddToBudget(inputs.share, ErrorParts(inputs, Traits::kHeadDim), weight, &budget);
     }
     budgets[page] = budget;
   }
@@ -249,21 +249,23 @@ __device__ __forceinline__ void ChooseThetaOfHead(const ProgressiveArgs& p,
 #pragma unroll 1
   for (int i = 0; i <= kNumBudgetThetas; ++i) {
     const float theta = i < kNumBudgetThetas ? BudgetTheta(i) : 0.0f;
-    float sum = 0;
+    ErrorTerms sum;
     for (int page = threadIdx.x; page < from.num_sealed; page += kBudgetThreads) {
       if (PageVisibility(s, page) == Visibility::kNone) continue;
-      sum += BudgetErrorAt(from.decision, budgets[page], theta, Traits::kHeadDim, p.stored_bits);
+      AddTerms(BudgetTermsAt(from.decision, budgets[page], theta, Traits::kHeadDim, p.stored_bits),
+               &sum);
     }
-    sum = WarpSum(sum);
+    sum.square = WarpSum(sum.square);
+    sum.amplitude = WarpSum(sum.amplitude);
     if (lane == 0) shared.sums[warp][i] = sum;
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
   for (int i = 0; i <= kNumBudgetThetas; ++i) {
-    for (int j = 1; j < kBudgetThreads / 32; ++j) shared.sums[0][i] += shared.sums[j][i];
+    for (int j = 1; j < kBudgetThreads / 32; ++j) AddTerms(shared.sums[j][i], &shared.sums[0][i]);
   }
-  const BudgetChoice choice = ChooseThetaFromSums(shared.sums[0], shared.sums[0][kNumBudgetThetas],
-                                                  from.decision.target_relative_error);
+  const BudgetChoice choice = ChooseThetaFromTerms(shared.sums[0], shared.sums[0][kNumBudgetThetas],
+                                                   from.decision.target_relative_error);
   reinterpret_cast<float*>(p.workspace + p.work.theta)[head_index] = choice.theta;
 }
 

@@ -26,7 +26,7 @@ inline constexpr int32_t kTileColumns = 8;   // columns of one MMA
 inline constexpr int32_t kMaxColumns = 128;  // group size 16, q_len 8
 
 // Shapes of the CTAs, which the plan has to know.
-inline constexpr int32_t kScanWarps = 8;
+inline constexpr int32_t kScanWarps = 8;     // and one that fetches
 inline constexpr int32_t kSelectPages = 64;  // of one select CTA; four threads decide each
 inline constexpr int32_t kUnitPages = 4;     // attended pages that one warp takes at a time
 inline constexpr int32_t kSelectUnits = kSelectPages / kUnitPages;
@@ -43,13 +43,15 @@ static_assert(sizeof(PageStats) == 16, "stored with one instruction");
 
 // One select CTA's sums for one column, beside the weighted sum of its skipped pages' means. The
 // error terms are those of policy/error_model.h with o left open: E|do|^2 = mean_squares
-// - 2 o.weighted_mean + |o|^2 weight + rest, where weighted_mean is the vector that follows.
+// - 2 o.weighted_mean + |o|^2 weight + rest, where weighted_mean is the vector that follows, and
+// what skipping loses together, kCoherence amplitude^2.
 struct SelectState {
   float mass;          // of the skipped pages, relative to the estimated LSE
   float entropy;       // -sum share log share, nats
   float weight;        // sum of w^2 var_s
   float mean_squares;  // sum of w^2 var_s |mean|^2
   float rest;          // sum of w^2 c
+  float amplitude;     // sum of skipped pages' amplitudes
 };
 
 // Up to kUnitPages attended pages of one head, for one CTA; 64 bytes.
@@ -91,6 +93,7 @@ struct ProgressiveWorkspace {
   int64_t refined_lse = 0;  // likewise, after the second stage
   int64_t dense_lse = 0;    // float [S, H, C]
   int64_t dense_out = 0;    // float [S, H, C, D]
+  int64_t dense_score = 0;  // float [S, H, C]: mean score of the dense tokens, log2 units
   int64_t theta = 0;        // float [S, H]
   int64_t budget = 0;       // PageBudget [S, H, pages]
   int64_t global_lse = 0;   // float [S, H, C]: what all sums are relative to
@@ -133,6 +136,7 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   w.refined_lse = add(p.two_stage ? masses : 0);
   w.dense_lse = add(heads * w.columns * 4);
   w.dense_out = add(heads * w.columns * d * 4);
+  w.dense_score = add(heads * w.columns * 4);
   w.theta = add(heads * 4);
   w.budget = add(p.budget ? heads * p.max_sealed * static_cast<int64_t>(sizeof(PageBudget)) : 0);
   w.global_lse = add(heads * w.columns * 4);
@@ -281,6 +285,17 @@ __device__ __forceinline__ Visibility PageVisibility(const SequenceView& s, int 
   if (first > last_row || (s.window > 0 && last <= first_row - s.window)) return Visibility::kNone;
   if (last <= first_row && (s.window == 0 || first > last_row - s.window)) return Visibility::kAll;
   return Visibility::kPart;
+}
+// The sealed pages of which some row sees a token.
+struct PageRange {
+  int begin, end;
+};
+__device__ __forceinline__ PageRange VisiblePages(const ProgressiveSequence& s) {
+  PageRange range;
+  range.end = min(s.num_sealed, (s.q_start + s.q_len - 1) / kPageTokens + 1);
+  range.begin = s.window > 0 ? max(s.q_start - s.window + 1, 0) / kPageTokens : 0;
+  range.begin = min(range.begin, range.end);
+  return range;
 }
 __device__ __forceinline__ bool TokenVisible(const SequenceView& s, int token, int row) {
   const int position = s.q_start + row;

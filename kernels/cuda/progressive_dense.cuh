@@ -13,16 +13,25 @@ namespace adaattn {
 
 inline constexpr int kDenseThreads = 256;
 
+inline constexpr int kDenseTokens = 2 * kPageTokens;  // fetched at once
+
 template <class Traits>
 struct DenseShared {
-  static constexpr int kStride = Traits::kHeadDim + 8;  // keeps 16-byte rows off one bank
-  alignas(16) uint16_t key[kPageTokens * kStride];
-  alignas(16) uint16_t value[kPageTokens * kStride];
-  alignas(16) float query[kTileColumns][Traits::kHeadDim];
-  float score[kTileColumns][kPageTokens];
+  static constexpr int kD = Traits::kHeadDim;
+  static constexpr int kStride = kD + 8;                 // keeps 16-byte rows off one bank
+  static constexpr int kPairs = kD / 2;                  // of channels, a thread each
+  static constexpr int kParts = kDenseThreads / kPairs;  // of the tokens
+  // Later the parts' sums.
+  alignas(16) uint16_t key[kDenseTokens * kStride];
+  alignas(16) uint16_t value[kDenseTokens * kStride];
+  alignas(16) float query[kTileColumns][kD];
+  alignas(16) float score[kDenseTokens][kTileColumns];
   float rescale[kTileColumns];
   float max[kTileColumns];
   float sum[kTileColumns];
+  float score_sum[kTileColumns];  // of exp2(score - max) * score
+  static_assert(2 * kDenseTokens * kStride * 2 >= kParts * kTileColumns * kD * 4,
+                "the parts' sums take the place of keys and values");
 };
 
 __device__ __forceinline__ float LoadElement(const void* tensor, int64_t at, DType type) {
@@ -62,134 +71,224 @@ __device__ __forceinline__ void LoadColumns(const ProgressiveArgs& p, const Prog
   }
 }
 
-// One warp per column: scores of 64 tokens to exp2(score - max), the running state updated.
+// Tokens [begin, end) of the dense tail that some row sees.
+struct TokenRange {
+  int begin, end;
+};
+__device__ __forceinline__ TokenRange VisibleTail(const ProgressiveSequence& s) {
+  TokenRange range;
+  range.end = min(s.kv_len, s.q_start + s.q_len);
+  range.begin = max(s.num_sealed * kPageTokens, s.window > 0 ? s.q_start - s.window + 1 : 0);
+  range.begin = min(range.begin, range.end);
+  return range;
+}
+
+// Starts the copies of K and V rows of tokens [begin, end) of the cache.
 template <class Traits>
-__device__ __forceinline__ void DenseSoftmax(DenseShared<Traits>& shared, int warp, int lane) {
-  float* score = shared.score[warp];
-  float high = fmaxf(score[lane], score[lane + 32]);
+__device__ __forceinline__ void FetchTail(const ProgressiveArgs& p, const ProgressiveSequence& s,
+                                          int head, int begin, int end,
+                                          DenseShared<Traits>& shared) {
+  constexpr int kD = Traits::kHeadDim, kPieces = kD / 8;
+  const int64_t key = DenseKeyOffset(head, kD, p.page_type);
+  const int64_t value = DenseValueOffset(p.shape, head, p.page_type);
+  for (int i = threadIdx.x; i < (end - begin) * kPieces; i += kDenseThreads) {
+    const int row = i / kPieces, at = i % kPieces * 8, token = begin + row;
+    const std::byte* page =
+        p.pool +
+        static_cast<int64_t>(p.table[s.table_begin + token / kPageTokens]) * kPageAlignment +
+        (token % kPageTokens * kD + at) * 2;
+    CopyAsync16(shared.key + row * DenseShared<Traits>::kStride + at, page + key);
+    CopyAsync16(shared.value + row * DenseShared<Traits>::kStride + at, page + value);
+  }
+  CommitCopies();
+}
+
+// Scores of `tokens` fetched tokens from `begin` on: two threads a token, that take two columns of
+// every four.
+template <class Traits>
+__device__ __forceinline__ void ScoreTail(const ProgressiveArgs& p, const SequenceView& view,
+                                          int begin, int tokens, int column_begin, int columns,
+                                          DenseShared<Traits>& shared) {
+  const int token = threadIdx.x % kDenseTokens;
+  if (token >= tokens) return;
+  const uint4* row =
+      reinterpret_cast<const uint4*>(shared.key + token * DenseShared<Traits>::kStride);
+#pragma unroll 1
+  for (int first = threadIdx.x / kDenseTokens * 2; first < kTileColumns; first += 4) {
+    float score[2] = {};
+    if (first < columns) {
+#pragma unroll 4
+      for (int i = 0; i < Traits::kHeadDim / 8; ++i) {
+        const uint4 words = row[i];
+        const float2 k[4] = {UnpackPair(words.x, p.page_type), UnpackPair(words.y, p.page_type),
+                             UnpackPair(words.z, p.page_type), UnpackPair(words.w, p.page_type)};
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const auto* q = reinterpret_cast<const float4*>(&shared.query[first + n][8 * i]);
+          score[n] = fmaf(q[0].x, k[0].x, fmaf(q[0].y, k[0].y, score[n]));
+          score[n] = fmaf(q[0].z, k[1].x, fmaf(q[0].w, k[1].y, score[n]));
+          score[n] = fmaf(q[1].x, k[2].x, fmaf(q[1].y, k[2].y, score[n]));
+          score[n] = fmaf(q[1].z, k[3].x, fmaf(q[1].w, k[3].y, score[n]));
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const bool visible =
+          first + n < columns &&
+          TokenVisible(view, begin + token, (column_begin + first + n) / p.shape.group_size());
+      shared.score[token][first + n] =
+          visible ? SoftCap<Traits>(score[n], view.softcap) : -INFINITY;
+    }
+  }
+}
+
+// One warp per column: scores to exp2(score - max), the running state updated.
+template <class Traits>
+__device__ __forceinline__ void DenseSoftmax(DenseShared<Traits>& shared, int tokens, int warp,
+                                             int lane) {
+  constexpr int kEach = kDenseTokens / 32;
+  float score[kEach], high = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int token = lane + 32 * i;
+    score[i] = token < tokens ? shared.score[token][warp] : -INFINITY;
+    high = fmaxf(high, score[i]);
+  }
 #pragma unroll
   for (int i = 16; i > 0; i /= 2) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, i));
   const float old = shared.max[warp], next = fmaxf(old, high);
   const float base = next == -INFINITY ? 0.0f : next;
-  const float a = Exp2(score[lane] - base), b = Exp2(score[lane + 32] - base);
-  score[lane] = a;
-  score[lane + 32] = b;
-  float sum = a + b;
+  float sum = 0, score_sum = 0;
 #pragma unroll
-  for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
+  for (int i = 0; i < kEach; ++i) {
+    const float weight = Exp2(score[i] - base);
+    if (lane + 32 * i < tokens) shared.score[lane + 32 * i][warp] = weight;
+    sum += weight;
+    score_sum += weight > 0 ? weight * score[i] : 0.0f;
+  }
+  sum = WarpSum(sum);
+  score_sum = WarpSum(score_sum);
   __syncwarp();
   if (lane == 0) {
     const float rescale = Exp2(old - base);
     shared.rescale[warp] = rescale;
     shared.sum[warp] = shared.sum[warp] * rescale + sum;
+    shared.score_sum[warp] = shared.score_sum[warp] * rescale + score_sum;
     shared.max[warp] = next;
+  }
+}
+
+// Adds the fetched values, weighted by `score`, to out: a thread's pair of channels, every
+// kParts-th token.
+template <class Traits>
+__device__ __forceinline__ void AddTail(const ProgressiveArgs& p, const DenseShared<Traits>& shared,
+                                        int tokens, int columns, int pair, int part,
+                                        float2 (&out)[kTileColumns]) {
+#pragma unroll
+  for (int n = 0; n < kTileColumns; ++n) {
+    out[n].x *= shared.rescale[n];
+    out[n].y *= shared.rescale[n];
+  }
+  const auto* values = reinterpret_cast<const uint32_t*>(shared.value) + pair;
+#pragma unroll 4
+  for (int t = part; t < tokens; t += DenseShared<Traits>::kParts) {
+    const float2 v = UnpackPair(values[t * (DenseShared<Traits>::kStride / 2)], p.page_type);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (4 * half >= columns) break;
+      const float4 w = *reinterpret_cast<const float4*>(&shared.score[t][4 * half]);
+      const float weight[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        out[4 * half + n].x = fmaf(weight[n], v.x, out[4 * half + n].x);
+        out[4 * half + n].y = fmaf(weight[n], v.y, out[4 * half + n].y);
+      }
+    }
+  }
+}
+
+// The parts' sums to dense_out, the state to dense_lse and dense_score.
+template <class Traits>
+__device__ __forceinline__ void StoreTail(const ProgressiveArgs& p, int64_t first, int pair,
+                                          int part, const float2 (&out)[kTileColumns],
+                                          DenseShared<Traits>& shared) {
+  constexpr int kD = Traits::kHeadDim, kParts = DenseShared<Traits>::kParts;
+  auto* sums = reinterpret_cast<float*>(shared.key);  // [parts][columns][D], over key and value
+  __syncthreads();
+  if (part < kParts) {
+#pragma unroll
+    for (int n = 0; n < kTileColumns; ++n) {
+      *reinterpret_cast<float2*>(&sums[(part * kTileColumns + n) * kD + 2 * pair]) = out[n];
+    }
+  }
+  __syncthreads();
+  const ProgressiveWorkspace& w = p.work;
+  float* result = reinterpret_cast<float*>(p.workspace + w.dense_out) + first * kD;
+  for (int i = threadIdx.x; i < kTileColumns * kD; i += kDenseThreads) {
+    float total = 0;
+#pragma unroll
+    for (int j = 0; j < kParts; ++j) total += sums[j * kTileColumns * kD + i];
+    const float sum = shared.sum[i / kD];
+    result[i] = sum > 0 ? total / sum : 0.0f;
+  }
+  if (threadIdx.x < kTileColumns) {
+    const float sum = shared.sum[threadIdx.x];
+    reinterpret_cast<float*>(p.workspace + w.dense_lse)[first + threadIdx.x] =
+        sum > 0 ? shared.max[threadIdx.x] + Log2(sum) : -INFINITY;
+    reinterpret_cast<float*>(p.workspace + w.dense_score)[first + threadIdx.x] =
+        sum > 0 ? shared.score_sum[threadIdx.x] / sum : 0.0f;
   }
 }
 
 template <class Traits>
 __device__ __noinline__ void DenseTail(const ProgressiveArgs& p, int sequence, int head,
                                        int column_tile) {
-  constexpr int kD = Traits::kHeadDim, kStride = DenseShared<Traits>::kStride;
-  constexpr int kParts = kDenseThreads / kD;  // threads that share a channel
-  constexpr int kColumnsEach = (kTileColumns + kParts - 1) / kParts;
+  constexpr int kD = Traits::kHeadDim;
   extern __shared__ __align__(16) std::byte shared_bytes[];
   auto& shared = *reinterpret_cast<DenseShared<Traits>*>(shared_bytes);
-  const ProgressiveWorkspace& w = p.work;
   const ProgressiveSequence& s = p.sequences[sequence];
-  const SequenceView view(s);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int part = threadIdx.x / kD, channel = threadIdx.x % kD;
-  const int group_size = p.shape.group_size();
+  const TokenRange tail = VisibleTail(s);
+  FetchTail<Traits>(p, s, head, tail.begin, min(tail.begin + kDenseTokens, tail.end), shared);
   LoadColumns<Traits, kDenseThreads>(p, s, head, column_tile, s.softmax_scale * kLog2E,
                                      &shared.query[0][0]);
+  const SequenceView view(s);
   const int column_begin = column_tile * kTileColumns;
+  const int columns = min(p.shape.group_size() * s.q_len - column_begin, kTileColumns);
   if (threadIdx.x < kTileColumns) {
     shared.max[threadIdx.x] = -INFINITY;
-    shared.sum[threadIdx.x] = 0;
+    shared.sum[threadIdx.x] = shared.score_sum[threadIdx.x] = 0;
   }
-  float out[kColumnsEach] = {};
-  const int num_pages = CeilDiv(s.kv_len, kPageTokens);
-  int64_t tokens_read = 0;
-  for (int page = s.num_sealed; page < num_pages; ++page) {
-    if (PageVisibility(view, page) == Visibility::kNone) continue;
-    const std::byte* base =
-        p.pool + static_cast<int64_t>(p.table[s.table_begin + page]) * kPageAlignment;
-    const int tokens = min(kPageTokens, s.kv_len - page * kPageTokens);
-    tokens_read += tokens;
-    const std::byte* key = base + DenseKeyOffset(head, kD, p.page_type);
-    const std::byte* value = base + DenseValueOffset(p.shape, head, p.page_type);
-    __syncthreads();
-    for (int i = threadIdx.x; i < tokens * (kD / 8); i += kDenseThreads) {
-      const int row = i / (kD / 8), at = i % (kD / 8) * 8;
-      CopyAsync16(shared.key + row * kStride + at, key + i * 16);
-      CopyAsync16(shared.value + row * kStride + at, value + i * 16);
+  const int pair = threadIdx.x % DenseShared<Traits>::kPairs;
+  const int part = threadIdx.x / DenseShared<Traits>::kPairs;
+  float2 out[kTileColumns] = {};
+  for (int begin = tail.begin; begin < tail.end; begin += kDenseTokens) {
+    const int tokens = min(kDenseTokens, tail.end - begin);
+    if (begin > tail.begin) {
+      __syncthreads();
+      FetchTail<Traits>(p, s, head, begin, begin + tokens, shared);
     }
-    CommitCopies();
     WaitCopies<0>();
     __syncthreads();
-    const int token = threadIdx.x % kPageTokens;
-    for (int column = threadIdx.x / kPageTokens; column < kTileColumns;
-         column += kDenseThreads / kPageTokens) {
-      float score = -INFINITY;
-      if (token < tokens && column_begin + column < group_size * s.q_len &&
-          TokenVisible(view, page * kPageTokens + token, (column_begin + column) / group_size)) {
-        score = 0;
-        const uint4* row = reinterpret_cast<const uint4*>(shared.key + token * kStride);
-#pragma unroll 1
-        for (int i = 0; i < kD / 8; ++i) {
-          const uint4 words = row[i];
-          const float* q = &shared.query[column][i * 8];
-          const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float2 k = UnpackPair(word[j], p.page_type);
-            score = fmaf(q[2 * j], k.x, score);
-            score = fmaf(q[2 * j + 1], k.y, score);
-          }
-        }
-        score = SoftCap<Traits>(score, s.softcap);
-      }
-      shared.score[column][token] = score;
-    }
+    ScoreTail<Traits>(p, view, begin, tokens, column_begin, columns, shared);
     __syncthreads();
-    DenseSoftmax<Traits>(shared, warp, lane);
+    DenseSoftmax<Traits>(shared, tokens, threadIdx.x / 32, threadIdx.x % 32);
     __syncthreads();
-    if (part < kParts) {
-#pragma unroll
-      for (int j = 0; j < kColumnsEach; ++j) {
-        out[j] *= shared.rescale[min(part * kColumnsEach + j, kTileColumns - 1)];
-      }
-#pragma unroll 2
-      for (int t = 0; t < tokens; ++t) {
-        const float v = LoadElement(shared.value, t * kStride + channel, p.page_type);
-#pragma unroll
-        for (int j = 0; j < kColumnsEach; ++j) {
-          out[j] = fmaf(shared.score[min(part * kColumnsEach + j, kTileColumns - 1)][t], v, out[j]);
-        }
-      }
+    if (part < DenseShared<Traits>::kParts) {
+      AddTail<Traits>(p, shared, tokens, columns, pair, part, out);
     }
   }
   LaunchDependents();
-  __syncthreads();
   const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
-  const int64_t first = head_index * w.columns + column_begin;
-  float* lse = reinterpret_cast<float*>(p.workspace + w.dense_lse) + first;
-  float* result = reinterpret_cast<float*>(p.workspace + w.dense_out) + first * kD;
-#pragma unroll
-  for (int j = 0; j < kColumnsEach; ++j) {
-    const int column = part * kColumnsEach + j;
-    if (part >= kParts || column >= kTileColumns) continue;
-    const float sum = shared.sum[column];
-    result[column * kD + channel] = sum > 0 ? out[j] / sum : 0.0f;
-    if (channel == 0) lse[column] = sum > 0 ? shared.max[column] + Log2(sum) : -INFINITY;
-  }
+  StoreTail<Traits>(p, head_index * p.work.columns + column_begin, pair, part, out, shared);
   // The rotate kernel clears the decisions: count after it.
   WaitForDependencies();
   if (threadIdx.x == 0 && column_tile == 0) {
     HeadDecision& decision = p.decisions[head_index];
-    atomicAdd(&decision.dense_tokens, static_cast<int32_t>(tokens_read));
-    AddBytes(&decision.key_bytes, tokens_read * kD * 2);
-    AddBytes(&decision.value_bytes, tokens_read * kD * 2);
+    const int64_t bytes = int64_t{tail.end - tail.begin} * kD * 2;
+    atomicAdd(&decision.dense_tokens, tail.end - tail.begin);
+    AddBytes(&decision.key_bytes, bytes);
+    AddBytes(&decision.value_bytes, bytes);
   }
 }
 

@@ -149,6 +149,7 @@ __device__ __forceinline__ SelectState SumStates(const ProgressiveArgs& p, int64
     sum.weight += state.weight;
     sum.mean_squares += state.mean_squares;
     sum.rest += state.rest;
+    sum.amplitude += state.amplitude;
   }
   for (int i = lane; i < num_slots; i += 32) sum.mass += masses[int64_t{slots[i]} * p.work.columns];
   sum.mass = WarpSum(sum.mass);
@@ -156,6 +157,7 @@ __device__ __forceinline__ SelectState SumStates(const ProgressiveArgs& p, int64
   sum.weight = WarpSum(sum.weight);
   sum.mean_squares = WarpSum(sum.mean_squares);
   sum.rest = WarpSum(sum.rest);
+  sum.amplitude = WarpSum(sum.amplitude);
   return sum;
 }
 
@@ -183,6 +185,16 @@ __device__ __forceinline__ float2 SumVectors(const ProgressiveArgs& p, int64_t h
   return x;
 }
 
+// The dense tokens' part of a column's entropy, nats: -sum p log p, each token by itself.
+__device__ __forceinline__ float DenseEntropy(const ProgressiveArgs& p, int64_t column) {
+  const auto value = [&p, column](int64_t of) {
+    return reinterpret_cast<const float*>(p.workspace + of)[column];
+  };
+  const float lse = value(p.work.global_lse), dense_lse = value(p.work.dense_lse);
+  if (dense_lse == -INFINITY) return 0;
+  return kLn2 * Exp2(dense_lse - lse) * (lse - value(p.work.dense_score));
+}
+
 // The predicted square relative error and the entropy of a column, to `figures`; by a warp.
 template <class Traits>
 __device__ __forceinline__ void ColumnFigures(const float2* vector, const SelectState& sum,
@@ -195,8 +207,10 @@ __device__ __forceinline__ void ColumnFigures(const float2* vector, const Select
   }
   norm = WarpSum(norm);
   cross = WarpSum(cross);
-  const float square = fmaxf(sum.mean_squares - 2 * cross + norm * sum.weight + sum.rest, 0.0f);
-  if (lane == 0) *figures = make_float2(norm > 0 ? square / norm : 0.0f, sum.entropy);
+  ErrorTerms terms;
+  terms.square = fmaxf(sum.mean_squares - 2 * cross + norm * sum.weight + sum.rest, 0.0f);
+  terms.amplitude = sum.amplitude;
+  if (lane == 0) *figures = make_float2(RelativeErrorSquare(terms, norm), sum.entropy);
 }
 
 // The head's decision from the figures of all of its columns, in their order.
@@ -213,7 +227,8 @@ __device__ __forceinline__ void StoreFigures(const ProgressiveArgs& p, const Pro
   // The mean square; the host takes the root.
   decision.predicted_error = error / static_cast<float>(columns);
   decision.entropy = entropy / static_cast<float>(columns);
-  if (s.decision.policy >= Policy::kThreshold) {
+  const PageRange visible = VisiblePages(s);
+  if (UsesLadder(s.decision.policy) && visible.begin < visible.end) {
     decision.theta = s.decision.policy == Policy::kBudget
                          ? reinterpret_cast<const float*>(p.workspace + p.work.theta)[head_index]
                          : s.decision.theta;
@@ -254,7 +269,10 @@ __global__ void __launch_bounds__(MergeTraits<Traits>::kThreads)
     const int at = kLastWarp - warp;
     const SelectState sum =
         SumStates(p, head_index, chunks, 2 * pair + at, slots, shared.num_slots, lane);
-    if (lane == 0) shared.sums[at] = sum;
+    if (lane == 0) {
+      shared.sums[at] = sum;
+      shared.sums[at].entropy += DenseEntropy(p, first + at);
+    }
   }
   __syncthreads();
   float2 x = make_float2(0, 0);

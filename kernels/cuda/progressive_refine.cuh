@@ -194,9 +194,8 @@ struct PageRefiner {
     for (int i = 0; i < 8; ++i) packed[i] = words[i];
     const float offset[2] = {-0.9375f * scale * ones[0], -0.9375f * scale * ones[1]};
     AddScores(sums, 2097152.0f * scale, offset, max, lane, packed, high);
-    PageSinks at = sinks;
-    at.Advance(p.work.columns, page);
-    const float2 masses = StorePage<Traits>(at, s.softcap, lane, packed, high, variance, true);
+    const float2 masses = StorePage<Traits>(sinks, p.work.columns, s.softcap, page, lane, packed,
+                                            high, variance, true);
     if (lane < 4) mass.Add(masses);  // once for each column
     ++pages_read;
   }

@@ -33,9 +33,10 @@ template <class Traits>
 __device__ __forceinline__ void FetchBasis(const std::byte* block, const BasisLayout& layout,
                                            int begin, int channels, RotateShared<Traits>& shared) {
   constexpr int kD = Traits::kHeadDim;
-  const int pieces = channels / 8;  // of 16 bytes
-  for (int i = threadIdx.x; i < kD * pieces; i += kRotateThreads) {
-    const int row = i / pieces, piece = i % pieces;
+  constexpr int kPieces = RotateShared<Traits>::kChannels / 8;  // of 16 bytes
+  for (int i = threadIdx.x; i < kD * kPieces; i += kRotateThreads) {
+    const int row = i / kPieces, piece = i % kPieces;
+    if (piece * 8 >= channels) break;  // the same piece in every turn
     CopyAsync16(&shared.basis[row][piece * 4],
                 block + layout.query_basis + (row * kD + begin + piece * 8) * 2);
   }
@@ -51,7 +52,7 @@ __device__ __forceinline__ void MultiplySlice(RotateShared<Traits>& shared) {
   constexpr int kD = Traits::kHeadDim, kPairs = RotateShared<Traits>::kPairs;
   const int pair = threadIdx.x % kPairs, slice = threadIdx.x / kPairs;
   float2 sums[kTileColumns] = {};
-#pragma unroll 2
+#pragma unroll 4
   for (int i = 4 * slice; i < kD; i += 4 * RotateShared<Traits>::kSlices) {
     float2 b[4];
 #pragma unroll
@@ -97,8 +98,15 @@ __device__ __forceinline__ void ColumnSums(RotateShared<Traits>& shared, int war
   dot = WarpSum(dot);
   square = WarpSum(square);
   if (lane != 0) return;
-  shared.norm[warp] = sqrtf(square);
+  shared.norm[warp] = square > 0 ? square * rsqrtf(square) : 0.0f;
   if (mean_score != nullptr) mean_score[warp] = dot;
+}
+
+// Whether a row sees a page that was sealed with basis `run`.
+__device__ __forceinline__ bool BasisIsUsed(const ProgressiveSequence& s, int run,
+                                            const PageRange& visible) {
+  const int begin = run > 0 ? s.basis_end[run - 1] : 0;
+  return max(begin, visible.begin) < min(s.basis_end[run], visible.end);
 }
 
 // Clears the counters of a head's step.
@@ -113,7 +121,9 @@ __device__ __forceinline__ void ClearCounters(const ProgressiveArgs& p,
   if (threadIdx.x != 0) return;
   if (head_index == 0) *reinterpret_cast<int32_t*>(p.workspace + p.work.num_units) = 0;
   reinterpret_cast<int32_t*>(p.workspace + p.work.merged)[head_index] = 0;
-  p.decisions[head_index].basis_bytes = s.num_bases * (int64_t{2} * kD * kD + 4 * kD);
+  int used = 0;
+  for (int run = 0; run < s.num_bases; ++run) used += BasisIsUsed(s, run, VisiblePages(s)) ? 1 : 0;
+  p.decisions[head_index].basis_bytes = used * BasisReadBytes(kD);
 }
 
 template <class Traits>
@@ -132,13 +142,13 @@ __global__ void __launch_bounds__(kRotateThreads)
   const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int begin = split * Shared::kChannels, channels = min(Shared::kChannels, kD - begin);
+  const PageRange visible = VisiblePages(s);
+  LoadColumns<Traits, kRotateThreads>(p, s, head, tile, s.softmax_scale * kLog2E, shared.query);
   for (int run = 0; run < s.num_bases; ++run) {
+    if (!BasisIsUsed(s, run, visible)) continue;
     const std::byte* block =
         p.pool + static_cast<int64_t>(s.basis[run]) * kPageAlignment + head * layout.head_bytes;
     FetchBasis<Traits>(block, layout, begin, channels, shared);
-    if (run == 0) {
-      LoadColumns<Traits, kRotateThreads>(p, s, head, tile, s.softmax_scale * kLog2E, shared.query);
-    }
     WaitCopies<0>();
     __syncthreads();
     const int64_t at = (head_index * kMaxDeviceBasisRuns + run) * (w.columns / kTileColumns) + tile;
@@ -150,6 +160,7 @@ __global__ void __launch_bounds__(kRotateThreads)
     __syncthreads();
     // Halves up to 16, so that the squares of small products do not vanish.
     const float unit = QueryUnit(shared.norm) * 0.0625f;
+    const float inverse = __uint_as_float(0x7f000000u - __float_as_uint(unit));  // of a power of 2
     static_assert(kTileColumns * Shared::kChannels == kRotateThreads, "a thread an element");
     const int local = threadIdx.x % Shared::kChannels, n = threadIdx.x / Shared::kChannels;
     if (local < channels) {
@@ -162,7 +173,7 @@ __global__ void __launch_bounds__(kRotateThreads)
       const int target = n * 4 + in_tile % 8 / 2;
       auto* out = reinterpret_cast<__half*>(p.workspace + w.query) + at * kTileColumns * kD;
       out[(c / kTileChannels * 32 + target) * 4 + in_tile / 8 * 2 + in_tile % 2] =
-          __float2half_rn(sum / unit);
+          __float2half_rn(sum * inverse);
     }
     if (split == 0 && threadIdx.x == 0) {
       reinterpret_cast<float*>(p.workspace + w.query_unit)[at] = unit;

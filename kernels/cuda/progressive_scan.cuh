@@ -4,15 +4,15 @@
 // Scan: the 4-bit score of every token of every sealed page, and each page's log mass.
 //   s[t] = sum_c q_c r_c (n_tc - 7.5) / 8 + q.mu     n: nibbles; r: the page's channel ranges
 //
-// A CTA takes a run of a sequence's pages. A page's nibbles of neighbouring heads are one long
-// read, so bulk copies fill a ring of stages, each kScanWarps (page, kv head) pairs, of which every
-// warp takes one; the warps fetch in turn. Tokens are the M of the MMA, columns the N. Nibbles
-// enter the MMA as FP16 subnormals (n 2^-24, or 16 n 2^-24 for the upper nibble, which only ever
-// holds rows 8..15 of a tile), so that unpacking is one AND; products are exact and the sums FP32.
-// The offset 7.5 is one more MMA, with ones; so are the page's sums. Queries and ranges are halves
-// relative to their largest: nothing overflows, whatever the keys. grid: dense CTAs
-// (progressive_dense.cuh), then runs x head groups x column tiles; further column tiles find the
-// page in L2 and count no bytes.
+// A CTA takes a run of a sequence's pages. One warp fetches: a page's nibbles of neighbouring heads
+// are one long read, so bulk copies fill a ring of stages, each kScanWarps (page, kv head) pairs;
+// the other warps take a pair each. Tokens are the M of the MMA, columns the N. Nibbles enter the
+// MMA as FP16 subnormals (n 2^-24, or 16 n 2^-24 for the upper nibble, which only ever holds rows
+// 8..15 of a tile), so that unpacking is one AND; products are exact and the sums FP32. The offset
+// 7.5 is one more MMA, with ones; so are the page's sums. Queries and ranges are halves relative to
+// their largest: nothing overflows, whatever the keys. grid: dense CTAs (progressive_dense.cuh),
+// then runs x head groups x column tiles; further column tiles find the page in L2 and count no
+// bytes.
 
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/progressive_common.cuh"
@@ -21,15 +21,13 @@
 namespace adaattn {
 
 inline constexpr int kScanStages = 3;
-inline constexpr int kScanThreads = kScanWarps * 32;
-static_assert(kScanThreads == kDenseThreads, "they share a grid");
+inline constexpr int kScanThreads = (kScanWarps + 1) * 32;
 
 template <class Traits>
 struct ScanShared {
   // Of one (page, kv head); a page's heads lie side by side, chunk by chunk, then their scales.
   static constexpr int kPairBytes = Traits::kTiles * kKeyTileBytes + Traits::kHeadDim;
-  static constexpr int kStageBytes = kScanWarps * kPairBytes;
-  alignas(16) std::byte stages[kScanStages][kStageBytes];
+  alignas(16) std::byte stages[kScanStages][kScanWarps * kPairBytes];
   alignas(16) __half ranges[kScanWarps][Traits::kHeadDim];
   float lse[kScanWarps][kTileColumns];
   alignas(8) uint64_t full[kScanStages], empty[kScanStages];
@@ -171,14 +169,9 @@ __device__ __forceinline__ void SumPage(const uint32_t (&packed)[8], const float
 
 // Where a warp puts what it finds of its pages: the stats of the lane's two columns and the scores.
 struct PageSinks {
-  float4* stats;  // of page 0 of the head, or where Advance went
+  float4* stats;  // of page 0 of the head
   uint4* scores;
   bool has_scores;  // the lane's column exists
-
-  __device__ __forceinline__ void Advance(int columns, int pages) {
-    stats += pages * columns;
-    scores += static_cast<int64_t>(pages) * (columns * 8);
-  }
 };
 template <class Traits>
 __device__ __forceinline__ PageSinks MakePageSinks(const ProgressiveArgs& p, const SequenceView& s,
@@ -194,12 +187,12 @@ __device__ __forceinline__ PageSinks MakePageSinks(const ProgressiveArgs& p, con
   return sinks;
 }
 
-// Stores the statistics and packed scores of the page that `sinks` stands at; variance is of column
-// lane / 4. Returns the lane's two columns' estimated log masses.
+// Stores a page's statistics and packed scores; variance is of column lane / 4. Returns the lane's
+// two columns' estimated log masses.
 template <class Traits>
-__device__ __forceinline__ float2 StorePage(const PageSinks& sinks, float cap, int lane,
-                                            const uint32_t (&packed)[8], const float (&high)[2],
-                                            float variance, bool opened) {
+__device__ __forceinline__ float2 StorePage(const PageSinks& sinks, int columns, float cap,
+                                            int page, int lane, const uint32_t (&packed)[8],
+                                            const float (&high)[2], float variance, bool opened) {
   float sum[4], squares[4], mass[2];
   SumPage<Traits>(packed, high, cap, lane, sum, squares);
   float4 stats[2];
@@ -216,12 +209,14 @@ __device__ __forceinline__ float2 StorePage(const PageSinks& sinks, float cap, i
     stats[c] = make_float4(page_stats.max, page_stats.lse, page_stats.variance, page_stats.squares);
   }
   if (lane < 4) {
-    sinks.stats[0] = stats[0];
-    sinks.stats[1] = stats[1];
+    float4* target = sinks.stats + page * columns;
+    target[0] = stats[0];
+    target[1] = stats[1];
   }
   if (sinks.has_scores) {
-    sinks.scores[0] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-    sinks.scores[32] = make_uint4(packed[4], packed[5], packed[6], packed[7]);
+    uint4* target = sinks.scores + static_cast<int64_t>(page) * (columns * 8);
+    target[0] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+    target[32] = make_uint4(packed[4], packed[5], packed[6], packed[7]);
   }
   return make_float2(mass[0], mass[1]);
 }
@@ -260,7 +255,7 @@ __device__ __forceinline__ void StoreRunMass(const ProgressiveArgs& p, const Hea
                                              int run, int column_tile, float2 mass, int64_t masses,
                                              float (*parts)[kTileColumns]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (lane < 4) *reinterpret_cast<float2*>(&parts[warp][2 * lane]) = mass;
+  if (warp < kScanWarps && lane < 4) *reinterpret_cast<float2*>(&parts[warp][2 * lane]) = mass;
   __syncthreads();
   const int head = threadIdx.x / kTileColumns, column = threadIdx.x % kTileColumns;
   if (head >= group.heads) return;
@@ -273,52 +268,54 @@ __device__ __forceinline__ void StoreRunMass(const ProgressiveArgs& p, const Hea
                                    column_tile * kTileColumns + column] = total;
 }
 
-// Brings the first four bits of rank chunks [0, chunk_end) of the run's pages for stage `i`
-// (counted from the run's start), and their scales; by one warp. Waits until the stage's bytes have
-// been used.
+// What the fetching warp does: brings the first four bits of rank chunks [0, chunk_end) of the
+// run's pages and their scales, stage after stage.
 template <class Traits>
-__device__ __forceinline__ void FetchStage(const ProgressiveArgs& p,
-                                           const ProgressiveSequence& from, const SequenceView& s,
-                                           const ScanRun& run, const HeadGroup& group,
-                                           int chunk_end, int i, int lane,
-                                           ScanShared<Traits>& shared) {
+__device__ __forceinline__ void FetchRun(const ProgressiveArgs& p, const ProgressiveSequence& from,
+                                         const SequenceView& s, const ScanRun& run,
+                                         const HeadGroup& group, int chunk_end, int lane,
+                                         ScanShared<Traits>& shared) {
   constexpr int kD = Traits::kHeadDim;
-  const int first = run.page_begin + i * group.pages;
-  if (first >= run.page_end) return;
-  const int stage = i % kScanStages;
-  const bool wanted = lane < group.pages && first + lane < run.page_end &&
-                      PageVisibility(s, first + lane) != Visibility::kNone;
-  const uint32_t ids = wanted ? p.table[from.table_begin + first + lane] : 0;
-  if (i >= kScanStages) {
-    WaitBarrier(SharedAddress(&shared.empty[stage]), (i / kScanStages + 1) % 2);
-  }
-  const uint32_t pages = __ballot_sync(0xffffffffu, wanted);
-  const uint32_t full = SharedAddress(&shared.full[stage]);
-  if (lane == 0) {
-    const int key_bytes = ChunkedRank(kD, chunk_end) * (kPageTokens / 2);
-    ArriveExpectBytes(full, __popc(pages) * group.heads * (key_bytes + kD));
-  }
-  __syncwarp();
-  // A lane copies one rank chunk of a page, or the scales.
-  for (int j = 0; j < group.pages; ++j) {
-    const uint32_t id = __shfl_sync(0xffffffffu, ids, j);
-    if ((pages >> j & 1) == 0 || lane > chunk_end) continue;
-    const bool scales = lane == chunk_end;
-    const PageLayout::Section& section = scales ? p.layout.key_scales : p.layout.key_base[lane];
-    const uint32_t target =
-        SharedAddress(shared.stages[stage]) + j * group.heads * ScanShared<Traits>::kPairBytes +
-        (scales ? Traits::kTiles : lane * Traits::kChunkTiles) * kKeyTileBytes * group.heads;
-    const auto bytes = static_cast<uint32_t>(section.bytes);
-    BulkCopy(
-        target,
-        p.pool + static_cast<int64_t>(id) * kPageAlignment + section.offset + group.begin * bytes,
-        bytes * group.heads, full);
+  const int key_bytes = ChunkedRank(kD, chunk_end) * (kPageTokens / 2);
+  uint32_t ids = 0;
+  int stage = 0;
+  for (int first = run.page_begin, i = 0; first < run.page_end; first += group.pages, ++i) {
+    const int in_batch = (first - run.page_begin) % 32;
+    if (in_batch == 0 && first + lane < run.page_end)
+      ids = p.table[from.table_begin + first + lane];
+    if (i >= kScanStages) {
+      WaitBarrier(SharedAddress(&shared.empty[stage]), (i / kScanStages + 1) % 2);
+    }
+    const bool wanted = lane < group.pages && first + lane < run.page_end &&
+                        PageVisibility(s, first + lane) != Visibility::kNone;
+    const uint32_t pages = __ballot_sync(0xffffffffu, wanted);
+    const uint32_t full = SharedAddress(&shared.full[stage]);
+    if (lane == 0) ArriveExpectBytes(full, __popc(pages) * group.heads * (key_bytes + kD));
+    __syncwarp();
+    // A lane copies one rank chunk of a page, or the scales.
+    for (int j = 0; j < group.pages; ++j) {
+      const uint32_t id = __shfl_sync(0xffffffffu, ids, in_batch + j);
+      if ((pages >> j & 1) == 0) continue;
+      const bool scales = lane == chunk_end;
+      const PageLayout::Section& section =
+          scales ? p.layout.key_scales : p.layout.key_base[min(lane, chunk_end - 1)];
+      const uint32_t target =
+          SharedAddress(shared.stages[stage]) + j * group.heads * ScanShared<Traits>::kPairBytes +
+          (scales ? Traits::kTiles : lane * Traits::kChunkTiles) * kKeyTileBytes * group.heads;
+      const auto bytes = static_cast<uint32_t>(section.bytes);
+      if (lane <= chunk_end) {
+        BulkCopy(target,
+                 p.pool + static_cast<int64_t>(id) * kPageAlignment + section.offset +
+                     group.begin * bytes,
+                 bytes * group.heads, full);
+      }
+    }
+    stage = stage + 1 == kScanStages ? 0 : stage + 1;
   }
 }
 
-// A warp's (page, kv head) pairs of the run, one a stage. kEndV: rank chunks that are read, where
-// that is known when compiling; 0: chunk_end.
-template <class Traits, int kEndV>
+// A warp's (page, kv head) pairs of the run, one a stage.
+template <class Traits>
 struct PageScanner {
   const ProgressiveArgs& p;
   const ProgressiveSequence& from;
@@ -329,15 +326,13 @@ struct PageScanner {
   int chunk_end, column_tile, lane, warp;
   RunningMass mass;
 
-  // The scan of the page whose pair stands at shared address `pair`. Says when the stage's bytes
-  // are no longer needed.
+  // The scan of one page. Says when the stage's bytes are no longer needed.
   template <typename Release>
   __device__ __forceinline__ void Scan(int page, Visibility visibility, const std::byte* pair,
                                        int head_of_group, const uint2 (&query)[Traits::kTiles],
                                        float unit, const float (&mean)[2], const PageSinks& sinks,
                                        Release release) {
     constexpr int kChunks = NumRankChunks(Traits::kHeadDim);
-    const int end = kEndV > 0 ? kEndV : chunk_end;
     uint32_t chunks[kChunks];
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -354,10 +349,10 @@ struct PageScanner {
     __syncwarp();
     float sums[4][4], ones[4], high[2];
     uint32_t squares = 0, packed[8];
-    MultiplyPage<Traits>(chunks, ranges, query, 0, end, lane, sums, ones, &squares);
+    MultiplyPage<Traits>(chunks, ranges, query, 0, chunk_end, lane, sums, ones, &squares);
     float variance = SumHalves(squares) * (1.0f / 768);  // (r / 8)^2 / 12 for what was read
-    if (end < kChunks) {                                 // r^2 / 6 for what was not
-      variance += SumHalves(UnreadSquares<Traits>(ranges, query, end, lane)) * (1.0f / 6);
+    if (chunk_end < kChunks) {                           // r^2 / 6 for what was not
+      variance += SumHalves(UnreadSquares<Traits>(ranges, query, chunk_end, lane)) * (1.0f / 6);
     }
     release();
     variance = QuadSum(variance) * (kLn2 * kLn2) * scale * scale;
@@ -368,35 +363,25 @@ struct PageScanner {
     const float offset[2] = {fmaf(-0.9375f * scale, ones[0], mean[0]),
                              fmaf(-0.9375f * scale, ones[1], mean[1])};
     PackScores(sums, 2097152.0f * scale, offset, high, packed);  // 2^24 / 8
-    mass.Add(StorePage<Traits>(sinks, s.softcap, lane, packed, high, variance, false));
+    mass.Add(StorePage<Traits>(sinks, p.work.columns, s.softcap, page, lane, packed, high, variance,
+                               false));
   }
 
   __device__ __forceinline__ void Run(int head_index) {
     const int head_of_group = warp % group.heads, place = warp / group.heads;
-    const std::byte* const pairs =
-        shared.stages[0] + place * group.heads * ScanShared<Traits>::kPairBytes;
-    PageSinks sinks = MakePageSinks<Traits>(p, s, head_index, column_tile, lane);
-    sinks.Advance(p.work.columns, run.page_begin + place);
-    // Pages that see all or nothing of a row are neighbours: the ends of a run speak for it.
-    const bool whole = PageVisibility(s, run.page_begin) == Visibility::kAll &&
-                       PageVisibility(s, run.page_end - 1) == Visibility::kAll;
+    const PageSinks sinks = MakePageSinks<Traits>(p, s, head_index, column_tile, lane);
     uint2 query[Traits::kTiles] = {};
     float unit = 0, mean[2] = {};
-    int basis_end = 0, stage = 0, parity = 0, i = 0;
-    for (int first = run.page_begin; first < run.page_end; first += group.pages, ++i) {
+    int basis_end = 0, stage = 0, parity = 0;
+    for (int first = run.page_begin; first < run.page_end; first += group.pages) {
       const int page = first + place;
-      if (warp == i % kScanWarps) {
-        FetchStage<Traits>(p, from, s, run, group, chunk_end, i + kScanStages - 1, lane, shared);
-      }
       WaitBarrier(SharedAddress(&shared.full[stage]), parity);
       auto release = [&] {
         __syncwarp();
         if (lane == 0) Arrive(SharedAddress(&shared.empty[stage]));
       };
       Visibility visibility = Visibility::kNone;
-      if (place < group.pages && page < run.page_end) {
-        visibility = whole ? Visibility::kAll : PageVisibility(s, page);
-      }
+      if (place < group.pages && page < run.page_end) visibility = PageVisibility(s, page);
       if (visibility == Visibility::kNone) {
         release();
       } else {
@@ -410,10 +395,10 @@ struct PageScanner {
           mean[0] = fragments.mean[lane % 4 * 2];
           mean[1] = fragments.mean[lane % 4 * 2 + 1];
         }
-        Scan(page, visibility, pairs + stage * ScanShared<Traits>::kStageBytes, head_of_group,
-             query, unit, mean, sinks, release);
+        const std::byte* pair =
+            shared.stages[stage] + place * group.heads * ScanShared<Traits>::kPairBytes;
+        Scan(page, visibility, pair, head_of_group, query, unit, mean, sinks, release);
       }
-      sinks.Advance(p.work.columns, group.pages);
       if (++stage == kScanStages) {
         stage = 0;
         parity ^= 1;
@@ -421,27 +406,6 @@ struct PageScanner {
     }
   }
 };
-
-template <class Traits, int kEndV>
-__device__ __forceinline__ float2 ScanRunPages(const ProgressiveArgs& p,
-                                               const ProgressiveSequence& from,
-                                               const SequenceView& s, const ScanRun& run,
-                                               const HeadGroup& group, int head_index,
-                                               int chunk_end, int column_tile,
-                                               ScanShared<Traits>& shared) {
-  PageScanner<Traits, kEndV> scanner{p,
-                                     from,
-                                     s,
-                                     run,
-                                     group,
-                                     shared,
-                                     chunk_end,
-                                     column_tile,
-                                     static_cast<int>(threadIdx.x % 32),
-                                     static_cast<int>(threadIdx.x / 32)};
-  scanner.Run(head_index);
-  return scanner.mass.Log2Sum();
-}
 
 template <class Traits>
 __device__ __forceinline__ void ScanPages(const ProgressiveArgs& p, int run_index, int head_group,
@@ -463,23 +427,17 @@ __device__ __forceinline__ void ScanPages(const ProgressiveArgs& p, int run_inde
     FenceBarrierInit();
   }
   __syncthreads();
-  if (warp == 0) {
-    for (int i = 0; i < kScanStages - 1; ++i) {
-      FetchStage<Traits>(p, from, s, run, group, chunk_end, i, lane, shared);
-    }
+  if (warp == kScanWarps) {
+    FetchRun<Traits>(p, from, s, run, group, chunk_end, lane, shared);
+    StoreRunMass<Traits>(p, group, run_index, column_tile, make_float2(0, 0), p.work.scan_lse,
+                         shared.lse);
+    return;
   }
   WaitForDependencies();
   LaunchDependents();
   const int head_index = run.sequence * p.shape.num_kv_heads + group.begin + warp % group.heads;
-  constexpr int kChunks = NumRankChunks(Traits::kHeadDim);
-  float2 mass;
-  if (chunk_end == kChunks) {
-    mass = ScanRunPages<Traits, kChunks>(p, from, s, run, group, head_index, chunk_end, column_tile,
-                                         shared);
-  } else {
-    mass =
-        ScanRunPages<Traits, 0>(p, from, s, run, group, head_index, chunk_end, column_tile, shared);
-  }
+  PageScanner<Traits> scanner{p, from, s, run, group, shared, chunk_end, column_tile, lane, warp};
+  scanner.Run(head_index);
   if (warp < group.heads && column_tile == 0) {  // for all warps of the head
     int pages = 0;
     for (int page = run.page_begin + lane; page < run.page_end; page += 32) {
@@ -491,7 +449,8 @@ __device__ __forceinline__ void ScanPages(const ProgressiveArgs& p, int run_inde
                pages * KeyReadBytes(Traits::kHeadDim, kScanBits, chunk_end));
     }
   }
-  StoreRunMass<Traits>(p, group, run_index, column_tile, mass, p.work.scan_lse, shared.lse);
+  StoreRunMass<Traits>(p, group, run_index, column_tile, scanner.mass.Log2Sum(), p.work.scan_lse,
+                       shared.lse);
 }
 
 template <class Traits>
@@ -502,6 +461,7 @@ __global__ void __launch_bounds__(kScanThreads,
   const int dense_ctas = p.num_sequences * p.shape.num_kv_heads * tiles;
   int block = blockIdx.x;
   if (block < dense_ctas) {
+    if (threadIdx.x >= kDenseThreads) return;
     const int tile = block % tiles, head_index = block / tiles;
     DenseTail<Traits>(p, head_index / p.shape.num_kv_heads, head_index % p.shape.num_kv_heads,
                       tile);

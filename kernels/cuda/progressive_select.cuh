@@ -18,6 +18,7 @@ namespace adaattn {
 
 inline constexpr int kSelectThreads = 4 * kSelectPages;
 inline constexpr int kSelectWarps = kSelectThreads / 32;
+inline constexpr int kSelectFigures = 6;
 
 template <class Traits>
 struct SelectShared {
@@ -33,8 +34,9 @@ struct SelectShared {
   float weights[2 * kTileColumns][kSelectPages];
   alignas(16) __half scaled[2 * kTileColumns][kSelectPages + 8];
   float row_scale[2 * kTileColumns];
-  float warp_figures[kSelectWarps][kTileColumns][5];  // mass, entropy, rest, mean squares, weight
-  int list[kSelectPages];                             // attended pages, in order
+  // mass, entropy, rest, mean squares, weight, amplitude
+  float warp_figures[kSelectWarps][kTileColumns][kSelectFigures];
+  int list[kSelectPages];  // attended pages, in order
   int warp_count[kSelectWarps];
   int unit_begin;
   int key_pages[kNumKeyDepths], value_pages[kNumValueDepths];
@@ -166,9 +168,17 @@ __device__ __forceinline__ float MeanSquare(const std::byte* summary, int quarte
   return QuadSum(static_cast<float>(sum) * scale * scale);
 }
 
+// The sum of squares of a page's probabilities, relative to the square of its share.
+template <class Traits>
+__device__ __forceinline__ float Concentration(const PageStats& stats, float softcap) {
+  if (stats.max == -INFINITY) return 0;
+  return fminf(fabsf(stats.squares) * Exp2(2 * (SoftCap<Traits>(stats.max, softcap) - stats.lse)),
+               1.0f);
+}
+
 // One column's weights and figures of a page whose depth is decided.
 struct ColumnWeights {
-  float skipped = 0, weight = 0, mass = 0, entropy = 0, rest = 0;
+  float skipped = 0, weight = 0, mass = 0, entropy = 0, rest = 0, amplitude = 0;
 };
 template <class Traits>
 __device__ __forceinline__ ColumnWeights WeighColumn(const SequenceView& s, const PageStats& stats,
@@ -176,29 +186,27 @@ __device__ __forceinline__ ColumnWeights WeighColumn(const SequenceView& s, cons
                                                      PageDepth depth) {
   ColumnWeights out;
   const ColumnTerms terms = TermsOf(stats, lse);
-  const float spread2 = summary.spread * summary.spread;
+  PageErrorInputs inputs;
+  inputs.share = terms.share;
+  inputs.concentration = Concentration<Traits>(stats, s.softcap);
+  inputs.score_variance = stats.variance;
+  inputs.spread = summary.spread;
+  inputs.scale_rms = summary.scale_rms;
+  // With mean_distance2 open, `score` is what goes with the spread: weight * (spread^2 + |mean -
+  // o|^2).
+  const PageErrorParts parts = ErrorParts(inputs, Traits::kHeadDim);
+  const ErrorTerms error = TermsOf(parts, ScoreVarianceAt(1.0f, depth.key.bits), depth.value_bits);
   out.entropy = terms.entropy;
+  out.rest = error.square;
+  out.amplitude = error.amplitude;
   if (depth.value_bits == 0) {
     out.skipped = out.mass = terms.share;
-    out.weight = terms.share * terms.share * stats.variance;
-    out.rest = terms.share * terms.share * spread2;
-  } else if (stats.max != -INFINITY) {
-    const float variance = ScoreVarianceAt(stats.variance, depth.key.bits);
-    const float peak = Exp2(SoftCap<Traits>(stats.max, s.softcap) - lse);
-    const float squares = peak * peak * fabsf(stats.squares);
-    out.weight = squares * variance;
-    out.rest = squares * (variance * spread2 +
-                          Traits::kHeadDim * CodeVariance(summary.scale_rms, depth.value_bits));
+  } else {
+    const float away = 1.0f - inputs.share * inputs.concentration;
+    out.weight = inputs.share * inputs.share * inputs.concentration * away * away *
+                 ScoreVarianceAt(stats.variance, depth.key.bits);
   }
   return out;
-}
-
-// The sum of squares of a page's probabilities, relative to the square of its share.
-template <class Traits>
-__device__ __forceinline__ float Concentration(const PageStats& stats, float softcap) {
-  if (stats.max == -INFINITY) return 0;
-  return fminf(fabsf(stats.squares) * Exp2(2 * (SoftCap<Traits>(stats.max, softcap) - stats.lse)),
-               1.0f);
 }
 
 // Where most of the sink page's mass lies on its first token, that token's value stands for the
@@ -295,7 +303,7 @@ __device__ __forceinline__ int DecidePages(const ProgressiveArgs& p, const Decis
   const uint32_t attended = __ballot_sync(0xffffffffu, depth.value_bits > 0) & 0x11111111u;
   if (lane == 0) shared.warp_count[warp] = __popc(attended);
   const auto summary = *reinterpret_cast<const ValueSummary*>(summary_bytes);
-  float figures[kEach][5];  // as warp_figures
+  float figures[kEach][kSelectFigures];  // as warp_figures
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int n = quarter * kEach + i;
@@ -311,11 +319,12 @@ __device__ __forceinline__ int DecidePages(const ProgressiveArgs& p, const Decis
     figures[i][2] = column.rest;
     figures[i][3] = column.weight * mean2;
     figures[i][4] = column.weight;
+    figures[i][5] = column.amplitude;
   }
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
 #pragma unroll
-    for (int j = 0; j < 5; ++j) {
+    for (int j = 0; j < kSelectFigures; ++j) {
 #pragma unroll
       for (int step = 4; step < 32; step *= 2) {
         figures[i][j] += __shfl_xor_sync(0xffffffffu, figures[i][j], step);
@@ -334,10 +343,10 @@ __device__ __forceinline__ int DecidePages(const ProgressiveArgs& p, const Decis
     shared.list[before + __popc(attended & ((1u << lane) - 1))] = local;
   }
   if (threadIdx.x < kTileColumns) {
-    float sums[5] = {};
+    float sums[kSelectFigures] = {};
     for (int i = 0; i < kSelectWarps; ++i) {
 #pragma unroll
-      for (int j = 0; j < 5; ++j) sums[j] += shared.warp_figures[i][threadIdx.x][j];
+      for (int j = 0; j < kSelectFigures; ++j) sums[j] += shared.warp_figures[i][threadIdx.x][j];
     }
     SelectState state;
     state.mass = sums[0];
@@ -345,6 +354,7 @@ __device__ __forceinline__ int DecidePages(const ProgressiveArgs& p, const Decis
     state.rest = sums[2];
     state.mean_squares = sums[3];
     state.weight = sums[4];
+    state.amplitude = sums[5];
     reinterpret_cast<SelectState*>(p.workspace + p.work.state)[slot + threadIdx.x] = state;
   }
   ScaleWeights<Traits>(shared);

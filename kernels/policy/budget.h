@@ -101,26 +101,6 @@ ADAATTN_HD BudgetChoice ChooseThetaFromTerms(const ErrorTerms* sums, const Error
   return choice;
 }
 
-// What the CUDA kernel calls until it carries ErrorTerms: one number per page, in which a factor
-// stands for kCoherence times the number of pages that are skipped together.
-ADAATTN_HD constexpr void AddToBudget(const DecisionParams&, const PageErrorInputs& inputs,
-                                      float weight, int32_t head_dim, int32_t, PageBudget* page) {
-  AddToBudget(inputs.share, ErrorParts(inputs, head_dim), weight, page);
-}
-ADAATTN_HD float BudgetErrorAt(const DecisionParams& params, const PageBudget& page, float theta,
-                               int32_t head_dim, int32_t stored_bits) {
-  const ErrorTerms terms = BudgetTermsAt(params, page, theta, head_dim, stored_bits);
-  return terms.square + 64.0f * kCoherence * terms.amplitude * terms.amplitude;
-}
-ADAATTN_HD BudgetChoice ChooseThetaFromSums(const float* sums, float full_depth_sum,
-                                            float target_relative_error) {
-  ErrorTerms terms[kNumBudgetThetas];
-  for (int32_t i = 0; i < kNumBudgetThetas; ++i) terms[i].square = sums[i];
-  ErrorTerms full_depth;
-  full_depth.square = full_depth_sum;
-  return ChooseThetaFromTerms(terms, full_depth, target_relative_error);
-}
-
 }  // namespace adaattn
 
 #endif  // ADAATTN_KERNELS_POLICY_BUDGET_H_
