@@ -121,13 +121,7 @@ absl::StatusOr<int> RunDemo(const Args& args) {
       reports.push_back(*std::move(report));
     }
   }
-  if (args.Bool("json")) {
-    nlohmann::ordered_json runs = nlohmann::ordered_json::array();
-    for (const ReplayReport& report : reports) runs.push_back(ToJson(report));
-    std::puts(nlohmann::ordered_json({{"runs", runs}}).dump(2).c_str());
-  } else {
-    std::fputs(FormatReplays(reports).c_str(), stdout);
-  }
+  std::fputs(PrintedReplays(reports, args.Bool("json")).c_str(), stdout);
   if (!args.String("report").empty()) {
     if (absl::Status status = WriteReport(args.String("report"), reports); !status.ok()) {
       return status;

@@ -215,4 +215,11 @@ nlohmann::ordered_json ToJson(const ReplayReport& report) {
   return json;
 }
 
+std::string PrintedReplays(absl::Span<const ReplayReport> reports, bool json) {
+  if (!json) return FormatReplays(reports);
+  nlohmann::ordered_json runs = nlohmann::ordered_json::array();
+  for (const ReplayReport& report : reports) runs.push_back(ToJson(report));
+  return nlohmann::ordered_json({{"runs", runs}}).dump(2) + "\n";
+}
+
 }  // namespace adaattn::client

@@ -32,6 +32,8 @@ std::string FormatReplays(absl::Span<const ReplayReport> reports);
 nlohmann::ordered_json ToReportJson(const ReplayReport& report);
 // The same and everything else that a replay showed.
 nlohmann::ordered_json ToJson(const ReplayReport& report);
+// What a command prints of them: FormatReplays, or {"runs": [...]} as JSON.
+std::string PrintedReplays(absl::Span<const ReplayReport> reports, bool json);
 
 }  // namespace adaattn::client
 

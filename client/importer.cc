@@ -41,6 +41,7 @@ v1::ImportKvRequest Message(const ImportPlan& plan, size_t index, bool opens) {
   if (opens) {
     message.set_session_id(plan.session.session_id);
     message.set_epoch(plan.session.epoch);
+    message.set_wait_sealed(plan.wait_sealed);
   }
   message.set_first_layer(plan.first_layer);
   message.set_num_layers(1);
@@ -94,6 +95,8 @@ absl::StatusOr<ImportPlan> PlanImport(const ImportInput& input, const SessionRef
   plan.query_sample = input.query_sample;
   plan.basis_mean = input.basis_mean;
   plan.basis = input.basis;
+  plan.wait_sealed = input.wait_sealed;
+  if (input.wait_sealed && input.k.empty() && input.v.empty()) return plan;
   const size_t rank = input.k.shape.size();
   if (input.k.shape != input.v.shape || (rank != 3 && rank != 4)) {
     return absl::InvalidArgumentError(

@@ -29,6 +29,7 @@ struct ImportPlan {
   int32_t num_layers = 1;
   std::vector<ImportChunk> chunks;  // may be empty: no tokens
   TensorView query_sample, basis_mean, basis;
+  bool wait_sealed = false;
 };
 
 // Cuts `input` into chunks of whole tokens, of one layer each, whose messages stay below

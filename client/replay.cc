@@ -12,8 +12,6 @@
 namespace adaattn::client {
 namespace {
 
-constexpr absl::Duration kSealPatience = absl::Seconds(15);
-
 // [heads, tokens, head_dim], as traces have it, to [tokens, heads, head_dim], as the wire has it.
 std::vector<uint16_t> TokensFirst(const std::vector<uint16_t>& source, int64_t heads,
                                   int64_t tokens, int64_t head_dim) {
@@ -112,44 +110,19 @@ absl::Status ReplayStep(const WireTrace& wire, int32_t row, Session* session, At
   return Compare(*wire.trace, row, *output, samples);
 }
 
-absl::Status ImportUntil(const WireTrace& wire, int64_t end, bool with_sample, Session* session) {
+// What a step reads must not depend on how far sealing got: a progressive session waits for it.
+absl::Status ImportUntil(const WireTrace& wire, int64_t end, bool with_sample, bool progressive,
+                         Session* session) {
   const int64_t begin = session->length(0);
-  if (begin >= end) return absl::OkStatus();
+  if (begin >= end && !progressive) return absl::OkStatus();
   ImportInput input;
-  input.k = wire.Tokens(wire.k, begin, end);
-  input.v = wire.Tokens(wire.v, begin, end);
+  input.wait_sealed = progressive;
+  if (begin < end) {
+    input.k = wire.Tokens(wire.k, begin, end);
+    input.v = wire.Tokens(wire.v, begin, end);
+  }
   if (with_sample) input.query_sample = wire.Rows(0, std::max(1, wire.trace->num_rows / 4));
   return session->Import(input);
-}
-
-// Waits until the pages that are due are sealed: all but the open page and the newest full one.
-// Sealing happens between batches, after an import is answered, and what a step reads must not
-// depend on how far it got. A server that seals nothing of any session for `*patience` is taken at
-// its word (no basis yet, no room), and is not waited for that long again.
-absl::Status WaitUntilSealed(Client* client, const Session& session, absl::Duration* patience) {
-  constexpr int64_t kPagesLeftDense = 2;
-  constexpr absl::Duration kLongestPause = absl::Milliseconds(20);
-  int64_t sealed_before = -1;
-  absl::Time progress = absl::Now();
-  for (absl::Duration pause = absl::Milliseconds(1);; pause = std::min(2 * pause, kLongestPause)) {
-    absl::StatusOr<std::vector<SessionSummary>> sessions = client->ListSessions();
-    if (!sessions.ok()) return sessions.status();
-    int64_t sealed = 0;
-    const SessionSummary* own = nullptr;
-    for (const SessionSummary& summary : *sessions) {
-      sealed += summary.pages_sealed;
-      if (summary.session.session_id == session.ref().session_id) own = &summary;
-    }
-    if (own == nullptr) return absl::NotFoundError("the session is not listed");
-    if (own->pages_dense <= kPagesLeftDense) return absl::OkStatus();
-    if (sealed != sealed_before) progress = absl::Now();
-    sealed_before = sealed;
-    if (absl::Now() - progress > *patience) {
-      *patience = kLongestPause;
-      return absl::OkStatus();
-    }
-    absl::SleepFor(pause);
-  }
 }
 
 absl::Status ReplaySession(Client* client, const WireTrace& wire, const ReplayConfig& config,
@@ -169,13 +142,10 @@ absl::Status ReplaySession(Client* client, const WireTrace& wire, const ReplayCo
   StreamOptions stream_options;
   stream_options.route_key = (*session)->route_key();
   const std::unique_ptr<AttendStream> stream = client->OpenStream(stream_options);
-  absl::Duration patience = kSealPatience;
   for (int32_t row = 0; row < num_rows; ++row) {
-    const bool with_sample = row == 0 && config.page_format == PageFormat::kProgressive;
-    absl::Status status = ImportUntil(wire, trace.positions[row], with_sample, session->get());
-    if (status.ok() && config.page_format == PageFormat::kProgressive) {
-      status = WaitUntilSealed(client, **session, &patience);
-    }
+    const bool progressive = config.page_format == PageFormat::kProgressive;
+    absl::Status status = ImportUntil(wire, trace.positions[row], row == 0 && progressive,
+                                      progressive, session->get());
     if (status.ok()) status = ReplayStep(wire, row, session->get(), stream.get(), samples);
     if (!status.ok()) {
       return absl::Status(

@@ -67,8 +67,8 @@ struct ReplayReport {
 // the keys before the first captured position together with a query sample (the first quarter of
 // the captured rows, which orders the channels of the basis), then for each captured position
 // imports on and appends and attends that token. Results do not depend on timing: before each step
-// of a progressive session it waits until the pages that are due are sealed. `advance` (may be
-// null) is called after each step, from any thread.
+// of a progressive session it waits until the pages that are due are sealed (wait_sealed).
+// `advance` (may be null) is called after each step, from any thread.
 //
 // Errors: the first of any session; kInternal when the server's answer has the wrong shape.
 absl::StatusOr<ReplayReport> Replay(Client* client, const Trace& trace,

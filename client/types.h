@@ -227,6 +227,8 @@ struct ImportInput {
   TensorView k, v;
   TensorView query_sample;       // [rows, num_q_heads, head_dim] of first_layer; orders the basis
   TensorView basis_mean, basis;  // of first_layer, instead of a fitted basis
+  // Return only once every page that is due is sealed. Then k and v may be absent.
+  bool wait_sealed = false;
 };
 
 struct ExportRange {

@@ -165,7 +165,7 @@ std::string LiveHistory::Json(absl::Time now, bool ready) const {
 
 std::map<std::string, HttpServer::Handler> AdminHandlers(const Metrics* metrics,
                                                          const LiveHistory* history,
-                                                         std::function<bool()> ready) {
+                                                         const std::function<bool()>& ready) {
   return {
       {"/metrics",
        [metrics] {

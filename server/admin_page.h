@@ -47,7 +47,7 @@ class LiveHistory {
 // /api/live, and the live page at / with its two files. Everything outlives the server.
 std::map<std::string, HttpServer::Handler> AdminHandlers(const Metrics* metrics,
                                                          const LiveHistory* history,
-                                                         std::function<bool()> ready);
+                                                         const std::function<bool()>& ready);
 
 }  // namespace adaattn
 

@@ -1,3 +1,4 @@
+#include <atomic>
 #include <memory>
 #include <utility>
 
@@ -21,6 +22,7 @@ class AttendCall final : public grpc::ServerUnaryReactor {
     if (!status.ok()) Fail(status, RetryAfter(service_, status));
   }
 
+  void OnCancel() override { cancelled_->store(true); }
   void OnDone() override { delete this; }
 
  private:
@@ -40,6 +42,7 @@ class AttendCall final : public grpc::ServerUnaryReactor {
       Answer(MakeUnfoundReply(request_id_, **task));
       return absl::OkStatus();
     }
+    (*task)->cancelled = cancelled_;
     (*task)->done = [this](std::unique_ptr<AttentionTask> done) { OnTask(*done); };
     return service_.engine->Schedule(&*task);
   }
@@ -73,6 +76,7 @@ class AttendCall final : public grpc::ServerUnaryReactor {
   const absl::Time start_;
   uint64_t request_id_ = 0;
   AdmissionTicket ticket_;
+  const std::shared_ptr<std::atomic<bool>> cancelled_ = std::make_shared<std::atomic<bool>>(false);
 };
 
 }  // namespace

@@ -1,3 +1,4 @@
+#include <atomic>
 #include <list>
 #include <map>
 #include <memory>
@@ -67,6 +68,7 @@ class AttendStreamReactor final : public grpc::ServerBidiReactor<Bytes, Bytes> {
   }
 
   void OnCancel() override {
+    gone_->store(true);
     {
       const MutexLock lock(&mutex_);
       cancelled_ = true;
@@ -152,6 +154,7 @@ class AttendStreamReactor final : public grpc::ServerBidiReactor<Bytes, Bytes> {
     if ((*task)->payload_owner == nullptr) {
       return Answer(slot, 0, MakeUnfoundReply(slot->request_id, **task));
     }
+    (*task)->cancelled = gone_;
     (*task)->done = [this, slot](std::unique_ptr<AttentionTask> done) {
       OnTask(slot, *done);
       Pump();
@@ -273,6 +276,7 @@ class AttendStreamReactor final : public grpc::ServerBidiReactor<Bytes, Bytes> {
   bool ended_ ABSL_GUARDED_BY(mutex_) = false;
   bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;
+  const std::shared_ptr<std::atomic<bool>> gone_ = std::make_shared<std::atomic<bool>>(false);
 };
 
 }  // namespace

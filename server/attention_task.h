@@ -1,6 +1,7 @@
 #ifndef ADAATTN_SERVER_ATTENTION_TASK_H_
 #define ADAATTN_SERVER_ATTENTION_TASK_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -88,6 +89,13 @@ struct AttentionReply {
   TaskTimes times;
 };
 
+// Set once nobody waits for an answer any more: what has not begun by then ends as kCancelled.
+using CancelFlag = std::shared_ptr<const std::atomic<bool>>;
+
+inline bool IsCancelled(const CancelFlag& flag) {
+  return flag != nullptr && flag->load(std::memory_order_relaxed);
+}
+
 // One Attend message after parsing and validation, or one chunk of an import (then exactly one
 // sequence, no q, and k, v [num_layers, append_len, num_kv_heads, head_dim]).
 //
@@ -107,6 +115,7 @@ struct AttentionTask {
   DType out_type = DType::kBf16;  // kF32, kF16, kBf16
   AttendOptions options;
   absl::Time deadline = absl::InfiniteFuture();
+  CancelFlag cancelled;                 // null = nobody can take the task back
   std::shared_ptr<void> payload_owner;  // keeps the pieces' bytes
 
   // Called exactly once per scheduled task, on the engine thread, with the task itself. Must not

@@ -79,7 +79,8 @@ void BatchRunner::SettleOutcome(Step* step) {
   outcome.mode = step->options.mode;
   if (!step->status.ok()) {
     AttentionReply& reply = step->task->reply;
-    if (absl::IsUnavailable(step->status) || absl::IsDeadlineExceeded(step->status)) {
+    if (absl::IsUnavailable(step->status) || absl::IsDeadlineExceeded(step->status) ||
+        absl::IsCancelled(step->status)) {
       reply.status = step->status;  // Not of this sequence alone.
     }
     if (absl::IsResourceExhausted(step->status)) reply.retry_after = kRetryAfter;

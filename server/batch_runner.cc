@@ -81,7 +81,9 @@ void BatchRunner::Expand(Batch* batch) {
     times_.queue = std::max(times_.queue, queued);
     task->reply.sequences.resize(task->sequences.size());
     absl::Status status;
-    if (task->deadline <= started_) {
+    if (IsCancelled(task->cancelled)) {
+      status = absl::CancelledError("cancelled in the queue; nothing was done");
+    } else if (task->deadline <= started_) {
       status = absl::DeadlineExceededError("the deadline passed in the queue; nothing was done");
     }
     MakeReplyBuffer(task.get());

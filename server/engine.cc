@@ -1,6 +1,7 @@
 #include "server/engine.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <utility>
 
 namespace adaattn {
@@ -111,7 +112,9 @@ void Engine::Run() {
                 : std::clamp(next_tick_ - clock_->Now(), absl::ZeroDuration(), options_.tick);
     Batcher::Work work = batcher_.Next(timeout);
     for (const auto& posted : work.posted) posted();
-    if (work.finished) return;
+    if (work.finished) {
+      return AnswerSealWaiters(absl::UnavailableError("draining: pages are still to be sealed"));
+    }
     const bool idle = work.batch == nullptr;
     if (!idle) RunBatch(work.batch.get());
     sealing = BetweenBatches(idle);
@@ -144,10 +147,30 @@ bool Engine::BetweenBatches(bool idle) {
   // After a batch: seal at once unless another one is waiting. A steady stream never leaves a whole
   // tick of idleness, so waiting for one would let its pages pile up to the limit.
   bool progress = !idle && !sealer_.idle();
-  if (idle || sealer_.over_limit()) progress = SealSlice();
+  if (idle || sealer_.over_limit() || !seal_waiters_.empty()) progress = SealSlice();
   if (clock_->Now() >= next_tick_) Tick();
   if (!idle) ReportGauges();
+  AnswerSealWaiters(device_or_drain_);
   return progress;
+}
+
+void Engine::WhenSealed(std::shared_ptr<Session> session, CancelFlag cancelled,
+                        std::function<void(const absl::Status&)> done) {
+  seal_waiters_.push_back({std::move(session), std::move(cancelled), std::move(done)});
+}
+
+void Engine::AnswerSealWaiters(const absl::Status& status) {
+  for (size_t i = 0; i < seal_waiters_.size();) {
+    absl::Status outcome = status;
+    if (IsCancelled(seal_waiters_[i].cancelled)) outcome = absl::CancelledError("the caller left");
+    if (outcome.ok() && sealer_.Owes(*seal_waiters_[i].session)) {
+      ++i;
+      continue;
+    }
+    const auto done = std::move(seal_waiters_[i].done);
+    seal_waiters_.erase(seal_waiters_.begin() + static_cast<std::ptrdiff_t>(i));
+    done(outcome);
+  }
 }
 
 bool Engine::SealSlice() {

@@ -69,6 +69,12 @@ class Engine {
   // Runs all sealing that is due; returns when it is done. Any thread but the engine's.
   void Quiesce();
 
+  // Calls `done` on the engine thread: with OK once no page of the session is due for sealing (or
+  // it is closed), with kCancelled, within a tick, once `cancelled` is set, with the reason when
+  // the device is lost or the engine stops. A full pool can keep pages due. Use only inside Post.
+  void WhenSealed(std::shared_ptr<Session> session, CancelFlag cancelled,
+                  std::function<void(const absl::Status&)> done);
+
   BatcherLoad load() const { return batcher_.load(); }
   PageStats page_stats() const { return allocator_.stats(); }
   const BackendInfo& backend_info() const { return backend_->info(); }
@@ -85,6 +91,14 @@ class Engine {
   void ReportGauges();
   void LoseDevice(const absl::Status& status);
   void FailAll(const absl::Status& status);
+  // Answers who waits for sealing: all with `status` if that is not OK.
+  void AnswerSealWaiters(const absl::Status& status);
+
+  struct SealWaiter {
+    std::shared_ptr<Session> session;
+    CancelFlag cancelled;
+    std::function<void(const absl::Status&)> done;
+  };
 
   const EngineOptions options_;
   Backend* const backend_;
@@ -101,8 +115,9 @@ class Engine {
   std::function<void(const absl::Status&)> on_device_lost_;
   std::atomic<int64_t> stop_deadline_ns_;
   absl::Time next_tick_;
-  absl::Status device_or_drain_;  // why every batch is refused; engine thread only
-  bool stopped_ = false;          // of the thread that calls Stop
+  std::vector<SealWaiter> seal_waiters_;  // engine thread only
+  absl::Status device_or_drain_;          // why every batch is refused; engine thread only
+  bool stopped_ = false;                  // of the thread that calls Stop
   std::thread thread_;
 };
 

@@ -1,3 +1,4 @@
+#include <atomic>
 #include <memory>
 #include <utility>
 
@@ -40,7 +41,10 @@ class ImportReactor final : public grpc::ServerReadReactor<v1::ImportKvRequest> 
     Pump();
   }
 
-  void OnCancel() override { SetError(absl::CancelledError("the client went away"), {}); }
+  void OnCancel() override {
+    gone_->store(true);
+    SetError(absl::CancelledError("the client went away"), {});
+  }
 
   void OnDone() override {
     service_.streams->Remove(context_);
@@ -125,11 +129,17 @@ class ImportReactor final : public grpc::ServerReadReactor<v1::ImportKvRequest> 
     if (!ticket.ok()) return ticket.status();
     absl::Status status = FindSession(*request);
     if (!status.ok()) return status;
+    wait_sealed_ = wait_sealed_ || request->wait_sealed();
+    const bool without_tokens = !request->has_k() && !request->has_v() &&
+                                (request->wait_sealed() || request->has_query_sample() ||
+                                 request->has_basis() || request->has_basis_mean());
+    if (without_tokens) return PostExtras(*request);
     absl::StatusOr<std::unique_ptr<AttentionTask>> task =
         ValidateImport(request, session_, caller_);
     if (!task.ok()) return task.status();
     status = PostExtras(*request);
     if (!status.ok()) return status;
+    (*task)->cancelled = gone_;
     auto kept = std::make_shared<AdmissionTicket>(*std::move(ticket));
     (*task)->done = [this, kept](std::unique_ptr<AttentionTask> done) {
       absl::Status outcome = done->reply.status;
@@ -187,13 +197,23 @@ class ImportReactor final : public grpc::ServerReadReactor<v1::ImportKvRequest> 
 
   void FinishWithLengths() {
     const bool posted = service_.engine->Post([this] {
-      for (const int64_t length : service_.engine->control()->Lengths(*session_)) {
-        response_->add_kv_len(length);
-      }
-      FinishNow();
+      if (!wait_sealed_) return AnswerLengths(absl::OkStatus());
+      service_.engine->WhenSealed(session_, gone_,
+                                  [this](const absl::Status& status) { AnswerLengths(status); });
     });
     if (posted) return;
     SetError(absl::UnavailableError("draining: the import is done, its lengths are not known"), {});
+    FinishNow();
+  }
+
+  // On the engine's thread.
+  void AnswerLengths(const absl::Status& status) {
+    SetError(status, RetryAfter(service_, status));
+    if (status.ok()) {
+      for (const int64_t length : service_.engine->control()->Lengths(*session_)) {
+        response_->add_kv_len(length);
+      }
+    }
     FinishNow();
   }
 
@@ -217,6 +237,8 @@ class ImportReactor final : public grpc::ServerReadReactor<v1::ImportKvRequest> 
   AdmissionTicket ticket_;
   v1::ImportKvRequest incoming_;      // of the read under way
   std::shared_ptr<Session> session_;  // set by the first message
+  bool wait_sealed_ = false;          // some message asked for it
+  const std::shared_ptr<std::atomic<bool>> gone_ = std::make_shared<std::atomic<bool>>(false);
   Mutex mutex_;
   int in_flight_ ABSL_GUARDED_BY(mutex_) = 0;
   bool reading_ ABSL_GUARDED_BY(mutex_) = false;

@@ -29,6 +29,13 @@ int32_t Sealer::Due(const Session& session, int32_t layer) const {
   return due;
 }
 
+bool Sealer::Owes(const Session& session) const {
+  for (int32_t layer = 0; layer < session.config().num_layers; ++layer) {
+    if (Due(session, layer) > 0) return true;
+  }
+  return false;
+}
+
 void Sealer::Account(int32_t due, LayerState* state) {
   backlog_pages_ += due - state->seal_backlog;
   state->seal_backlog = due;

@@ -37,6 +37,9 @@ class Sealer {
   // (pages_deferred > 0) there was no room. Errors: kUnavailable, the device is lost.
   absl::StatusOr<SealReport> RunSlice();
 
+  // Whether some page of the session waits to be sealed.
+  bool Owes(const Session& session) const;
+
   bool idle() const { return queue_.empty(); }
   int64_t backlog_pages() const { return backlog_pages_; }
   bool over_limit() const { return backlog_pages_ > options_.max_backlog_pages; }

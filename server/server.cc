@@ -92,10 +92,11 @@ std::string ServerAddresses::ToJson() const {
   return json.dump();
 }
 
-absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options) {
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options,
+                                                      std::unique_ptr<Backend> backend) {
   absl::Status status = ValidateOptions(options);
   if (!status.ok()) return status;
-  std::unique_ptr<Server> server(new Server(options));
+  std::unique_ptr<Server> server(new Server(options, std::move(backend)));
   if (!options.policy_file.empty()) {
     absl::StatusOr<ThetaModel> model = LoadPolicyFile(options.policy_file);
     if (!model.ok()) return model.status();
@@ -116,10 +117,12 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& optio
 
 absl::Status Server::StartBackend() {
   std::string note;
-  absl::StatusOr<std::unique_ptr<Backend>> backend =
-      CreateBackend(options_.backend, options_.device, &note);
-  if (!backend.ok()) return backend.status();
-  backend_ = *std::move(backend);
+  if (backend_ == nullptr) {
+    absl::StatusOr<std::unique_ptr<Backend>> backend =
+        CreateBackend(options_.backend, options_.device, &note);
+    if (!backend.ok()) return backend.status();
+    backend_ = *std::move(backend);
+  }
   const BackendInfo& device = backend_->info();
   Log(LogLevel::kInfo, "backend",
       {{"backend", device.name},

@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/attention.h"
 #include "server/admin_page.h"
 #include "server/attention_service.h"
 #include "server/options.h"
@@ -35,9 +36,10 @@ struct ServerAddresses {
 // Threads: all methods may be called from any thread; Drain from one.
 class Server {
  public:
-  // Errors: kInvalidArgument for options or certificates, kUnavailable for an address that is
-  // taken, and those of CreateBackend.
-  static absl::StatusOr<std::unique_ptr<Server>> Start(const ServerOptions& options);
+  // `backend`: null = the one that the options name. Errors: kInvalidArgument for options or
+  // certificates, kUnavailable for an address that is taken, and those of CreateBackend.
+  static absl::StatusOr<std::unique_ptr<Server>> Start(const ServerOptions& options,
+                                                       std::unique_ptr<Backend> backend = nullptr);
   ~Server();
   Server(const Server&) = delete;
   Server& operator=(const Server&) = delete;
@@ -61,7 +63,8 @@ class Server {
   bool device_lost() const { return device_lost_.load(); }
 
  private:
-  explicit Server(const ServerOptions& options) : options_(options) {}
+  Server(const ServerOptions& options, std::unique_ptr<Backend> backend)
+      : options_(options), backend_(std::move(backend)) {}
   absl::Status StartBackend();
   absl::Status StartGrpc();
   absl::Status StartAdmin();

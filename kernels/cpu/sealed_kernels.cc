@@ -43,10 +43,9 @@ struct QuantizedRow {
   int32_t sum = 0;
 };
 
-// Rounds `count` products to 16 bits relative to the largest magnitude; sums those in [begin, end).
+// Rounds `count` products to 16 bits relative to the largest magnitude.
 HWY_INLINE QuantizedRow QuantizeWeights(const float* HWY_RESTRICT products, float max_abs,
-                                        int32_t count, int32_t begin, int32_t end,
-                                        int16_t* HWY_RESTRICT weights) {
+                                        int32_t count, int16_t* HWY_RESTRICT weights) {
   const F32 d;
   const I32 di;
   const hn::Rebind<int16_t, F32> narrow;
@@ -57,37 +56,38 @@ HWY_INLINE QuantizedRow QuantizeWeights(const float* HWY_RESTRICT products, floa
   for (int32_t c = 0; c < count; c += kLanes) {
     const VI rounded = hn::NearestInt(hn::Mul(hn::LoadU(d, products + c), inverse));
     hn::StoreU(hn::DemoteTo(narrow, rounded), narrow, weights + c);
-    if (c >= begin && c < end) sum = hn::Add(sum, rounded);
+    sum = hn::Add(sum, rounded);
   }
   return {empty ? 0.0f : max_abs * (1.0f / kMaxWeight), hn::GetLane(hn::SumOfLanes(di, sum))};
 }
 
-// Weights q_c r_c of all rows; sums over channels [begin, end).
+// Weights q_c r_c of all rows in channels [begin, end).
 void PrepareKeyWeights(const SealedPage& page, const RotatedRows& rows, int32_t begin, int32_t end,
                        SealedScratch* scratch, const RowEnergy* energy) {
   const F32 d;
   const int32_t head_dim = rows.head_dim;
   HWY_ALIGN float ranges[256];
   HWY_ALIGN float products[256];
-  for (int32_t c = 0; c < head_dim; c += kLanes) {
+  const int32_t needed = energy == nullptr ? end : head_dim;
+  for (int32_t c = begin; c < needed; c += kLanes) {
     hn::Store(LoadRanges(page.key_scales + c), d, ranges + c);
   }
   for (int32_t row = 0; row < rows.rows; ++row) {
     const float* q = rows.q + int64_t{row} * head_dim;
     int16_t* weights = scratch->weights() + int64_t{row} * head_dim;
     VF max = hn::Zero(d), read = hn::Zero(d), unread = hn::Zero(d);
-    for (int32_t c = 0; c < head_dim; c += kLanes) {
+    for (int32_t c = begin; c < end; c += kLanes) {
       const VF product = hn::Mul(hn::LoadU(d, q + c), hn::Load(d, ranges + c));
       hn::Store(product, d, products + c);
       max = hn::Max(max, hn::Abs(product));
-      if (c < end) {
-        read = hn::MulAdd(product, product, read);
-      } else {
-        unread = hn::MulAdd(product, product, unread);
-      }
+      read = hn::MulAdd(product, product, read);
+    }
+    for (int32_t c = end; c < needed; c += kLanes) {
+      const VF product = hn::Mul(hn::LoadU(d, q + c), hn::Load(d, ranges + c));
+      unread = hn::MulAdd(product, product, unread);
     }
     const QuantizedRow quantized =
-        QuantizeWeights(products, HorizontalMax(max), head_dim, begin, end, weights);
+        QuantizeWeights(products + begin, HorizontalMax(max), end - begin, weights + begin);
     scratch->steps()[row] = quantized.step;
     scratch->sums()[row] = quantized.sum;
     if (energy == nullptr) continue;
@@ -205,7 +205,7 @@ void PrepareValueWeights(const SealedPage& page, int32_t rows, int32_t groups, i
       max = hn::Max(max, product);
     }
     const QuantizedRow quantized =
-        QuantizeWeights(products, HorizontalMax(max), kPageTokens, 0, kPageTokens, weights);
+        QuantizeWeights(products, HorizontalMax(max), kPageTokens, weights);
     scratch->steps()[row] = quantized.step;
     scratch->sums()[row] = quantized.sum;
   }
@@ -235,7 +235,7 @@ void ScanKeysImpl(const SealedPage& page, const RotatedRows& rows, int32_t chunk
                   int32_t chunk_end, SealedScratch* scratch, float* raw, const RowEnergy& energy) {
   const int32_t head_dim = rows.head_dim;
   const int32_t begin = ChunkedRank(head_dim, chunk_begin), end = ChunkedRank(head_dim, chunk_end);
-  PrepareKeyWeights(page, rows, begin, end, scratch, &energy);
+  PrepareKeyWeights(page, rows, begin, end, scratch, begin == 0 ? &energy : nullptr);
   ForRowBlocks(rows.rows, [&](auto count, int32_t row) HWY_ATTR {
     ScanBlock<decltype(count)::value>(page, KeyBlock(scratch, row, head_dim), begin / kTileChannels,
                                       end / kTileChannels, raw + int64_t{row} * kPageTokens);

@@ -78,7 +78,7 @@ struct RowEnergy {
 };
 
 // raw[row * 64 + t] = the 4-bit part of q.k over rank chunks [chunk_begin, chunk_end); chunk_begin
-// > 0 adds to what stands there.
+// > 0 adds to what stands there and leaves `energy` as it is.
 void ScanKeys(const SealedPage& page, const RotatedRows& rows, int32_t chunk_begin,
               int32_t chunk_end, SealedScratch* scratch, float* raw, const RowEnergy& energy);
 

@@ -188,6 +188,11 @@ void Wave::ScanPage(SealedJob* job, int32_t page, int32_t chunk_begin, KeyDepth 
   const float scale2 = sequence.softmax_scale * sequence.softmax_scale;
   for (int32_t row = 0; row < rows.rows; ++row) {
     RowScan& scan = scans[row];
+    if (chunk_begin == 0) {
+      scan.energy = total[row];
+    } else {
+      read[row] = total[row] = scan.energy;  // The second stage reads what the first left.
+    }
     scan.lse = lse[row];
     scan.concentration = concentration[row];
     scan.variance = scale2 * (read[row] * CodeVariance(1.0f, depth.bits) +

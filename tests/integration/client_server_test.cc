@@ -1,11 +1,9 @@
 // The client against the real server, in this process, over a Unix socket.
 
-#include <gtest/gtest.h>
 #include <unistd.h>
 
 #include <cmath>
 #include <cstdlib>
-#include <random>
 
 #include "absl/strings/str_cat.h"
 #include "client/client.h"
@@ -13,15 +11,15 @@
 #include "client/replay.h"
 #include "client/trace.h"
 #include "server/server.h"
+#include "tests/integration/client_rows.h"
 #include "tests/support/test_backend.h"
 
 namespace adaattn::client {
 namespace {
 
-constexpr int32_t kQHeads = 4, kKvHeads = 2, kHeadDim = 64;
 constexpr int64_t kRowElements = kKvHeads * kHeadDim;
 
-class ClientServerTest : public ::testing::Test {
+class ClientServerTest : public ClientRows {
  protected:
   void SetUp() override {
     char name[] = "/tmp/adaattn-real-XXXXXX";
@@ -56,32 +54,8 @@ class ClientServerTest : public ::testing::Test {
     (void)rmdir(directory_.c_str());
   }
 
-  std::unique_ptr<Session> Open(int32_t num_layers, int64_t start_position = 0) {
-    SessionOptions options;
-    options.model = {num_layers, kQHeads, kKvHeads, kHeadDim, 0};
-    options.page_format = PageFormat::kF32;
-    options.start_position = start_position;
-    auto session = client_->OpenSession(options);
-    EXPECT_TRUE(session.ok()) << session.status();
-    return *std::move(session);
-  }
-
-  std::vector<float> Random(int64_t size) {
-    std::vector<float> values(size);
-    std::normal_distribution<float> normal;
-    for (float& value : values) value = normal(random_);
-    return values;
-  }
-
-  static TensorView Rows(absl::Span<const float> values, int32_t heads) {
-    const auto rows = static_cast<int64_t>(values.size()) / heads / kHeadDim;
-    return MakeView<float>(DType::kF32, {rows, heads, kHeadDim}, values);
-  }
-
   std::string directory_;
   std::unique_ptr<Server> server_;
-  std::unique_ptr<Client> client_;
-  std::mt19937 random_{20260103};
 };
 
 TEST_F(ClientServerTest, ShardsOfASequenceMergeIntoTheWhole) {

@@ -219,6 +219,11 @@ TEST_F(BadInputTest, SessionsThatAreNotThereSayWhy) {
   ExpectSequenceRefused(request, grpc::StatusCode::INVALID_ARGUMENT, "session_id");
 
   request = Good();
+  std::string* unknown = request.mutable_sequences(0)->mutable_session_id();
+  unknown->back() = unknown->back() == '0' ? '1' : '0';
+  ExpectSequenceRefused(request, grpc::StatusCode::NOT_FOUND, *unknown);
+
+  request = Good();
   request.mutable_sequences(0)->set_epoch(9);
   ExpectSequenceRefused(request, grpc::StatusCode::FAILED_PRECONDITION, "epoch 9");
 

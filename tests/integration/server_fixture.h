@@ -227,6 +227,34 @@ class ServerFixture : public ::testing::Test {
     return stub_->Attend(&context, request, response);
   }
 
+  // Keeps the engine from its queue while it lives, so that what comes in stays there.
+  class EngineHold {
+   public:
+    explicit EngineHold(Engine* engine) {
+      held_ = engine->Post([this] {
+        const MutexLock lock(&mutex_);
+        reached_ = true;
+        changed_.SignalAll();
+        while (!released_) changed_.Wait(&mutex_);
+        done_ = true;
+        changed_.SignalAll();
+      });
+      const MutexLock lock(&mutex_);
+      while (held_ && !reached_) changed_.Wait(&mutex_);
+    }
+    ~EngineHold() {
+      const MutexLock lock(&mutex_);
+      released_ = true;
+      changed_.SignalAll();
+      while (held_ && !done_) changed_.Wait(&mutex_);
+    }
+
+   private:
+    Mutex mutex_;
+    CondVar changed_;
+    bool held_ = false, reached_ = false, released_ = false, done_ = false;
+  };
+
   std::map<std::string, double> Samples() {
     const std::string address = server_->addresses().metrics;
     const int port = std::stoi(address.substr(address.rfind(':') + 1));

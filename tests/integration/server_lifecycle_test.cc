@@ -1,6 +1,7 @@
 #include <grpcpp/impl/codegen/client_unary_call.h>
 
 #include "tests/integration/server_fixture.h"
+#include "tests/support/health_watch.h"
 
 namespace adaattn {
 namespace {
@@ -166,7 +167,15 @@ TEST_F(LifecycleTest, HealthFollowsTheDrain) {
   const char* const check = "/grpc.health.v1.Health/Check";
   ASSERT_TRUE(RawCall(server_->addresses().grpc, check, "", &health).ok());
   EXPECT_EQ(health, std::string("\x08\x01", 2)) << "SERVING";
+  HealthWatch all(Channel(server_->addresses().grpc), "");
+  HealthWatch service(Channel(server_->addresses().grpc), "adaattn.v1.Attention");
+  HealthWatch other(Channel(server_->addresses().grpc), "no.such.Service");
+  EXPECT_EQ(all.Next(), HealthWatch::kServing);
+  EXPECT_EQ(service.Next(), HealthWatch::kServing);
+  EXPECT_EQ(other.Next(), HealthWatch::kServiceUnknown);
   server_->StopAccepting();
+  EXPECT_EQ(all.Next(), HealthWatch::kNotServing);
+  EXPECT_EQ(service.Next(), HealthWatch::kNotServing);
   health.clear();
   ASSERT_TRUE(RawCall(server_->addresses().grpc, check, "", &health).ok());
   EXPECT_EQ(health, std::string("\x08\x02", 2)) << "NOT_SERVING";

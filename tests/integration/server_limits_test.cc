@@ -59,20 +59,8 @@ class SmallQueueTest : public BadInputTest {
 };
 
 TEST_F(SmallQueueTest, AFullQueueSaysWhenToComeAgain) {
-  // The engine is held, so that what comes in stays in flight: two messages fill the limit.
-  Mutex mutex;
-  CondVar changed;
-  bool held = false, release = false;
-  ASSERT_TRUE(server_->engine()->Post([&] {
-    const MutexLock lock(&mutex);
-    held = true;
-    changed.SignalAll();
-    while (!release) changed.Wait(&mutex);
-  }));
-  {
-    const MutexLock lock(&mutex);
-    while (!held) changed.Wait(&mutex);
-  }
+  // What comes in stays in flight: two messages fill the limit.
+  auto hold = std::make_unique<EngineHold>(server_->engine());
   constexpr int kRows = 12;  // 12 KiB of q: two messages fit, four are refused
   std::vector<v1::AttendRequest> requests(6);
   for (v1::AttendRequest& request : requests) {
@@ -97,11 +85,7 @@ TEST_F(SmallQueueTest, AFullQueueSaysWhenToComeAgain) {
         << statuses[i].error_message();
     EXPECT_EQ(contexts[i].GetServerTrailingMetadata().count("adaattn-retry-after-seconds"), 1u);
   }
-  {
-    const MutexLock lock(&mutex);
-    release = true;
-    changed.SignalAll();
-  }
+  hold.reset();
   for (int answered = 0; answered < 2; ++answered) {
     ASSERT_TRUE(queue.Next(&tag, &ok));
     const size_t i = reinterpret_cast<size_t>(tag) - 1;

@@ -1,47 +1,88 @@
-#include <fstream>
-#include <sstream>
+#include <unistd.h>
 
+#include <filesystem>
+
+#include "absl/time/clock.h"
 #include "tests/integration/server_fixture.h"
+#include "tests/support/tls_files.h"
 
 namespace adaattn {
 namespace {
 
-using ::testing::HasSubstr;
-
-std::string ReadFile(const std::string& path) {
-  std::ifstream file(path);
-  std::stringstream text;
-  text << file.rdbuf();
-  return text.str();
-}
-
-// Certificates that tests/data/tls holds for nothing else; tenant-a and tenant-b have that SAN.
+// The server reads its certificate through a link, DIR/now, as it would a mounted secret.
 class TlsTest : public ServerFixture {
  protected:
   ServerOptions Options() const override {
     ServerOptions options = ServerFixture::Options();
-    options.tls_cert = "data/tls/server.pem";
-    options.tls_key = "data/tls/server.key";
-    options.tls_ca = "data/tls/ca.pem";
+    options.tls_cert = dir_.File("now/server.pem");
+    options.tls_key = dir_.File("now/server.key");
+    options.tls_ca = files_.Path("ca.pem");
     options.tls_reload = absl::Seconds(1);
     return options;
   }
   void SetUp() override {
+    for (const char* tenant : {"tenant-a", "tenant-b"}) {
+      files_.Issue(tenant, std::string("DNS:") + tenant);
+    }
+    Rotate("first");
     ServerFixture::SetUp();
     stub_ = StubOf("tenant-a");
   }
+
+  // Makes a new server certificate and puts it in the place of the old one, all at once.
+  void Rotate(const std::string& folder) {
+    files_.Issue("server", "DNS:localhost,IP:127.0.0.1");
+    std::filesystem::create_directory(dir_.File(folder));
+    for (const char* file : {"server.pem", "server.key"}) {
+      std::filesystem::rename(files_.Path(file), dir_.File(folder) + "/" + file);
+    }
+    std::filesystem::create_symlink(dir_.File(folder), dir_.File("next"));
+    std::filesystem::rename(dir_.File("next"), dir_.File("now"));
+  }
+
   // `name` "": a client that trusts the server but shows no certificate.
   std::unique_ptr<v1::Attention::Stub> StubOf(const std::string& name) {
     grpc::SslCredentialsOptions options;
-    options.pem_root_certs = ReadFile("data/tls/ca.pem");
+    options.pem_root_certs = files_.Text("ca.pem");
     if (!name.empty()) {
-      options.pem_cert_chain = ReadFile("data/tls/" + name + ".pem");
-      options.pem_private_key = ReadFile("data/tls/" + name + ".key");
+      options.pem_cert_chain = files_.Text(name + ".pem");
+      options.pem_private_key = files_.Text(name + ".key");
     }
-    return v1::Attention::NewStub(
-        grpc::CreateChannel(server_->addresses().grpc, grpc::SslCredentials(options)));
+    // A connection of its own, also for the same target.
+    grpc::ChannelArguments arguments;
+    arguments.SetInt("adaattn.test.channel", ++channels_);
+    return v1::Attention::NewStub(grpc::CreateCustomChannel(
+        server_->addresses().grpc, grpc::SslCredentials(options), arguments));
   }
+  // The certificate that the server shows on the stub's connection; "" where it cannot be had.
+  static std::string ServerCertificate(v1::Attention::Stub* stub) {
+    grpc::ClientContext context;
+    v1::GetServerInfoResponse info;
+    if (!stub->GetServerInfo(&context, {}, &info).ok()) return "";
+    const auto shown = context.auth_context()->FindPropertyValues("x509_pem_cert");
+    return shown.empty() ? "" : std::string(shown[0].data(), shown[0].size());
+  }
+
+  const TlsFiles files_{dir_.File("")};
+  int channels_ = 0;
 };
+
+TEST_F(TlsTest, ARotatedCertificateServesNewConnectionsAndOldOnesLive) {
+  const std::string first = ServerCertificate(stub_.get());
+  EXPECT_EQ(first, ReadFile(dir_.File("first/server.pem")));
+  Rotate("second");
+  const std::string second = ReadFile(dir_.File("second/server.pem"));
+  ASSERT_NE(first, second);
+  const absl::Time deadline = absl::Now() + absl::Seconds(30);
+  std::string shown;
+  while (shown != second && absl::Now() < deadline) {
+    shown = ServerCertificate(StubOf("tenant-a").get());
+    EXPECT_TRUE(shown == first || shown == second) << "a handshake failed";
+    absl::SleepFor(absl::Milliseconds(50));
+  }
+  EXPECT_EQ(shown, second);
+  EXPECT_EQ(ServerCertificate(stub_.get()), first) << "the open connection was cut";
+}
 
 TEST_F(TlsTest, ASessionBelongsToTheTenantOfItsCertificate) {
   const v1::SessionRef session = Open(v1::PAGE_FORMAT_BF16);

@@ -60,6 +60,40 @@ TEST_F(EngineSealTest, SealsBetweenTheStepsOfASteadyStream) {
   EXPECT_EQ(backend_->CountCalls("seal"), 3);
 }
 
+TEST_F(EngineSealTest, TellsWhenNothingOfASessionIsDue) {
+  const auto session = OpenProgressive();
+  EXPECT_EQ(AppendOnes(session, 0, 640), 640);
+  Mailbox<absl::Status> answer;
+  const auto wait = [&](const CancelFlag& cancelled) {
+    engine().Post([&, cancelled] {
+      engine().WhenSealed(session, cancelled,
+                          [&](const absl::Status& status) { answer.Put(status); });
+    });
+    return answer.Take();
+  };
+  EXPECT_TRUE(wait(nullptr).ok());
+  EXPECT_EQ(backend_->CountCalls("seal"), 9);
+  EXPECT_TRUE(wait(nullptr).ok()) << "nothing was due";
+}
+
+TEST_F(EngineSealTest, WaitersForSealingLearnThatTheirCallerLeftOrTheDevice) {
+  const auto session = OpenProgressive();
+  EXPECT_EQ(AppendOnes(session, 0, 100), 100);
+  engine().Quiesce();
+  Mailbox<absl::Status> answer;
+  const auto put = [&](const absl::Status& status) { answer.Put(status); };
+  const auto gone = std::make_shared<std::atomic<bool>>(true);
+  engine().Post([&] { engine().WhenSealed(session, gone, put); });
+  EXPECT_TRUE(absl::IsCancelled(answer.Take()));
+  engine().Post([&] { backend_->set_run_status(absl::UnavailableError("lost")); });
+  TaskBuilder builder(session);
+  builder.Add(session, 100, 2, 1, 0, 1);
+  EXPECT_TRUE(absl::IsUnavailable(Run(std::move(builder))->reply.status));
+  EXPECT_TRUE(absl::IsUnavailable(lost_.Take()));
+  engine().Post([&] { engine().WhenSealed(session, nullptr, put); });
+  EXPECT_TRUE(absl::IsUnavailable(answer.Take()));
+}
+
 TEST_F(EngineSealTest, FitsWithASampleOfTheQueries) {
   const auto session = OpenProgressive();
   ASSERT_TRUE(Control([&](SessionControl* control) {

@@ -146,6 +146,33 @@ TEST_F(EngineStepTest, OneBadSequenceLeavesItsNeighboursUnharmed) {
   EXPECT_EQ(AppendOnes(nan, 0, 1), 1);
 }
 
+TEST_F(EngineStepTest, WhatIsCancelledInTheQueueIsNotDone) {
+  const auto session = Open(), neighbour = Open();
+  Mailbox<bool> running, go;
+  engine().Post([&] {
+    running.Put(true);
+    go.Take();
+  });
+  running.Take();
+  const auto cancelled = std::make_shared<std::atomic<bool>>(false);
+  TaskMailbox first_done, second_done;
+  TaskBuilder first(session), second(neighbour);
+  first.Add(session, 0, 1, 1, 1, 5);
+  first->cancelled = cancelled;
+  second.Add(neighbour, 0, 1, 1, 1, 7);
+  auto first_task = first.Build(&first_done), second_task = second.Build(&second_done);
+  ASSERT_TRUE(engine().Schedule(&first_task).ok());
+  ASSERT_TRUE(engine().Schedule(&second_task).ok());
+  cancelled->store(true);
+  go.Put(true);
+  const auto dropped = first_done.Take(), answered = second_done.Take();
+  EXPECT_TRUE(absl::IsCancelled(dropped->reply.status)) << dropped->reply.status;
+  EXPECT_EQ(First(*dropped).kv_len, 0);
+  EXPECT_TRUE(answered->reply.status.ok()) << answered->reply.status;
+  EXPECT_EQ(OutAt(*answered, 0), 7);
+  EXPECT_EQ(AppendOnes(session, 0, 1), 1) << "the same step, asked again";
+}
+
 TEST_F(EngineStepTest, NanInQueriesAppendsNothing) {
   const auto session = Open();
   TaskBuilder builder(session);

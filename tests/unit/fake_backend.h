@@ -30,6 +30,8 @@ class FakeBackend final : public Backend {
               std::numeric_limits<float>::quiet_NaN()) {
     info_.name = "fake";
     info_.head_dims = {64};
+    info_.formats = {PageFormat::kF32, PageFormat::kBf16, PageFormat::kProgressive,
+                     PageFormat::kProgressiveF16};
     info_.max_group_size = 16;
     info_.max_q_len = 64;
     info_.pool_bytes = pool_bytes;

@@ -25,6 +25,7 @@ OURS = {"kernels", "server", "client", "loadtest", "tests", "adaattn"}
 # of server/ is entered here, where its reader would look for it.
 SERVER_LAYERS = {
     "main": ["main"],
+    "serve": ["serve"],
     "server": ["server"],
     "services": ["attend_call", "attend_reactors", "attend_stream", "attention_service", "control_calls",
                  "export_reactor", "import_reactor", "kv_reactors"],
