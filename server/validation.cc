@@ -365,7 +365,7 @@ absl::StatusOr<SessionConfig> ValidateOpenSession(const v1::OpenSessionRequest& 
     return InvalidField("default_options", "window or softcap", "set in `layers` instead");
   }
   config.default_options = *defaults;
-  if (config.format == PageFormat::kProgressive) {
+  if (IsProgressive(config.format)) {
     FillServerDefaults(context, config.profile.get(), &config.default_options);
   }
   // Whether the defaults can be followed at all.
