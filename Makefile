@@ -50,9 +50,10 @@ ablation: setup build/release/build.ninja  ## What each part of the design is wo
 	@ninja -C build/release -j$(JOBS) adaattn_server
 	@scripts/quality --report build/ablation/report.json ablation '{text}'
 
-bench: setup build/release/build.ninja  ## Times the kernels, and a small Attend beside a bare gRPC echo
-	@ninja -C build/release -j$(JOBS) adaattn_cpu_decode_bench adaattn_echo_bench adaattn_server
+bench: setup build/release/build.ninja  ## Times the kernels, judges control, a small Attend beside a bare gRPC echo
+	@ninja -C build/release -j$(JOBS) adaattn_cpu_decode_bench adaattn_control_bench adaattn_echo_bench adaattn_server
 	@build/release/loadtest/adaattn_cpu_decode_bench
+	@build/release/loadtest/adaattn_control_bench
 	@build/release/loadtest/adaattn-echo-bench --server=build/release/server/adaattn-server
 
 cuda: setup build/cuda/build.ninja  ## Compiles the CUDA backend and tests its host side (needs nvcc, no GPU)

@@ -383,34 +383,6 @@ DType DTypeOf(v1::DataType type) {
 
 v1::DataType ToProto(DType type) { return static_cast<v1::DataType>(static_cast<int>(type) + 1); }
 
-Policy PolicyOf(v1::Policy policy) {
-  switch (policy) {
-    case v1::POLICY_THRESHOLD:
-      return Policy::kThreshold;
-    case v1::POLICY_ENTROPY:
-      return Policy::kEntropy;
-    case v1::POLICY_LEARNED:
-      return Policy::kLearned;
-    default:
-      return Policy::kBudget;
-  }
-}
-
-v1::Policy ToProto(Policy policy) {
-  switch (policy) {
-    case Policy::kThreshold:
-      return v1::POLICY_THRESHOLD;
-    case Policy::kBudget:
-      return v1::POLICY_BUDGET;
-    case Policy::kEntropy:
-      return v1::POLICY_ENTROPY;
-    case Policy::kLearned:
-      return v1::POLICY_LEARNED;
-    default:
-      return v1::POLICY_UNSPECIFIED;
-  }
-}
-
 PageFormat PageFormatOf(v1::PageFormat format, v1::DataType element_type, PageFormat unspecified) {
   if (format != v1::PAGE_FORMAT_UNSPECIFIED) {
     unspecified = static_cast<PageFormat>(static_cast<int>(format) - 1);

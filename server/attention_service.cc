@@ -9,6 +9,7 @@
 #include "server/attend_reactors.h"
 #include "server/kv_reactors.h"
 #include "server/log.h"
+#include "server/policy_options.h"
 
 namespace adaattn {
 namespace {

@@ -109,4 +109,32 @@ void FillServerDefaults(const ValidationContext& context, const ModelProfile* pr
   if (!defaults->static_value_bits) defaults->static_value_bits = server.static_value_bits;
 }
 
+Policy PolicyOf(v1::Policy policy) {
+  switch (policy) {
+    case v1::POLICY_THRESHOLD:
+      return Policy::kThreshold;
+    case v1::POLICY_ENTROPY:
+      return Policy::kEntropy;
+    case v1::POLICY_LEARNED:
+      return Policy::kLearned;
+    default:
+      return Policy::kBudget;
+  }
+}
+
+v1::Policy ToProto(Policy policy) {
+  switch (policy) {
+    case Policy::kThreshold:
+      return v1::POLICY_THRESHOLD;
+    case Policy::kBudget:
+      return v1::POLICY_BUDGET;
+    case Policy::kEntropy:
+      return v1::POLICY_ENTROPY;
+    case Policy::kLearned:
+      return v1::POLICY_LEARNED;
+    default:
+      return v1::POLICY_UNSPECIFIED;
+  }
+}
+
 }  // namespace adaattn

@@ -21,6 +21,9 @@ absl::Status CheckPolicyFields(const v1::AttendOptions& options, absl::string_vi
 void FillServerDefaults(const ValidationContext& context, const ModelProfile* profile,
                         AttendOptions* defaults);
 
+Policy PolicyOf(v1::Policy policy);  // of one that is set
+v1::Policy ToProto(Policy policy);   // UNSPECIFIED for what is a mode on the wire
+
 }  // namespace adaattn
 
 #endif  // ADAATTN_SERVER_POLICY_OPTIONS_H_

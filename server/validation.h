@@ -85,8 +85,6 @@ absl::Status CheckRange(absl::string_view field, Number value, Number low, Numbe
 
 DType DTypeOf(v1::DataType type);  // FP32 for what has none
 v1::DataType ToProto(DType type);
-Policy PolicyOf(v1::Policy policy);  // of one that is set
-v1::Policy ToProto(Policy policy);   // UNSPECIFIED for what is a mode on the wire
 // `unspecified` where the request names none; of progressive pages in `element_type`.
 PageFormat PageFormatOf(v1::PageFormat format, v1::DataType element_type, PageFormat unspecified);
 v1::PageFormat ToProto(PageFormat format);

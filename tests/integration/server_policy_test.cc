@@ -3,7 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <fstream>
+#include <limits>
 #include <string>
 
 #include "integration/server_fixture.h"
@@ -138,6 +140,117 @@ TEST_F(PolicyServerTest, AServerWithABadPolicyFileDoesNotStart) {
   const absl::Status status = Server::Start(options).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(status.message(), HasSubstr("version: 3"));
+}
+
+// Caches that are degenerate: every policy still answers, and where the answer is plain it is
+// right.
+class DegenerateCacheTest : public PolicyServerTest {
+ protected:
+  void Fill(Floats k, Floats v) {
+    keys_ = std::move(k);
+    values_ = std::move(v);
+    ASSERT_TRUE(TryOpen(OpenRequest(v1::PAGE_FORMAT_PROGRESSIVE), &session_).ok());
+    ImportTokens(session_, kTokens, keys_, values_);
+    server_->engine()->Quiesce();
+  }
+  // Largest relative error over the policies against float64 over the same tokens.
+  double WorstError(const Floats& q) {
+    AttentionF64Params params;
+    params.shape = {kQHeads, kKvHeads, kDim};
+    params.kv_len = kTokens;
+    params.q_len = 1;
+    params.q_start = kTokens - 1;
+    params.softmax_scale = 1 / std::sqrt(static_cast<double>(kDim));
+    const auto expected = AttentionF64(params, q.data(), keys_.data(), values_.data()).out;
+    double worst = 0;
+    for (const v1::Policy policy :
+         {v1::POLICY_THRESHOLD, v1::POLICY_BUDGET, v1::POLICY_ENTROPY, v1::POLICY_LEARNED}) {
+      v1::AttendRequest request = Query(session_, policy);
+      *request.mutable_q() = F32Tensor(q, {1, kQHeads, kDim});
+      v1::AttendResponse response;
+      const grpc::Status status = Attend(request, &response);
+      EXPECT_TRUE(status.ok()) << status.error_message();
+      EXPECT_EQ(response.sequences(0).code(), 0) << response.sequences(0).message();
+      const v1::Decision& decision = response.sequences(0).decision();
+      EXPECT_GT(decision.pages_sealed(), 0);
+      EXPECT_TRUE(std::isfinite(decision.predicted_error()) && decision.predicted_error() <= 1);
+      EXPECT_TRUE(std::isfinite(decision.entropy()) && decision.entropy() >= 0);
+      const double error = RelativeError(ReadF32(response.o()), expected);
+      EXPECT_FALSE(std::isnan(error)) << v1::Policy_Name(policy);
+      worst = std::max(worst, error);
+    }
+    return worst;
+  }
+
+  v1::SessionRef session_;
+  Floats keys_, values_;
+};
+
+// One key for every token: no covariance at all, and perfectly flat attention.
+TEST_F(DegenerateCacheTest, IdenticalKeysGiveTheMeanOfTheValues) {
+  const Floats row = RandomFloats(kKvRow, 7);
+  Floats k, v = RandomFloats(kTokens * kKvRow, 8);
+  for (int64_t t = 0; t < kTokens; ++t) k.insert(k.end(), row.begin(), row.end());
+  for (size_t i = 0; i < v.size(); ++i) v[i] += 1;  // a mean to have
+  Fill(std::move(k), std::move(v));
+  EXPECT_LT(WorstError(q_), 0.02);
+}
+
+TEST_F(DegenerateCacheTest, KeysOfZerosAreAsGood) {
+  Floats v = RandomFloats(kTokens * kKvRow, 8);
+  for (float& value : v) value += 1;
+  Fill(Floats(kTokens * kKvRow, 0.0f), std::move(v));
+  EXPECT_LT(WorstError(q_), 0.02);
+}
+
+// Keys in a plane of two directions: the covariance has two eigenvalues and zeros.
+TEST_F(DegenerateCacheTest, ASingularCovarianceFitsABasis) {
+  const Floats a = RandomFloats(kKvRow, 5), b = RandomFloats(kKvRow, 6);
+  const Floats weights = RandomFloats(2 * kTokens, 9);
+  Floats k;
+  for (int64_t t = 0; t < kTokens; ++t) {
+    for (int i = 0; i < kKvRow; ++i) {
+      k.push_back(weights[2 * t] * a[i] + weights[2 * t + 1] * b[i]);
+    }
+  }
+  Floats v = RandomFloats(kTokens * kKvRow, 8);
+  for (float& value : v) value += 1;
+  Fill(std::move(k), std::move(v));
+  EXPECT_LT(WorstError(q_), 0.15);
+}
+
+TEST_F(DegenerateCacheTest, OneGiantChannelDrownsNoOther) {
+  Floats k = k_, v = v_;
+  for (size_t i = 7; i < k.size(); i += kDim) k[i] = 3e3f + k[i];
+  for (float& value : v) value += 1;
+  Floats q = q_;
+  for (size_t i = 7; i < q.size(); i += kDim) q[i] = 1e-3f;
+  Fill(std::move(k), std::move(v));
+  EXPECT_LT(WorstError(q), 0.15);
+}
+
+// The query of every head looks at one sealed token in the middle and at nothing else.
+TEST_F(DegenerateCacheTest, AllMassOnOneTokenIsThatToken) {
+  Floats k = k_, q(kQRow);
+  for (int i = 0; i < kKvRow; ++i) k[700 * kKvRow + i] = 12 * (i % 2 == 0 ? 1.0f : -1.0f);
+  for (int i = 0; i < kQRow; ++i) q[i] = 4 * (i % 2 == 0 ? 1.0f : -1.0f);
+  Fill(std::move(k), v_);
+  EXPECT_LT(WorstError(q), 0.05);
+}
+
+TEST_F(DegenerateCacheTest, ABasisWithNanIsRefused) {
+  v1::UploadProfileRequest profile;
+  profile.set_name("bad");
+  *profile.mutable_model() = OpenRequest(v1::PAGE_FORMAT_PROGRESSIVE).model();
+  Floats basis(kLayers * kKvRow * kDim, 0.0f);
+  basis[5] = std::numeric_limits<float>::quiet_NaN();
+  *profile.mutable_basis_mean() = F32Tensor(Floats(kLayers * kKvRow), {kLayers, kKvHeads, kDim});
+  *profile.mutable_basis() = F32Tensor(basis, {kLayers, kKvHeads, kDim, kDim});
+  v1::UploadProfileResponse uploaded;
+  grpc::ClientContext context;
+  const grpc::Status status = stub_->UploadProfile(&context, profile, &uploaded);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(status.error_message(), HasSubstr("basis.data: element 5 is nan"));
 }
 
 }  // namespace
