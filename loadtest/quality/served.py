@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from typing import Sequence
+from typing import Optional, Sequence
 
 import numpy as np
 import torch
@@ -126,11 +126,16 @@ class Pass:
     """The steps of one layer: message t holds row begin + t of every lane that has one."""
 
     def __init__(self, served: Served, opened: Sequence[tuple[Lane, adaattn.Session, int]], q: np.ndarray,
-                 k: np.ndarray, v: np.ndarray):
+                 k: np.ndarray, v: np.ndarray, o: Optional[np.ndarray] = None):
         self._served, self._opened = served, opened
         self._q, self._k, self._v = q, k, v
-        self.o = np.zeros(q.shape, np.float32)  # [batch, rows, q_heads, d]
+        self.o = np.zeros(q.shape, np.float32) if o is None else o  # [batch, rows, q_heads, d]
         self.steps = max(lane.end - lane.begin for lane, _, _ in opened)
+
+    def halves(self) -> list["Pass"]:
+        """Two passes of every other lane, which fill one `o`: while one is answered the other is made ready."""
+        parts = [self._opened[start::2] for start in (0, 1)]
+        return [Pass(self._served, part, self._q, self._k, self._v, self.o) for part in parts if part]
 
     def message(self, t: int) -> list[adaattn.Step]:
         steps = []
@@ -158,6 +163,7 @@ class Pass:
 
 def run_passes(client: adaattn.Client, passes: Sequence[Pass]) -> None:
     """Runs passes of different sessions side by side over one stream, and closes their sessions."""
+    passes = [half for one in passes for half in one.halves()]
     if not passes:
         return
     waiting = collections.deque()

@@ -3,8 +3,11 @@ import pathlib
 import sys
 
 import pytest
+import torch
 
 import adaattn
+
+torch.set_num_threads(1)  # small tensors: more threads only wait for each other on a busy machine
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "loadtest"))
