@@ -17,8 +17,8 @@ struct RowScan {
   float lse = 0;            // log sum exp of the visible scores; -inf: sees none
   float concentration = 1;  // sum_t p_t^2 / share^2
   float energy = 0;         // RowEnergy::total
-  float variance = 0;  // var_s at the depth read so far
-  float log_mass = 0;  // what counts for the page until it is attended
+  float variance = 0;       // var_s at the depth read so far
+  float log_mass = 0;       // what counts for the page until it is attended
 };
 
 // Pages are numbered from the first that some row sees.
