@@ -79,8 +79,8 @@ HWY_INLINE VF LoadMean(const PageMean& page, int32_t c) {
 
 // kPages at a time, so that acc is read and written once for them.
 template <int kPages>
-HWY_INLINE void AddPages(const PageMean* pages, int32_t head_dim, const float* weights, int32_t rows,
-              float* acc) {
+HWY_INLINE void AddPages(const PageMean* pages, int32_t head_dim, const float* weights,
+                         int32_t rows, float* acc) {
   const F32 d;
   for (int32_t c = 0; c < head_dim; c += kLanes) {
     VF value[kPages];
