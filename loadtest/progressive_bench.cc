@@ -105,8 +105,7 @@ absl::StatusOr<Judged> RunAndJudge(ProgressiveCase* test, const Sample& sample) 
     if (!(judged.worst_error >= error)) judged.worst_error = error;
   }
   for (const HeadDecision& decision : output.decisions) {
-    const ReadBytes recount =
-        RecountBytes(decision, shape.head_dim, DenseDType(PageFormat::kProgressive));
+    const ReadBytes recount = RecountBytes(decision, shape.head_dim, DenseDType(kTraceFormat));
     judged.recount_equal &=
         recount.key == decision.key_bytes && recount.value == decision.value_bytes;
     judged.bytes += decision.key_bytes + decision.value_bytes + decision.basis_bytes;

@@ -89,7 +89,7 @@ absl::Status ProgressiveCase::SetDecision(const DecisionParams& decision) {
   const std::vector<SequenceStep> steps = Steps(decision);
   AttendBatch batch;
   batch.shape = shape();
-  batch.format = PageFormat::kProgressive;
+  batch.format = kTraceFormat;
   batch.in_type = kIoType;
   batch.out_type = kIoType;
   batch.sequences = steps;

@@ -15,7 +15,7 @@ namespace adaattn {
 namespace {
 
 constexpr int32_t kFitTokens = 1024;
-constexpr DType kDenseType = DenseDType(PageFormat::kProgressive);
+constexpr DType kDenseType = DenseDType(kTraceFormat);
 
 PageId PageAt(int64_t offset) { return PageId{static_cast<uint32_t>(offset / kPageAlignment)}; }
 
@@ -128,6 +128,7 @@ absl::Status TracePool::Seal() {
   SealParams params;
   params.shape = shape_;
   params.stored_bits = stored_bits_;
+  params.page_type = kDenseType;
   params.num_tasks = static_cast<int32_t>(n);
   params.pool = pool();
   params.source = reinterpret_cast<const uint32_t*>(tasks.data());

@@ -19,6 +19,7 @@
 
 namespace adaattn {
 
+inline constexpr PageFormat kTraceFormat = PageFormat::kProgressiveF16;  // traces are FP16
 inline constexpr int32_t kDenseTailPages = 2;  // of a sequence; the pages before are sealed
 
 class TracePool {
