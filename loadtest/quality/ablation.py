@@ -189,7 +189,7 @@ def plot(points: Sequence[Point], folder: pathlib.Path) -> None:
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
-    matplotlib.rcParams["svg.hashsalt"] = "adaattn"
+    matplotlib.rcParams.update({"svg.hashsalt": "adaattn", "svg.fonttype": "none"})
     shown = [p for p in points if p.family not in ("exact", "served", "simulated")]
     for what in ("kl", "error"):
         figure, axes = plt.subplots(figsize=(9, 6))

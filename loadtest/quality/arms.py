@@ -25,10 +25,10 @@ def threshold(theta: float, coarse_rank: int, coarse_z: float = 2.0) -> adaattn.
 
 
 def parse(text: str, head_dim: int) -> Arm:
-    """bf16 | fp8 | served-fp8 | int8 | int4 | theta=T | two-stage=T[/Z] | budget=E | static=K/R/V | full
+    """bf16 | fp8 | served-fp8 | int8 | int4 | theta=T | two-stage=T[/Z] | budget=E | entropy=T | static=K/R/V | full
 
     theta: the ladder after a one-stage scan; two-stage: half the rank first, margin Z (2); budget: the
-    target relative error; static: key bits, rank, value bits. Errors: ValueError.
+    target relative error; entropy: theta in units of an equal page's share; static: key bits, rank, value bits. Errors: ValueError.
     """
     name, _, value = text.partition("=")
     progressive = adaattn.PageFormat.PROGRESSIVE
@@ -48,9 +48,11 @@ def parse(text: str, head_dim: int) -> Arm:
     if name == "budget":
         return Arm(text, progressive, adaattn.AttendOptions(
             policy=adaattn.Policy.BUDGET, target_relative_error=float(value)))
+    if name == "entropy":
+        return Arm(text, progressive, adaattn.AttendOptions(policy=adaattn.Policy.ENTROPY, theta=float(value)))
     if name == "static":
         key_bits, rank, value_bits = map(int, value.split("/"))
         return Arm(text, progressive, adaattn.AttendOptions(
             mode=adaattn.Mode.STATIC, static_key_bits=key_bits, static_rank=rank, static_value_bits=value_bits))
-    raise ValueError(f"arm {text!r}: must be bf16, fp8, served-fp8, int8, int4, theta=T, two-stage=T[/Z], budget=E, "
+    raise ValueError(f"arm {text!r}: must be bf16, fp8, served-fp8, int8, int4, theta=T, two-stage=T[/Z], budget=E, entropy=T, "
                      "static=KEY_BITS/RANK/VALUE_BITS or full")

@@ -1,7 +1,7 @@
 """The progressive page and its policies in PyTorch, with what the server does not offer: other page sizes,
 bases and planes. For the ablation only; where both can answer, `ablation` shows that they agree.
 
-Every row is one decode step of one sequence, as in docs/design.md: the newest pages are BF16, older ones nested
+Every row is one decode step of one sequence, as in docs/design.md: the newest pages are FP16, older ones nested
 8-bit codes; a scan estimates each page's share of the softmax, the share decides how deep the page is read.
 """
 from __future__ import annotations
@@ -89,7 +89,7 @@ class LadderOverPrefill:
         k, v = (torch.cat([old[layer], new], 2)[0].half() for old, new in ((self.prefill.k, k), (self.prefill.v, v)))
         exact = attend_rows(q, k[None].to(q), v[None].to(q), scale)[0]
         q = q[0].half().float()
-        cache = _Cache(self, layer, k.bfloat16().float(), v.bfloat16().float(), scale)
+        cache = _Cache(self, layer, k.float(), v.float(), scale)
         o = torch.empty_like(q)
         first, tokens, page = k.shape[1] - q.shape[1], k.shape[1], self.variant.page
         begin = 0

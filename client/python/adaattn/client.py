@@ -97,20 +97,20 @@ class Client:
                 return sessions
 
     def open_session(self, model: ModelShape, *, page_format: PageFormat = PageFormat.DEFAULT,
-                     options: AttendOptions = AttendOptions(), layers: Sequence[LayerOptions] = (),
+                     element_type: DType = DType.DEFAULT, options: AttendOptions = AttendOptions(), layers: Sequence[LayerOptions] = (),
                      max_tokens: int = 0, lease_seconds: float = 0.0, profile: str = "",
                      start_position: int = 0, key_scales: Sequence[float] = (),
                      value_scales: Sequence[float] = (), **fields: object) -> "Session":
         """fields: of OpenSessionRequest, for those that have no argument here."""
         request = pb.OpenSessionRequest(
             model=pb.ModelShape(**dataclasses.asdict(model)), page_format=int(page_format),
-            layers=[pb.LayerOptions(**dataclasses.asdict(layer)) for layer in layers],
+            element_type=int(element_type), layers=[pb.LayerOptions(**dataclasses.asdict(layer)) for layer in layers],
             max_tokens=max_tokens, lease_seconds=lease_seconds, default_options=options.to_proto(),
             key_scales=key_scales, value_scales=value_scales, profile=profile,
             start_position=start_position, **fields)
         answer = self.call("OpenSession", request, retries.Rule.CREATES)
         grant = SessionGrant(answer.max_tokens, answer.lease_seconds, PageFormat(answer.page_format),
-                             answer.max_message_bytes)
+                             DType(answer.element_type), answer.max_message_bytes)
         ref = pb.SessionRef(session_id=answer.session_id, epoch=answer.epoch)
         return Session(self, ref, grant, start_position, [(0, 0)] * model.num_layers)
 

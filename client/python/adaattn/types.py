@@ -129,6 +129,7 @@ class SessionGrant:
     max_tokens: int
     lease_seconds: float
     page_format: PageFormat
+    element_type: DType  # of pages that are not sealed
     max_message_bytes: int
 
 

@@ -36,6 +36,7 @@ def test_attends_over_what_was_imported_and_appended(client, dtype, page_format,
     q = rows(3, 3, 4, dtype)
     with client.open_session(SHAPE, page_format=page_format) as session:
         assert session.grant.page_format is page_format
+        assert session.grant.element_type is adaattn.DType[page_format.name]
         session.import_kv(k[:197], v[:197], first_layer=1)
         assert (session.length(0), session.length(1)) == (0, 197)
         answer = session.attend(1, q=q, k=k[197:], v=v[197:], output_dtype=adaattn.DType.FP32)
