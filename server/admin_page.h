@@ -14,11 +14,12 @@
 
 namespace adaattn {
 
-// What /api/live tells: totals, the last ten seconds, and five minutes of history, made from
-// samples of the metrics that the server takes once a second. Threads: any.
+// What /api/live tells: totals, the last ten seconds, the last five minutes second by second, and
+// the time since the start in ever longer intervals, made from samples of the metrics that the
+// server takes once a second. Threads: any.
 class LiveHistory {
  public:
-  static constexpr int kCapacity = 300;  // samples kept
+  static constexpr int kCapacity = 300;  // intervals kept of either history
   static constexpr absl::Duration kInterval = absl::Seconds(1);
   static constexpr int kWindow = 10;  // samples of "now"
 
@@ -27,20 +28,24 @@ class LiveHistory {
       : metrics_(metrics), info_(std::move(info)), start_(start) {}
 
   void Sample(absl::Time now);
-  // A JSON object: server, totals, now, cache, history.
+  // A JSON object: server, totals, now, cache, history, since_start.
   std::string Json(absl::Time now, bool ready) const;
 
- private:
   struct Point {
     absl::Time time;
     LiveTotals totals;
   };
 
+ private:
   const Metrics* const metrics_;
   const MetricsInfo info_;
   const absl::Time start_;
   mutable Mutex mutex_;
-  std::deque<Point> points_ ABSL_GUARDED_BY(mutex_);
+  std::deque<Point> recent_ ABSL_GUARDED_BY(mutex_);
+  // Every stride-th sample; where that becomes too many, every second one goes.
+  std::deque<Point> since_start_ ABSL_GUARDED_BY(mutex_);
+  int64_t stride_ ABSL_GUARDED_BY(mutex_) = 1;
+  int64_t num_samples_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 // /metrics, /healthz (200 while the process answers), /readyz (200 while `ready`, else 503),

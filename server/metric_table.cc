@@ -153,6 +153,9 @@ void AddCacheMetrics(std::vector<MetricDescriptor>* table) {
 
 void AddProcessMetrics(std::vector<MetricDescriptor>* table) {
   Add(table, MetricType::kGauge, "ready", "1 while the server takes new sessions.");
+  Add(table, MetricType::kGauge, "limit",
+      "Configured ends of what can run out: the denominators of utilisation.",
+      {{"resource", Names(kNumLimits, &LimitName)}});
   Add(table, MetricType::kGauge, "build_info", "1; what was built.",
       {{"version", {}}, {"commit", {}}, {"compiler", {}}});
   Add(table, MetricType::kGauge, "device_info", "1; what the backend runs on.",
@@ -222,6 +225,13 @@ const char* StageName(Stage stage) {
   static constexpr const char* kNames[kNumStages] = {
       "queue", "copy_in", "append", "scan", "select", "attend", "merge", "copy_out", "seal"};
   return kNames[static_cast<int>(stage)];
+}
+
+const char* LimitName(Limit limit) {
+  static constexpr const char* kNames[kNumLimits] = {"queued_tasks",   "queued_bytes",
+                                                     "inflight_bytes", "sessions",
+                                                     "pool_bytes",     "seal_backlog_pages"};
+  return kNames[static_cast<int>(limit)];
 }
 
 const char* StatusCodeName(int code) {

@@ -8,6 +8,7 @@
 #include <sstream>
 #include <utility>
 
+#include "server/histogram.h"
 #include "server/metric_registry.h"
 #include "server/process_stats.h"
 
@@ -101,6 +102,7 @@ struct Metrics::Handles {
         request_duration(registry.histograms("request_duration_seconds")),
         kv_pages(registry.gauges("kv_pages")),
         kv_bytes(registry.gauges("kv_bytes")),
+        limits(registry.gauges("limit")),
         kv_pool_bytes(registry.gauges("kv_pool_bytes")[0]),
         sessions(registry.gauges("sessions")[0]),
         queue_depth(registry.gauges("queue_depth")[0]),
@@ -120,7 +122,7 @@ struct Metrics::Handles {
   std::vector<Counter*> requests, wire_bytes, session_events, audits;
   Counter *pages_sealed, *bases_fitted;
   std::vector<prometheus::Histogram*> request_duration;
-  std::vector<Gauge*> kv_pages, kv_bytes;
+  std::vector<Gauge*> kv_pages, kv_bytes, limits;
   Gauge *kv_pool_bytes, *sessions, *queue_depth, *queue_bytes, *inflight_bytes, *streams,
       *seal_backlog, *drift_ratio, *ready;
   std::function<int64_t()> inflight_bytes_source;
@@ -182,6 +184,9 @@ Metrics::Metrics(const MetricsInfo& info)
   const size_t cells = LatencyBucketBounds().size() + 1;
   for (std::vector<double>& counts : totals_.stage_counts) counts.resize(cells);
   totals_.batch_counts.resize(cells);
+  const size_t error_cells = BucketBounds("predicted_relative_error").size() + 1;
+  totals_.predicted_error_counts.resize(error_cells);
+  totals_.audited_error_counts.resize(error_cells);
 }
 Metrics::~Metrics() = default;
 
@@ -202,6 +207,14 @@ void Metrics::OnWire(WireDirection direction, WireTransport transport, int64_t b
 void Metrics::OnStreams(int delta) {
   handles_->num_streams.fetch_add(delta, std::memory_order_relaxed);
   delta > 0 ? handles_->streams->Increment(delta) : handles_->streams->Decrement(-delta);
+}
+
+void Metrics::SetLimits(const LimitValues& limits) {
+  for (size_t i = 0; i < limits.size(); ++i) {
+    handles_->limits[i]->Set(static_cast<double>(limits[i]));
+  }
+  const MutexLock lock(&mutex_);
+  totals_.limits = limits;
 }
 
 void Metrics::SetReady(bool ready) { handles_->ready->Set(ready ? 1 : 0); }
@@ -298,6 +311,7 @@ void Metrics::OnBatch(const BatchReport& report) {
     add(&totals_.fallbacks, batch.fallbacks);
     for (size_t i = 0; i < kNumStages; ++i) sums_->stages[i].AddTo(&totals_.stage_counts[i]);
     sums_->batch_duration.AddTo(&totals_.batch_counts);
+    sums_->predicted_error.AddTo(&totals_.predicted_error_counts);
   }
   sums_->Flush();
 }
@@ -325,6 +339,10 @@ void Metrics::OnAudit(const AuditReport& report) {
     if (i < report.predicted.size() && report.predicted[i] > 0) {
       sums_->audit_ratio.Observe(report.actual[i] / report.predicted[i]);
     }
+  }
+  {
+    const MutexLock lock(&mutex_);
+    sums_->audited_error.AddTo(&totals_.audited_error_counts);
   }
   sums_->audited_error.Flush();
   sums_->audit_ratio.Flush();
@@ -362,34 +380,18 @@ std::string Metrics::Serialize() const {
 }
 
 LiveTotals Metrics::totals() const {
+  const auto& inflight = handles_->inflight_bytes_source;
+  const int64_t inflight_bytes = inflight ? inflight() : 0;
   const MutexLock lock(&mutex_);
-  return totals_;
+  LiveTotals totals = totals_;
+  totals.inflight_bytes = inflight_bytes;
+  return totals;
 }
 
 int64_t Metrics::streams() const { return handles_->num_streams.load(std::memory_order_relaxed); }
 int64_t Metrics::requests() const { return handles_->num_requests.load(std::memory_order_relaxed); }
 int64_t Metrics::failed_requests() const {
   return handles_->num_failed_requests.load(std::memory_order_relaxed);
-}
-
-const std::vector<double>& LatencyBucketBounds() {
-  return FindMetric("adaattn_batch_duration_seconds").buckets;
-}
-
-double HistogramQuantile(const std::vector<double>& bounds, const std::vector<double>& counts,
-                         double share) {
-  double total = 0;
-  for (const double count : counts) total += count;
-  if (total <= 0) return 0;
-  double below = 0;
-  for (size_t i = 0; i < bounds.size(); ++i) {
-    if (below + counts[i] >= share * total && counts[i] > 0) {
-      const double low = i == 0 ? 0 : bounds[i - 1];
-      return low + (bounds[i] - low) * (share * total - below) / counts[i];
-    }
-    below += counts[i];
-  }
-  return bounds.back();
 }
 
 }  // namespace adaattn

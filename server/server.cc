@@ -143,6 +143,11 @@ absl::Status Server::StartBackend() {
   profiles_ = std::make_unique<ProfileStore>(options_.max_tenant_profile_bytes);
   admission_ = std::make_unique<Admission>(options_.admission);
   metrics_->SetInflightBytesSource([this] { return admission_->inflight_bytes(); });
+  // In the order of Limit.
+  metrics_->SetLimits({options_.engine.batcher.max_queued_tasks,
+                       options_.engine.batcher.max_queued_bytes,
+                       options_.admission.max_inflight_bytes, options_.sessions.max_sessions,
+                       device.pool_bytes, options_.engine.seal.max_backlog_pages});
   engine_ = std::make_unique<Engine>(options_.engine, backend_.get(), sessions_.get(),
                                      metrics_.get(), clock);
   ServiceContext context;

@@ -70,7 +70,7 @@ TEST_F(AdminPageTest, ServesMetricsHealthAndReadiness) {
 
 TEST_F(AdminPageTest, ThePageNeedsNothingFromElsewhere) {
   std::string all;
-  for (const char* path : {"/", "/live.css", "/live.js"}) {
+  for (const char* path : {"/", "/live.css", "/panels.js", "/live.js"}) {
     const HttpResponse file = HttpGet(server_->port(), path);
     EXPECT_EQ(file.status, 200) << path;
     EXPECT_GT(file.body.size(), 500u) << path;
@@ -141,6 +141,57 @@ TEST_F(AdminPageTest, HistoryForgetsWhatIsOlderThanItsCapacity) {
   }
   const auto live = Live(start_ + absl::Seconds(LiveHistory::kCapacity + 50));
   EXPECT_EQ(live["history"]["sessions"].size(), static_cast<size_t>(LiveHistory::kCapacity));
+}
+
+TEST_F(AdminPageTest, TheTimeSinceTheStartIsKeptInEverLongerIntervals) {
+  const int seconds = 10 * LiveHistory::kCapacity + 7;
+  for (int second = 0; second <= seconds; ++second) {
+    RunBatch(second < seconds / 2 ? 900 : 100);
+    history_.Sample(start_ + absl::Seconds(second));
+  }
+  const auto all = Live(start_ + absl::Seconds(seconds))["since_start"];
+  const size_t count = all["end_seconds"].size();
+  EXPECT_GT(count, size_t{LiveHistory::kCapacity} / 3);
+  EXPECT_LE(count, size_t{LiveHistory::kCapacity} + 1);
+  EXPECT_LE(all["end_seconds"][0], 16) << "begins at the start";
+  EXPECT_EQ(all["end_seconds"][count - 1], seconds) << "ends now";
+  EXPECT_NEAR(all["saved_fraction"][0], 0.1, 1e-9);
+  EXPECT_NEAR(all["saved_fraction"][count - 1], 0.9, 1e-9);
+  EXPECT_NEAR(all["q_tokens_per_second"][count / 2], 1, 1e-9);
+}
+
+TEST_F(AdminPageTest, TellsHowFullWhatHasAnEndIs) {
+  metrics_.SetLimits({10, 1000, 100, 8, 5000, 4});
+  metrics_.SetInflightBytesSource([] { return int64_t{25}; });
+  GaugeReport gauges;
+  gauges.load.tasks = 2;
+  gauges.sessions = 6;
+  gauges.pages.pool_bytes = 5000;
+  gauges.pages.free_bytes = 4000;
+  metrics_.OnGauges(gauges);
+  history_.Sample(start_);
+  history_.Sample(start_ + absl::Seconds(1));
+  const auto live = Live(start_ + absl::Seconds(1));
+  const auto& full = live["cache"]["utilisation"];
+  EXPECT_EQ(full["queued_tasks"], 0.2);
+  EXPECT_EQ(full["inflight_bytes"], 0.25);
+  EXPECT_EQ(full["sessions"], 0.75);
+  EXPECT_EQ(full["pool_bytes"], 0.2);
+  EXPECT_EQ(live["cache"]["fullest"], 0.75);
+  EXPECT_EQ(live["history"]["utilisation"][0], 0.75);
+}
+
+TEST_F(AdminPageTest, ErrorsAreNullUntilThereIsOneAndThenQuantiles) {
+  history_.Sample(start_);
+  EXPECT_TRUE(Live(start_)["now"]["audited_error_p50"].is_null());
+  const float actual[] = {0.015f, 0.025f}, predicted[] = {0.02f, 0.02f};
+  AuditReport audit;
+  audit.actual = actual;
+  audit.predicted = predicted;
+  metrics_.OnAudit(audit);
+  const auto now = Live(start_ + absl::Seconds(1))["now"];
+  EXPECT_NEAR(now["audited_error_p50"], 0.02, 1e-9);
+  EXPECT_TRUE(now["predicted_error_p50"].is_null()) << "an audit predicts nothing";
 }
 
 TEST(HttpServerTest, SaysWhyItCannotListen) {

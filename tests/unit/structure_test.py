@@ -38,8 +38,8 @@ SERVER_LAYERS = {
     "cache": ["attention_task", "kv_cache", "session_table"],
     "session": ["session"],
     "pages": ["attend_options", "page_allocator", "session_id"],
-    "leaves": ["admission", "clock", "http_server", "live_page", "log", "metric_registry", "metric_table",
-               "policy_file", "process_stats"],
+    "leaves": ["admission", "clock", "histogram", "http_server", "live_page", "log", "metric_registry",
+              "metric_table", "policy_file", "process_stats"],
 }
 # Layers that know the generated messages and gRPC; everything else is free of both.
 MESSAGE_LAYERS = {"server", "services", "messages"}
