@@ -84,6 +84,12 @@ void AddRequestMetrics(std::vector<MetricDescriptor>* table) {
       {{"direction", {"in", "out"}}, {"transport", {"tcp", "unix"}}});
 }
 
+void AddTraceMetrics(std::vector<MetricDescriptor>* table) {
+  Add(table, MetricType::kCounter, "trace_spans_total",
+      "Spans sent to the collector, or dropped because it was slow or away.",
+      {{"outcome", {"exported", "dropped"}}});
+}
+
 void AddDecisionMetrics(std::vector<MetricDescriptor>* table) {
   Add(table, MetricType::kCounter, "kv_bytes_read_total",
       "Bytes of K, V (with their metadata) and bases that attention loaded, counted where it "
@@ -191,6 +197,7 @@ const std::vector<MetricDescriptor>& MetricTable() {
   static const std::vector<MetricDescriptor>* const table = [] {
     auto* made = new std::vector<MetricDescriptor>;
     AddRequestMetrics(made);
+    AddTraceMetrics(made);
     AddDecisionMetrics(made);
     AddCacheMetrics(made);
     AddProcessMetrics(made);

@@ -77,7 +77,7 @@ enum class Limit : uint8_t {
 };
 inline constexpr int kNumLimits = 6;
 inline constexpr int kNumHardLimits = 5;  // the leading ones: beyond them calls are refused
-const char* LimitName(Limit limit);  // "queued_tasks"
+const char* LimitName(Limit limit);       // "queued_tasks"
 using LimitValues = std::array<int64_t, kNumLimits>;
 
 enum class WireTransport : uint8_t { kTcp, kUnix };

@@ -8,6 +8,7 @@
 #include <sstream>
 #include <utility>
 
+#include "server/head_sums.h"
 #include "server/histogram.h"
 #include "server/metric_registry.h"
 #include "server/process_stats.h"
@@ -15,41 +16,7 @@
 namespace adaattn {
 namespace {
 
-constexpr int64_t kPrecisions = 4, kRankQuarters = 4;
-
-// One kv head's step, summed over its sealed pages.
-struct HeadSums {
-  int64_t sealed_pages = 0;
-  double key_bits = 16;  // means; what dense pages have where nothing is sealed
-  double value_bits = 16;
-  double rank = 0;
-  int64_t rank_quarter = kRankQuarters - 1;
-};
-
-HeadSums SumHead(const HeadDecision& head, int32_t head_dim) {
-  int64_t pages = 0, key_bits = 0, ranks = 0, value_bits = 0, value_pages = 0;
-  for (int32_t i = 0; i < kNumKeyDepths; ++i) {
-    pages += head.key_pages[i];
-    key_bits += int64_t{head.key_pages[i]} * KeyDepthBits(i);
-    ranks += int64_t{head.key_pages[i]} * ChunkedRank(head_dim, KeyDepthChunks(i));
-  }
-  for (int32_t i = 0; i < kNumValueDepths; ++i) {
-    value_pages += head.value_pages[i];
-    value_bits += int64_t{head.value_pages[i]} * 2 * i;
-  }
-  HeadSums sums;
-  sums.sealed_pages = pages;
-  sums.rank = head_dim;
-  if (value_pages > 0) {
-    sums.value_bits = static_cast<double>(value_bits) / static_cast<double>(value_pages);
-  }
-  if (pages == 0) return sums;
-  sums.key_bits = static_cast<double>(key_bits) / static_cast<double>(pages);
-  sums.rank = static_cast<double>(ranks) / static_cast<double>(pages);
-  const int64_t full = pages * head_dim;
-  sums.rank_quarter = std::clamp<int64_t>((kRankQuarters * ranks + full - 1) / full - 1, 0, 3);
-  return sums;
-}
+constexpr int64_t kPrecisions = 4;
 
 int64_t PrecisionIndex(double key_bits) {
   return key_bits > 8 ? 3 : key_bits >= 7 ? 2 : key_bits >= 5 ? 1 : 0;
@@ -97,6 +64,7 @@ struct Metrics::Handles {
         wire_bytes(registry.counters("wire_bytes_total")),
         session_events(registry.counters("session_events_total")),
         audits(registry.counters("audits_total")),
+        spans(registry.counters("trace_spans_total")),
         pages_sealed(registry.counters("pages_sealed_total")[0]),
         bases_fitted(registry.counters("bases_fitted_total")[0]),
         request_duration(registry.histograms("request_duration_seconds")),
@@ -119,7 +87,7 @@ struct Metrics::Handles {
   using Counter = prometheus::Counter;
   using Gauge = prometheus::Gauge;
   MetricRegistry registry;
-  std::vector<Counter*> requests, wire_bytes, session_events, audits;
+  std::vector<Counter*> requests, wire_bytes, session_events, audits, spans;
   Counter *pages_sealed, *bases_fitted;
   std::vector<prometheus::Histogram*> request_duration;
   std::vector<Gauge*> kv_pages, kv_bytes, limits;
@@ -207,6 +175,10 @@ void Metrics::OnWire(WireDirection direction, WireTransport transport, int64_t b
 void Metrics::OnStreams(int delta) {
   handles_->num_streams.fetch_add(delta, std::memory_order_relaxed);
   delta > 0 ? handles_->streams->Increment(delta) : handles_->streams->Decrement(-delta);
+}
+
+void Metrics::OnSpans(bool exported, int64_t count) {
+  handles_->spans[exported ? 0 : 1]->Increment(static_cast<double>(count));
 }
 
 void Metrics::SetLimits(const LimitValues& limits) {

@@ -58,6 +58,7 @@ class Metrics final : public EngineObserver {
   void OnRequest(RpcMethod method, int code, absl::Duration latency);
   void OnWire(WireDirection direction, WireTransport transport, int64_t bytes);
   void OnStreams(int delta);
+  void OnSpans(bool exported, int64_t count);
   void SetReady(bool ready);
   void SetLimits(const LimitValues& limits);
   // Asked at every scrape; call before the first.

@@ -234,6 +234,8 @@ SLO = Dashboard("slo", "AdaAttn service levels", (
           (Query(rate("process_cpu_seconds_total"), "cores"),
            Query("sum(process_resident_memory_bytes{@}) / 2^30", "GiB"),
            Query("sum(process_threads{@})", "threads"))),
+    Panel("spans", "Trace spans per second", "lines", "none", "Sent to the collector, or dropped.",
+          (Query(rate("adaattn_trace_spans_total", "", "outcome"), "{{outcome}}"),)),
     Panel("descriptors", "Open descriptors", "lines", "none", "",
           (Query("sum(process_open_fds{@})", "open"),)),
 ))
