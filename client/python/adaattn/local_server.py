@@ -19,8 +19,7 @@ class LocalServer:
     binary: path of adaattn-server; flags: its flags, which win over those given here; environment:
     variables added to ours. Attributes: `tcp` and `unix`, addresses for Client; `metrics`, host:port of
     the HTTP port, "" without --metrics-listen; `log`, the path of its log. Errors: RuntimeError with the
-    log when it does not start or
-    ends with another status than 0.
+    log when it does not start or ends with another status than 0.
     """
 
     def __init__(self, binary: Union[str, pathlib.Path], *flags: str, environment: Mapping[str, str] = MappingProxyType({})):
