@@ -238,11 +238,17 @@ std::string LiveHistory::Json(absl::Time now, bool ready) const {
 
 std::map<std::string, HttpServer::Handler> AdminHandlers(const Metrics* metrics,
                                                          const LiveHistory* history,
+                                                         const Exemplars* exemplars,
                                                          const std::function<bool()>& ready) {
   return {
       {"/metrics",
        [metrics] {
          return HttpReply{200, "text/plain; version=0.0.4; charset=utf-8", metrics->Serialize()};
+       }},
+      {"/openmetrics",
+       [metrics, exemplars] {
+         return HttpReply{200, "application/openmetrics-text; version=1.0.0; charset=utf-8",
+                          exemplars->OpenMetrics(metrics->Serialize())};
        }},
       {"/healthz",
        [] {

@@ -11,6 +11,7 @@
 #include "kernels/mutex.h"
 #include "server/http_server.h"
 #include "server/metrics.h"
+#include "server/openmetrics.h"
 
 namespace adaattn {
 
@@ -48,10 +49,12 @@ class LiveHistory {
   int64_t num_samples_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
-// /metrics, /healthz (200 while the process answers), /readyz (200 while `ready`, else 503),
-// /api/live, and the live page at / with its two files. Everything outlives the server.
+// /metrics, /openmetrics (the same with exemplars), /healthz (200 while the process answers),
+// /readyz (200 while `ready`, else 503), /api/live, and the live page at / with its two files.
+// Everything outlives the server.
 std::map<std::string, HttpServer::Handler> AdminHandlers(const Metrics* metrics,
                                                          const LiveHistory* history,
+                                                         const Exemplars* exemplars,
                                                          const std::function<bool()>& ready);
 
 }  // namespace adaattn

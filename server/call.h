@@ -14,6 +14,7 @@
 #include "server/admission.h"
 #include "server/engine.h"
 #include "server/metrics.h"
+#include "server/openmetrics.h"
 #include "server/options.h"
 #include "server/profile_store.h"
 #include "server/session_table.h"
@@ -45,6 +46,7 @@ struct ServiceContext {
   const Clock* clock = nullptr;
   StreamRegistry* streams = nullptr;
   TraceExporter* tracer = nullptr;                     // none: no spans
+  Exemplars* exemplars = nullptr;                      // set where tracer is
   const std::atomic<bool>* refuse_sessions = nullptr;  // draining: no new sessions
   const ThetaModel* theta_model = nullptr;             // of the policy file; null = none
   MetricsInfo info;

@@ -92,6 +92,7 @@ void TraceAttend(const ServiceContext& service, const TraceContext& context, Rpc
   span.attributes.emplace_back("adaattn.appended_rows", task.appended_rows());
   AddDecisions(task.reply, &span);
   AddStages(task, &span);
+  service.exemplars->Add(method, span.end - start, context.trace_id, span.end);
   service.tracer->Record(context, std::move(span));
 }
 

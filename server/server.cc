@@ -23,7 +23,6 @@
 #include "server/clock.h"
 #include "server/log.h"
 #include "server/policy_file.h"
-
 #include "server/preflight.h"
 #include "server/session_id.h"
 
@@ -163,6 +162,7 @@ absl::Status Server::StartBackend() {
   context.clock = clock;
   context.streams = &streams_;
   context.tracer = tracer_.get();
+  context.exemplars = &exemplars_;
   context.refuse_sessions = &refuse_sessions_;
   if (theta_model_) context.theta_model = &*theta_model_;
   context.info = info;
@@ -246,9 +246,9 @@ absl::Status Server::StartAdmin() {
 
 absl::Status Server::StartHttp() {
   if (options_.metrics_listen.empty()) return absl::OkStatus();
-  absl::StatusOr<std::unique_ptr<HttpServer>> http =
-      HttpServer::Start(options_.metrics_listen,
-                        AdminHandlers(metrics_.get(), history_.get(), [this] { return ready(); }));
+  absl::StatusOr<std::unique_ptr<HttpServer>> http = HttpServer::Start(
+      options_.metrics_listen,
+      AdminHandlers(metrics_.get(), history_.get(), &exemplars_, [this] { return ready(); }));
   if (!http.ok()) {
     return absl::Status(http.status().code(),
                         absl::StrCat("setting metrics-listen: ", http.status().message()));

@@ -83,6 +83,7 @@ class Server {
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<LiveHistory> history_;
+  Exemplars exemplars_;
   std::unique_ptr<TraceExporter> tracer_;
   std::unique_ptr<SessionTable> sessions_;
   std::unique_ptr<ProfileStore> profiles_;

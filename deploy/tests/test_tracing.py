@@ -2,17 +2,19 @@
 import http.server
 import json
 import threading
+import uuid
 
 import grpc
 import numpy as np
 import pytest
+
+from prometheus_client.openmetrics import parser as openmetrics
 
 import adaattn
 import stack
 from adaattn.v1 import attention_pb2
 
 MODEL = adaattn.ModelShape(num_layers=1, num_q_heads=4, num_kv_heads=2, head_dim=64)
-TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = "00f067aa0ba902b7"
 STAGES = {"queue", "copy_in", "append", "scan", "select", "attend", "merge", "copy_out"}
 
@@ -34,9 +36,9 @@ class Collector(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def spans():
+def spans(trace):
     return [span for body in list(Collector.bodies) for resource in body["resourceSpans"]
-            for scope in resource["scopeSpans"] for span in scope["spans"]]
+            for scope in resource["scopeSpans"] for span in scope["spans"] if span["traceId"] == trace]
 
 
 def attributes(span):
@@ -58,12 +60,22 @@ def server(collector):
         yield running
 
 
+@pytest.fixture
+def trace():
+    """A trace of the test's own."""
+    return uuid.uuid4().hex
+
+
 class TracedClient(adaattn.Client):
     flags = "01"
 
+    def __init__(self, address, trace):
+        super().__init__(address)
+        self.trace = trace
+
     @property
     def metadata(self):
-        return (*super().metadata, ("traceparent", f"00-{TRACE}-{PARENT}-{self.flags}"))
+        return (*super().metadata, ("traceparent", f"00-{self.trace}-{PARENT}-{self.flags}"))
 
 
 def run_step(client, random):
@@ -76,50 +88,58 @@ def run_step(client, random):
     return result
 
 
-def test_a_sampled_call_leaves_a_span_with_its_stages_and_decisions(server):
-    Collector.bodies.clear()
-    with TracedClient(server.unix) as client:
+def test_a_sampled_call_leaves_a_span_with_its_stages_and_decisions(server, trace):
+    with TracedClient(server.unix, trace) as client:
         result = run_step(client, np.random.default_rng(1))
-    stack.wait_for("a span", spans, 10)
-    parent = next(s for s in spans() if s["name"] == "adaattn.v1.Attention/Attend")
-    assert parent["traceId"] == TRACE and parent["parentSpanId"] == PARENT
+    stack.wait_for("a span", lambda: spans(trace), 10)
+    parent = next(s for s in spans(trace) if s["name"] == "adaattn.v1.Attention/Attend")
+    assert parent["traceId"] == trace and parent["parentSpanId"] == PARENT
     assert parent["kind"] == 2 and parent["status"]["code"] == 1
     said = attributes(parent)
     decision = result.sequences[0].decision
     assert int(said["adaattn.bytes_read"]) == decision.bytes_read
     assert int(said["adaattn.bytes_bf16"]) == decision.bytes_bf16 > 0
     assert int(said["adaattn.q_rows"]) == 1 and int(said["rpc.grpc.status_code"]) == 0
-    children = [s for s in spans() if s["parentSpanId"] == parent["spanId"]]
+    children = [s for s in spans(trace) if s["parentSpanId"] == parent["spanId"]]
     names = [c["name"] for c in children]
     assert {"queue", "attend"} <= set(names) <= STAGES and len(set(names)) == len(names)
-    assert len({s["spanId"] for s in spans()}) == len(spans())
+    assert len({s["spanId"] for s in spans(trace)}) == len(spans(trace))
     for child in children:
-        assert child["traceId"] == TRACE
+        assert child["traceId"] == trace
         assert int(parent["startTimeUnixNano"]) <= int(child["startTimeUnixNano"]) <= int(child["endTimeUnixNano"])
     in_order = [int(c["startTimeUnixNano"]) for c in children]
     assert in_order == sorted(in_order)
 
 
-def test_a_refused_call_says_why(server):
-    Collector.bodies.clear()
-    with TracedClient(server.unix) as client:
+def test_the_trace_is_an_exemplar_of_its_latency_bucket(server, trace):
+    with TracedClient(server.unix, trace) as client:
+        run_step(client, np.random.default_rng(4))
+    text = stack.get(server.metrics, "/openmetrics")
+    exemplars = [line for line in text.splitlines() if "# {" in line]
+    assert all(line.startswith('adaattn_request_duration_seconds_bucket{method="Attend"') for line in exemplars)
+    assert sum(f'# {{trace_id="{trace}"}}' in line for line in exemplars) == 1
+    families = list(openmetrics.text_string_to_metric_families(text))
+    assert len(families) > 40 and text.endswith("# EOF\n")
+
+
+def test_a_refused_call_says_why(server, trace):
+    with TracedClient(server.unix, trace) as client:
         with pytest.raises(grpc.RpcError) as refusal:
             client.stub.Attend(attention_pb2.AttendRequest(layer=7), metadata=client.metadata)
-    stack.wait_for("a span", spans, 10)
-    (span,) = spans()
+    stack.wait_for("a span", lambda: spans(trace), 10)
+    (span,) = spans(trace)
     assert span["status"] == {"code": 2, "message": refusal.value.details()}
     assert int(attributes(span)["rpc.grpc.status_code"]) == 3
 
 
-def test_without_the_sampled_flag_nothing_is_sent_and_what_was_sent_is_counted(server):
-    Collector.bodies.clear()
-    with TracedClient(server.unix) as client:
+def test_without_the_sampled_flag_nothing_is_sent_and_what_was_sent_is_counted(server, trace):
+    with TracedClient(server.unix, trace) as client:
         client.flags = "00"
         run_step(client, np.random.default_rng(2))
         client.flags = "01"
         run_step(client, np.random.default_rng(3))
-    stack.wait_for("a span", spans, 10)
-    assert len([s for s in spans() if s["name"].endswith("/Attend")]) == 1
+    stack.wait_for("a span", lambda: spans(trace), 10)
+    assert len([s for s in spans(trace) if s["name"].endswith("/Attend")]) == 1
     counted = stack.samples(stack.get(server.metrics, "/metrics"))
-    assert counted['adaattn_trace_spans_total{outcome="exported"}'] >= len(spans())
+    assert counted['adaattn_trace_spans_total{outcome="exported"}'] >= len(spans(trace))
     assert counted['adaattn_trace_spans_total{outcome="dropped"}'] == 0

@@ -22,8 +22,8 @@ class AdminPageTest : public ::testing::Test {
   AdminPageTest()
       : metrics_({"1.0", "abc", "cc", "cpu", "device", "avx2"}),
         history_(&metrics_, {"1.0", "abc", "cc", "cpu", "device", "avx2"}, start_) {
-    auto server = HttpServer::Start(
-        "127.0.0.1:0", AdminHandlers(&metrics_, &history_, [this] { return ready_.load(); }));
+    auto server = HttpServer::Start("127.0.0.1:0", AdminHandlers(&metrics_, &history_, &exemplars_,
+                                                                 [this] { return ready_.load(); }));
     EXPECT_TRUE(server.ok()) << server.status();
     server_ = std::move(*server);
   }
@@ -52,6 +52,7 @@ class AdminPageTest : public ::testing::Test {
   const absl::Time start_ = absl::FromUnixSeconds(1700000000);
   Metrics metrics_;
   LiveHistory history_;
+  Exemplars exemplars_;
   std::atomic<bool> ready_{true};
   std::unique_ptr<HttpServer> server_;
 };
@@ -66,6 +67,21 @@ TEST_F(AdminPageTest, ServesMetricsHealthAndReadiness) {
   ready_ = false;
   EXPECT_EQ(HttpGet(server_->port(), "/readyz").status, 503);
   EXPECT_EQ(HttpGet(server_->port(), "/healthz").status, 200) << "alive while draining";
+}
+
+TEST_F(AdminPageTest, OpenMetricsShowsTheTracesBehindBuckets) {
+  metrics_.OnRequest(RpcMethod::kAttend, 0, absl::Microseconds(300));
+  exemplars_.Add(RpcMethod::kAttend, absl::Microseconds(300), "4bf92f35",
+                 absl::FromUnixMillis(1700000000500));
+  const HttpResponse reply = HttpGet(server_->port(), "/openmetrics");
+  EXPECT_THAT(reply.content_type, HasSubstr("application/openmetrics-text; version=1.0.0"));
+  EXPECT_THAT(reply.body,
+              HasSubstr("adaattn_request_duration_seconds_bucket{method=\"Attend\",le=\"0.0005\"} "
+                        "1 # {trace_id=\"4bf92f35\"} 0.0003 1700000000.500\n"));
+  EXPECT_THAT(reply.body, HasSubstr("# TYPE adaattn_requests counter\n"));
+  EXPECT_THAT(reply.body, HasSubstr("\nadaattn_requests_total{"));
+  EXPECT_EQ(reply.body.substr(reply.body.size() - 6), "# EOF\n");
+  EXPECT_EQ(reply.body.find("trace_id"), reply.body.rfind("trace_id")) << "no other bucket";
 }
 
 TEST_F(AdminPageTest, ThePageNeedsNothingFromElsewhere) {

@@ -41,7 +41,7 @@ SERVER_LAYERS = {
     "session": ["session"],
     "pages": ["attend_options", "page_allocator", "session_id"],
     "leaves": ["admission", "clock", "head_sums", "histogram", "http_server", "live_page", "log",
-              "metric_registry", "metric_table", "policy_file", "process_stats", "trace"],
+              "metric_registry", "metric_table", "openmetrics", "policy_file", "process_stats", "trace"],
 }
 # Layers that know the generated messages and gRPC; everything else is free of both.
 MESSAGE_LAYERS = {"server", "services", "messages"}
