@@ -5,11 +5,11 @@ TEST_JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test test-python quality ablation bench test-asan test-tsan cuda lint format format-check docs-check \
-        gpu-bundle setup setup-check clean
+.PHONY: help demo serve test test-python quality ablation bench test-asan test-tsan cuda lint format \
+        format-check docs-check gpu-bundle setup setup-check clean e2e manifests image
 
 help:  ## Lists these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: setup build/release/build.ninja  ## Replays real model traces through a server and prints what was saved
 	@ninja -C build/release -j$(JOBS) adaattn_server adaattn_cli
@@ -49,6 +49,24 @@ ablation: setup build/release/build.ninja  ## What each part of the design is wo
 	@scripts/python client/python loadtest/quality
 	@ninja -C build/release -j$(JOBS) adaattn_server
 	@scripts/quality --report build/ablation/report.json ablation '{text}'
+
+e2e: setup build/release/build.ninja  ## A server under load, watched by a real Prometheus and a real browser
+	@scripts/setup e2e
+	@command -v chromium >/dev/null || scripts/setup chromium
+	@scripts/python deploy
+	@ninja -C build/release -j$(JOBS) adaattn_server adaattn_cli
+	@.venv/bin/python -m pytest -q deploy/e2e
+
+manifests: setup build/release/build.ninja  ## Checks rules, alerts, dashboards and Kubernetes manifests
+	@scripts/setup manifests
+	@command -v kubectl >/dev/null || scripts/setup kubectl
+	@scripts/python deploy
+	@ninja -C build/release -j$(JOBS) adaattn_server
+	@deploy/check
+
+image:  ## Builds the CPU container without a daemon and replays a trace through it (as root)
+	@scripts/setup image
+	@deploy/image
 
 bench: setup build/release/build.ninja  ## Times the kernels, judges control, a small Attend beside a bare gRPC echo
 	@ninja -C build/release -j$(JOBS) adaattn_cpu_decode_bench adaattn_control_bench adaattn_echo_bench adaattn_server

@@ -29,13 +29,24 @@ struct BenchConfig {
   int64_t steps = 0;  // timed ones, of each session
 };
 
+// What the replies said, to be held against the server's counters.
+struct Books {
+  int64_t steps = 0, bytes_read = 0, basis_bytes = 0, bytes_bf16 = 0;
+
+  void Add(const Books& more) {
+    steps += more.steps;
+    bytes_read += more.bytes_read;
+    basis_bytes += more.basis_bytes;
+    bytes_bf16 += more.bytes_bf16;
+  }
+};
+
 // One closed loop: a session, and what its timed steps took.
 struct Worker {
   std::unique_ptr<Session> session;
   std::vector<double> latencies_us;
   std::array<std::vector<double>, kNumStages> stages_us;
-  int64_t bytes_read = 0;
-  int64_t bytes_bf16 = 0;
+  Books timed, warmup;
   absl::Status status;
 };
 
@@ -44,6 +55,7 @@ struct BenchReport {
   Quantiles latency_us;
   std::array<Quantiles, kNumStages> stage_us;
   double bytes_fraction = 0;
+  Books books;  // warm-up included
 };
 
 // Standard normal BF16 elements.
@@ -105,10 +117,10 @@ absl::Status RunSteps(Client* client, const BenchConfig& config, uint32_t seed, 
     worker->latencies_us.push_back(absl::ToDoubleMicroseconds(latency));
     const auto stages = StageMicroseconds(output->stage_times);
     for (int i = 0; i < kNumStages; ++i) worker->stages_us[i].push_back(stages[i]);
-    if (const auto& decision = output->sequences[0].decision) {
-      worker->bytes_read += decision->bytes_read;
-      worker->bytes_bf16 += decision->bytes_bf16;
-    }
+    const auto& decision = output->sequences[0].decision;
+    worker->timed.Add(
+        decision ? Books{1, decision->bytes_read, decision->basis_bytes, decision->bytes_bf16}
+                 : Books{1});
     progress->Advance();
   }
   return stream->Finish();
@@ -146,7 +158,7 @@ absl::StatusOr<BenchReport> RunBenchmark(Client* client, const BenchConfig& conf
   for (Worker& worker : workers) {
     worker.latencies_us.clear();
     for (auto& stage : worker.stages_us) stage.clear();
-    worker.bytes_read = worker.bytes_bf16 = 0;
+    worker.warmup = std::exchange(worker.timed, Books());
   }
   const absl::Time start = absl::Now();
   if (status = step(config.steps); !status.ok()) return status;
@@ -154,12 +166,13 @@ absl::StatusOr<BenchReport> RunBenchmark(Client* client, const BenchConfig& conf
 
   BenchReport report;
   std::vector<double> latencies;
-  int64_t bytes_read = 0, bytes_bf16 = 0;
+  Books timed;
   for (const Worker& worker : workers) {
     latencies.insert(latencies.end(), worker.latencies_us.begin(), worker.latencies_us.end());
-    bytes_read += worker.bytes_read;
-    bytes_bf16 += worker.bytes_bf16;
+    timed.Add(worker.timed);
+    report.books.Add(worker.warmup);
   }
+  report.books.Add(timed);
   for (int i = 0; i < kNumStages; ++i) {
     std::vector<double> stage;
     for (const Worker& worker : workers) {
@@ -169,8 +182,9 @@ absl::StatusOr<BenchReport> RunBenchmark(Client* client, const BenchConfig& conf
   }
   report.steps_per_second = static_cast<double>(latencies.size()) / absl::ToDoubleSeconds(elapsed);
   report.latency_us = ComputeQuantiles(std::move(latencies));
-  if (bytes_bf16 > 0) {
-    report.bytes_fraction = static_cast<double>(bytes_read) / static_cast<double>(bytes_bf16);
+  if (timed.bytes_bf16 > 0) {
+    report.bytes_fraction =
+        static_cast<double>(timed.bytes_read) / static_cast<double>(timed.bytes_bf16);
   }
   return report;
 }
@@ -180,6 +194,11 @@ void Print(const BenchReport& report, bool json) {
     nlohmann::ordered_json out = {
         {"steps_per_second", report.steps_per_second},
         {"bytes_fraction", report.bytes_fraction},
+        {"books",
+         {{"steps", report.books.steps},
+          {"bytes_read", report.books.bytes_read},
+          {"basis_bytes", report.books.basis_bytes},
+          {"bytes_bf16", report.books.bytes_bf16}}},
         {"latency_us", {{"p50", report.latency_us.p50}, {"p99", report.latency_us.p99}}}};
     for (int i = 0; i < kNumStages; ++i) {
       out["stage_us"][kStageNames[i]] = {{"p50", report.stage_us[i].p50},

@@ -4,6 +4,7 @@
 
 #include "server/attend_reactors.h"
 #include "server/attend_reply.h"
+#include "server/call_trace.h"
 #include "server/wire.h"
 
 namespace adaattn {
@@ -19,7 +20,9 @@ class AttendCall final : public grpc::ServerUnaryReactor {
     const auto bytes = static_cast<int64_t>(request.Length());
     service_.metrics->OnWire(WireDirection::kIn, TransportOf(*context_), bytes);
     const absl::Status status = Schedule(request, bytes);
-    if (!status.ok()) Fail(status, RetryAfter(service_, status));
+    if (status.ok()) return;
+    TraceRefusal(service_, trace_, RpcMethod::kAttend, start_, status);
+    Fail(status, RetryAfter(service_, status));
   }
 
   void OnCancel() override { cancelled_->store(true); }
@@ -29,6 +32,7 @@ class AttendCall final : public grpc::ServerUnaryReactor {
   absl::Status Schedule(const grpc::ByteBuffer& request, int64_t bytes) {
     absl::StatusOr<Caller> caller = MakeCaller(*context_);
     if (!caller.ok()) return caller.status();
+    trace_ = caller->trace;
     absl::StatusOr<AdmissionTicket> ticket = service_.admission->AdmitBytes(caller->client, bytes);
     if (!ticket.ok()) return ticket.status();
     ticket_ = *std::move(ticket);
@@ -48,6 +52,7 @@ class AttendCall final : public grpc::ServerUnaryReactor {
   }
 
   void OnTask(const AttentionTask& task) {
+    TraceAttend(service_, trace_, RpcMethod::kAttend, start_, task);
     if (!task.reply.status.ok()) return Fail(task.reply.status, task.reply.retry_after);
     Answer(MakeAttendReply(request_id_, task));
   }
@@ -75,6 +80,7 @@ class AttendCall final : public grpc::ServerUnaryReactor {
   grpc::ByteBuffer* const response_;
   const absl::Time start_;
   uint64_t request_id_ = 0;
+  TraceContext trace_;
   AdmissionTicket ticket_;
   const std::shared_ptr<std::atomic<bool>> cancelled_ = std::make_shared<std::atomic<bool>>(false);
 };

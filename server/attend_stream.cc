@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "server/attend_reactors.h"
 #include "server/attend_reply.h"
+#include "server/call_trace.h"
 #include "server/wire.h"
 
 namespace adaattn {
@@ -165,6 +166,7 @@ class AttendStreamReactor final : public grpc::ServerBidiReactor<Bytes, Bytes> {
 
   // On the engine's thread.
   void OnTask(Slot* slot, const AttentionTask& task) {
+    TraceAttend(service_, caller_.trace, RpcMethod::kAttendStream, slot->start, task);
     const AttentionReply& reply = task.reply;
     if (reply.status.ok()) return Answer(slot, 0, MakeAttendReply(slot->request_id, task));
     Answer(slot, static_cast<int>(reply.status.code()),
@@ -172,6 +174,7 @@ class AttendStreamReactor final : public grpc::ServerBidiReactor<Bytes, Bytes> {
   }
 
   void Fail(Slot* slot, const absl::Status& status) {
+    TraceRefusal(service_, caller_.trace, RpcMethod::kAttendStream, slot->start, status);
     Answer(slot, static_cast<int>(status.code()),
            MakeErrorReply(slot->request_id, status, RetryAfter(service_, status)));
   }

@@ -66,6 +66,7 @@ absl::StatusOr<Caller> MakeCaller(const grpc::CallbackServerContext& context) {
     return InvalidField(absl::StrCat("metadata ", kRoute), caller.routing_key,
                         "1 to 64 characters of [A-Za-z0-9._-]");
   }
+  caller.trace = ParseTraceparent(MetadataValue(context, kTraceparent));
   caller.deadline = absl::FromChrono(context.deadline());
   // gRPC's "none" is the last moment that its clock can tell.
   if (context.deadline() == std::chrono::system_clock::time_point::max()) {

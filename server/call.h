@@ -14,9 +14,11 @@
 #include "server/admission.h"
 #include "server/engine.h"
 #include "server/metrics.h"
+#include "server/openmetrics.h"
 #include "server/options.h"
 #include "server/profile_store.h"
 #include "server/session_table.h"
+#include "server/trace.h"
 #include "server/validation.h"
 
 namespace adaattn {
@@ -43,6 +45,8 @@ struct ServiceContext {
   Metrics* metrics = nullptr;
   const Clock* clock = nullptr;
   StreamRegistry* streams = nullptr;
+  TraceExporter* tracer = nullptr;                     // none: no spans
+  Exemplars* exemplars = nullptr;                      // set where tracer is
   const std::atomic<bool>* refuse_sessions = nullptr;  // draining: no new sessions
   const ThetaModel* theta_model = nullptr;             // of the policy file; null = none
   MetricsInfo info;
@@ -53,7 +57,7 @@ struct ServiceContext {
 // The codes share their numbers.
 grpc::Status ToGrpcStatus(const absl::Status& status);
 
-// Tenant, client address, routing key and deadline of a call; logs its traceparent.
+// Tenant, client address, routing key, deadline and trace context of a call.
 // Errors: kInvalidArgument for an `adaattn-route` that is no routing key.
 absl::StatusOr<Caller> MakeCaller(const grpc::CallbackServerContext& context);
 

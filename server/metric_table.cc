@@ -84,6 +84,12 @@ void AddRequestMetrics(std::vector<MetricDescriptor>* table) {
       {{"direction", {"in", "out"}}, {"transport", {"tcp", "unix"}}});
 }
 
+void AddTraceMetrics(std::vector<MetricDescriptor>* table) {
+  Add(table, MetricType::kCounter, "trace_spans_total",
+      "Spans sent to the collector, or dropped because it was slow or away.",
+      {{"outcome", {"exported", "dropped"}}});
+}
+
 void AddDecisionMetrics(std::vector<MetricDescriptor>* table) {
   Add(table, MetricType::kCounter, "kv_bytes_read_total",
       "Bytes of K, V (with their metadata) and bases that attention loaded, counted where it "
@@ -153,6 +159,9 @@ void AddCacheMetrics(std::vector<MetricDescriptor>* table) {
 
 void AddProcessMetrics(std::vector<MetricDescriptor>* table) {
   Add(table, MetricType::kGauge, "ready", "1 while the server takes new sessions.");
+  Add(table, MetricType::kGauge, "limit",
+      "Configured ends of what can run out: the denominators of utilisation.",
+      {{"resource", Names(kNumLimits, &LimitName)}});
   Add(table, MetricType::kGauge, "build_info", "1; what was built.",
       {{"version", {}}, {"commit", {}}, {"compiler", {}}});
   Add(table, MetricType::kGauge, "device_info", "1; what the backend runs on.",
@@ -188,6 +197,7 @@ const std::vector<MetricDescriptor>& MetricTable() {
   static const std::vector<MetricDescriptor>* const table = [] {
     auto* made = new std::vector<MetricDescriptor>;
     AddRequestMetrics(made);
+    AddTraceMetrics(made);
     AddDecisionMetrics(made);
     AddCacheMetrics(made);
     AddProcessMetrics(made);
@@ -222,6 +232,13 @@ const char* StageName(Stage stage) {
   static constexpr const char* kNames[kNumStages] = {
       "queue", "copy_in", "append", "scan", "select", "attend", "merge", "copy_out", "seal"};
   return kNames[static_cast<int>(stage)];
+}
+
+const char* LimitName(Limit limit) {
+  static constexpr const char* kNames[kNumLimits] = {"queued_tasks",   "queued_bytes",
+                                                     "inflight_bytes", "sessions",
+                                                     "pool_bytes",     "seal_backlog_pages"};
+  return kNames[static_cast<int>(limit)];
 }
 
 const char* StatusCodeName(int code) {

@@ -5,6 +5,7 @@
 // dashboards and alerts are made from this list. Label values are fixed here (one series each,
 // there from the start), so that the number of series has a bound; none is ever a session.
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -64,6 +65,20 @@ enum class Stage : uint8_t {
 };
 inline constexpr int kNumStages = 9;
 const char* StageName(Stage stage);  // "copy_in"
+
+// What has a configured end, in the order of the label values of adaattn_limit.
+enum class Limit : uint8_t {
+  kQueuedTasks,
+  kQueuedBytes,
+  kInflightBytes,
+  kSessions,
+  kPoolBytes,
+  kSealBacklogPages
+};
+inline constexpr int kNumLimits = 6;
+inline constexpr int kNumHardLimits = 5;  // the leading ones: beyond them calls are refused
+const char* LimitName(Limit limit);       // "queued_tasks"
+using LimitValues = std::array<int64_t, kNumLimits>;
 
 enum class WireTransport : uint8_t { kTcp, kUnix };
 enum class WireDirection : uint8_t { kIn, kOut };

@@ -8,47 +8,15 @@
 #include <sstream>
 #include <utility>
 
+#include "server/head_sums.h"
+#include "server/histogram.h"
 #include "server/metric_registry.h"
 #include "server/process_stats.h"
 
 namespace adaattn {
 namespace {
 
-constexpr int64_t kPrecisions = 4, kRankQuarters = 4;
-
-// One kv head's step, summed over its sealed pages.
-struct HeadSums {
-  int64_t sealed_pages = 0;
-  double key_bits = 16;  // means; what dense pages have where nothing is sealed
-  double value_bits = 16;
-  double rank = 0;
-  int64_t rank_quarter = kRankQuarters - 1;
-};
-
-HeadSums SumHead(const HeadDecision& head, int32_t head_dim) {
-  int64_t pages = 0, key_bits = 0, ranks = 0, value_bits = 0, value_pages = 0;
-  for (int32_t i = 0; i < kNumKeyDepths; ++i) {
-    pages += head.key_pages[i];
-    key_bits += int64_t{head.key_pages[i]} * KeyDepthBits(i);
-    ranks += int64_t{head.key_pages[i]} * ChunkedRank(head_dim, KeyDepthChunks(i));
-  }
-  for (int32_t i = 0; i < kNumValueDepths; ++i) {
-    value_pages += head.value_pages[i];
-    value_bits += int64_t{head.value_pages[i]} * 2 * i;
-  }
-  HeadSums sums;
-  sums.sealed_pages = pages;
-  sums.rank = head_dim;
-  if (value_pages > 0) {
-    sums.value_bits = static_cast<double>(value_bits) / static_cast<double>(value_pages);
-  }
-  if (pages == 0) return sums;
-  sums.key_bits = static_cast<double>(key_bits) / static_cast<double>(pages);
-  sums.rank = static_cast<double>(ranks) / static_cast<double>(pages);
-  const int64_t full = pages * head_dim;
-  sums.rank_quarter = std::clamp<int64_t>((kRankQuarters * ranks + full - 1) / full - 1, 0, 3);
-  return sums;
-}
+constexpr int64_t kPrecisions = 4;
 
 int64_t PrecisionIndex(double key_bits) {
   return key_bits > 8 ? 3 : key_bits >= 7 ? 2 : key_bits >= 5 ? 1 : 0;
@@ -96,11 +64,13 @@ struct Metrics::Handles {
         wire_bytes(registry.counters("wire_bytes_total")),
         session_events(registry.counters("session_events_total")),
         audits(registry.counters("audits_total")),
+        spans(registry.counters("trace_spans_total")),
         pages_sealed(registry.counters("pages_sealed_total")[0]),
         bases_fitted(registry.counters("bases_fitted_total")[0]),
         request_duration(registry.histograms("request_duration_seconds")),
         kv_pages(registry.gauges("kv_pages")),
         kv_bytes(registry.gauges("kv_bytes")),
+        limits(registry.gauges("limit")),
         kv_pool_bytes(registry.gauges("kv_pool_bytes")[0]),
         sessions(registry.gauges("sessions")[0]),
         queue_depth(registry.gauges("queue_depth")[0]),
@@ -117,10 +87,10 @@ struct Metrics::Handles {
   using Counter = prometheus::Counter;
   using Gauge = prometheus::Gauge;
   MetricRegistry registry;
-  std::vector<Counter*> requests, wire_bytes, session_events, audits;
+  std::vector<Counter*> requests, wire_bytes, session_events, audits, spans;
   Counter *pages_sealed, *bases_fitted;
   std::vector<prometheus::Histogram*> request_duration;
-  std::vector<Gauge*> kv_pages, kv_bytes;
+  std::vector<Gauge*> kv_pages, kv_bytes, limits;
   Gauge *kv_pool_bytes, *sessions, *queue_depth, *queue_bytes, *inflight_bytes, *streams,
       *seal_backlog, *drift_ratio, *ready;
   std::function<int64_t()> inflight_bytes_source;
@@ -182,6 +152,9 @@ Metrics::Metrics(const MetricsInfo& info)
   const size_t cells = LatencyBucketBounds().size() + 1;
   for (std::vector<double>& counts : totals_.stage_counts) counts.resize(cells);
   totals_.batch_counts.resize(cells);
+  const size_t error_cells = BucketBounds("predicted_relative_error").size() + 1;
+  totals_.predicted_error_counts.resize(error_cells);
+  totals_.audited_error_counts.resize(error_cells);
 }
 Metrics::~Metrics() = default;
 
@@ -202,6 +175,18 @@ void Metrics::OnWire(WireDirection direction, WireTransport transport, int64_t b
 void Metrics::OnStreams(int delta) {
   handles_->num_streams.fetch_add(delta, std::memory_order_relaxed);
   delta > 0 ? handles_->streams->Increment(delta) : handles_->streams->Decrement(-delta);
+}
+
+void Metrics::OnSpans(bool exported, int64_t count) {
+  handles_->spans[exported ? 0 : 1]->Increment(static_cast<double>(count));
+}
+
+void Metrics::SetLimits(const LimitValues& limits) {
+  for (size_t i = 0; i < limits.size(); ++i) {
+    handles_->limits[i]->Set(static_cast<double>(limits[i]));
+  }
+  const MutexLock lock(&mutex_);
+  totals_.limits = limits;
 }
 
 void Metrics::SetReady(bool ready) { handles_->ready->Set(ready ? 1 : 0); }
@@ -298,6 +283,7 @@ void Metrics::OnBatch(const BatchReport& report) {
     add(&totals_.fallbacks, batch.fallbacks);
     for (size_t i = 0; i < kNumStages; ++i) sums_->stages[i].AddTo(&totals_.stage_counts[i]);
     sums_->batch_duration.AddTo(&totals_.batch_counts);
+    sums_->predicted_error.AddTo(&totals_.predicted_error_counts);
   }
   sums_->Flush();
 }
@@ -325,6 +311,10 @@ void Metrics::OnAudit(const AuditReport& report) {
     if (i < report.predicted.size() && report.predicted[i] > 0) {
       sums_->audit_ratio.Observe(report.actual[i] / report.predicted[i]);
     }
+  }
+  {
+    const MutexLock lock(&mutex_);
+    sums_->audited_error.AddTo(&totals_.audited_error_counts);
   }
   sums_->audited_error.Flush();
   sums_->audit_ratio.Flush();
@@ -362,34 +352,18 @@ std::string Metrics::Serialize() const {
 }
 
 LiveTotals Metrics::totals() const {
+  const auto& inflight = handles_->inflight_bytes_source;
+  const int64_t inflight_bytes = inflight ? inflight() : 0;
   const MutexLock lock(&mutex_);
-  return totals_;
+  LiveTotals totals = totals_;
+  totals.inflight_bytes = inflight_bytes;
+  return totals;
 }
 
 int64_t Metrics::streams() const { return handles_->num_streams.load(std::memory_order_relaxed); }
 int64_t Metrics::requests() const { return handles_->num_requests.load(std::memory_order_relaxed); }
 int64_t Metrics::failed_requests() const {
   return handles_->num_failed_requests.load(std::memory_order_relaxed);
-}
-
-const std::vector<double>& LatencyBucketBounds() {
-  return FindMetric("adaattn_batch_duration_seconds").buckets;
-}
-
-double HistogramQuantile(const std::vector<double>& bounds, const std::vector<double>& counts,
-                         double share) {
-  double total = 0;
-  for (const double count : counts) total += count;
-  if (total <= 0) return 0;
-  double below = 0;
-  for (size_t i = 0; i < bounds.size(); ++i) {
-    if (below + counts[i] >= share * total && counts[i] > 0) {
-      const double low = i == 0 ? 0 : bounds[i - 1];
-      return low + (bounds[i] - low) * (share * total - below) / counts[i];
-    }
-    below += counts[i];
-  }
-  return bounds.back();
 }
 
 }  // namespace adaattn

@@ -37,6 +37,9 @@ struct LiveTotals {
   std::array<int64_t, 4> fallbacks{};      // by Fallback; [0] counts none
   std::array<std::vector<double>, kNumStages> stage_counts;  // per latency bucket, +Inf last
   std::vector<double> batch_counts;                          // likewise, batch_duration_seconds
+  std::vector<double> predicted_error_counts, audited_error_counts;  // likewise, per kv head
+  LimitValues limits{};
+  int64_t inflight_bytes = 0;
   GaugeReport gauges;
   float drift_ratio = 0;
 };
@@ -55,7 +58,9 @@ class Metrics final : public EngineObserver {
   void OnRequest(RpcMethod method, int code, absl::Duration latency);
   void OnWire(WireDirection direction, WireTransport transport, int64_t bytes);
   void OnStreams(int delta);
+  void OnSpans(bool exported, int64_t count);
   void SetReady(bool ready);
+  void SetLimits(const LimitValues& limits);
   // Asked at every scrape; call before the first.
   void SetInflightBytesSource(std::function<int64_t()> source);
 
@@ -84,14 +89,6 @@ class Metrics final : public EngineObserver {
   mutable Mutex mutex_;
   LiveTotals totals_ ABSL_GUARDED_BY(mutex_);
 };
-
-// The upper bounds of the latency histograms' buckets, seconds.
-const std::vector<double>& LatencyBucketBounds();
-
-// The value below which `share` of the observations of a histogram lie, by linear interpolation in
-// its bucket; the last bound where it is in +Inf; 0 without observations.
-double HistogramQuantile(const std::vector<double>& bounds, const std::vector<double>& counts,
-                         double share);
 
 }  // namespace adaattn
 

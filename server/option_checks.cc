@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "server/options.h"
+#include "server/trace.h"
 
 namespace adaattn {
 namespace {
@@ -107,6 +108,12 @@ absl::Status ValidateOptions(const ServerOptions& options) {
         CheckOrder("max-client-inflight-bytes", real(options.admission.max_client_inflight_bytes),
                    "max-inflight-bytes", real(options.admission.max_inflight_bytes))}) {
     if (!status.ok()) return status;
+  }
+  if (!options.trace_endpoint.empty()) {
+    const absl::Status status = ParseTraceEndpoint(options.trace_endpoint).status();
+    if (!status.ok()) {
+      return absl::InvalidArgumentError(absl::StrCat("setting trace-endpoint: ", status.message()));
+    }
   }
   if (options.engine.seal.fit_tokens % kPageTokens != 0) {
     return absl::InvalidArgumentError(

@@ -24,6 +24,9 @@ void AddAddresses(ServerOptions* o, std::vector<Setting>* table) {
   table->push_back(
       {"port-file", &o->port_file,
        "Where to write the addresses in use, as JSON, once serving; empty = nowhere."});
+  table->push_back({"trace-endpoint", &o->trace_endpoint,
+                    "Collector of OTLP/HTTP JSON spans, http://host:port/path, for calls whose "
+                    "traceparent is sampled; empty = none."});
   table->push_back({"log-level",
                     &o->log_level,
                     "Least severe lines that are logged.",

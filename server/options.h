@@ -37,6 +37,7 @@ struct ServerOptions {
   std::string metrics_listen = "127.0.0.1:7471";
   std::string admin_listen;
   std::string port_file;
+  std::string trace_endpoint;
   std::string log_level = "info";
 
   bool allow_plaintext = false;

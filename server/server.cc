@@ -23,6 +23,7 @@
 #include "server/clock.h"
 #include "server/log.h"
 #include "server/policy_file.h"
+#include "server/preflight.h"
 #include "server/session_id.h"
 
 namespace adaattn {
@@ -70,12 +71,6 @@ class WithoutAdminServices final : public grpc::ServerBuilderOption {
   }
 };
 
-absl::Status CheckReadable(const char* setting, const std::string& path) {
-  if (path.empty() || access(path.c_str(), R_OK) == 0) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("setting ", setting, ": cannot read \"", path, "\""));
-}
-
 }  // namespace
 
 MetricsInfo BuildInfo() {
@@ -95,6 +90,7 @@ std::string ServerAddresses::ToJson() const {
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options,
                                                       std::unique_ptr<Backend> backend) {
   absl::Status status = ValidateOptions(options);
+  if (status.ok()) status = Preflight(options);
   if (!status.ok()) return status;
   std::unique_ptr<Server> server(new Server(options, std::move(backend)));
   if (!options.policy_file.empty()) {
@@ -103,8 +99,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& optio
     server->theta_model_ = *model;
   }
   // gRPC accepts calls as soon as it listens, so what answers them comes first.
-  status = server->Credentials().status();
-  if (status.ok()) status = server->StartBackend();
+  status = server->StartBackend();
   if (status.ok()) status = server->StartHttp();
   if (status.ok()) status = server->StartGrpc();
   if (status.ok()) status = server->StartAdmin();
@@ -138,11 +133,23 @@ absl::Status Server::StartBackend() {
   history_ = std::make_unique<LiveHistory>(metrics_.get(), info, absl::Now());
   SessionTableOptions sessions = options_.sessions;
   sessions.instance = MakeInstanceName();
+  if (!options_.trace_endpoint.empty()) {
+    absl::StatusOr<TraceEndpoint> endpoint = ParseTraceEndpoint(options_.trace_endpoint);
+    if (!endpoint.ok()) return endpoint.status();
+    tracer_ = std::make_unique<TraceExporter>(
+        *std::move(endpoint), sessions.instance,
+        [this](bool exported, int64_t spans) { metrics_->OnSpans(exported, spans); });
+  }
   const Clock* clock = SystemClock::Get();
   sessions_ = std::make_unique<SessionTable>(sessions, clock);
   profiles_ = std::make_unique<ProfileStore>(options_.max_tenant_profile_bytes);
   admission_ = std::make_unique<Admission>(options_.admission);
   metrics_->SetInflightBytesSource([this] { return admission_->inflight_bytes(); });
+  // In the order of Limit.
+  metrics_->SetLimits({options_.engine.batcher.max_queued_tasks,
+                       options_.engine.batcher.max_queued_bytes,
+                       options_.admission.max_inflight_bytes, options_.sessions.max_sessions,
+                       device.pool_bytes, options_.engine.seal.max_backlog_pages});
   engine_ = std::make_unique<Engine>(options_.engine, backend_.get(), sessions_.get(),
                                      metrics_.get(), clock);
   ServiceContext context;
@@ -154,6 +161,8 @@ absl::Status Server::StartBackend() {
   context.metrics = metrics_.get();
   context.clock = clock;
   context.streams = &streams_;
+  context.tracer = tracer_.get();
+  context.exemplars = &exemplars_;
   context.refuse_sessions = &refuse_sessions_;
   if (theta_model_) context.theta_model = &*theta_model_;
   context.info = info;
@@ -161,13 +170,8 @@ absl::Status Server::StartBackend() {
   return engine_->Start([this](const absl::Status& status) { OnDeviceLost(status); });
 }
 
-absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Server::Credentials() const {
+std::shared_ptr<grpc::ServerCredentials> Server::Credentials() const {
   if (options_.tls_cert.empty()) return grpc::InsecureServerCredentials();
-  for (const absl::Status& status :
-       {CheckReadable("tls-cert", options_.tls_cert), CheckReadable("tls-key", options_.tls_key),
-        CheckReadable("tls-ca", options_.tls_ca)}) {
-    if (!status.ok()) return status;
-  }
   namespace tls = grpc::experimental;
   const auto reload = static_cast<unsigned>(absl::ToInt64Seconds(options_.tls_reload));
   auto files = options_.tls_ca.empty()
@@ -198,11 +202,10 @@ absl::Status Server::StartGrpc() {
   grpc::ResourceQuota quota("adaattn");
   quota.Resize(static_cast<size_t>(options_.memory_quota_bytes));
   builder.SetResourceQuota(quota);
-  absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> credentials = Credentials();
-  if (!credentials.ok()) return credentials.status();
+  const std::shared_ptr<grpc::ServerCredentials> credentials = Credentials();
   int port = 0, unix_port = 0;
   if (!options_.listen.empty()) {
-    builder.AddListeningPort(options_.listen, *credentials, &port);
+    builder.AddListeningPort(options_.listen, credentials, &port);
   }
   if (!options_.unix_socket.empty()) {
     absl::Status status = RemoveStaleSocket(options_.unix_socket);
@@ -213,8 +216,9 @@ absl::Status Server::StartGrpc() {
   builder.RegisterService(service_.get());
   grpc_server_ = builder.BuildAndStart();
   if (grpc_server_ == nullptr) {
-    return absl::UnavailableError(absl::StrCat("cannot listen for gRPC on \"", options_.listen,
-                                               "\" and \"", options_.unix_socket, "\""));
+    return absl::UnavailableError(absl::StrCat("settings listen, unix-socket: cannot listen on \"",
+                                               options_.listen, "\" and \"", options_.unix_socket,
+                                               "\""));
   }
   // The service by name, beside "" that stands for the whole server.
   grpc_server_->GetHealthCheckService()->SetServingStatus("adaattn.v1.Attention", true);
@@ -242,9 +246,9 @@ absl::Status Server::StartAdmin() {
 
 absl::Status Server::StartHttp() {
   if (options_.metrics_listen.empty()) return absl::OkStatus();
-  absl::StatusOr<std::unique_ptr<HttpServer>> http =
-      HttpServer::Start(options_.metrics_listen,
-                        AdminHandlers(metrics_.get(), history_.get(), [this] { return ready(); }));
+  absl::StatusOr<std::unique_ptr<HttpServer>> http = HttpServer::Start(
+      options_.metrics_listen,
+      AdminHandlers(metrics_.get(), history_.get(), &exemplars_, [this] { return ready(); }));
   if (!http.ok()) {
     return absl::Status(http.status().code(),
                         absl::StrCat("setting metrics-listen: ", http.status().message()));

@@ -69,7 +69,7 @@ class Server {
   absl::Status StartGrpc();
   absl::Status StartAdmin();
   absl::Status StartHttp();
-  absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials() const;
+  std::shared_ptr<grpc::ServerCredentials> Credentials() const;
   void OnDeviceLost(const absl::Status& status);
 
   const ServerOptions options_;
@@ -83,6 +83,8 @@ class Server {
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<LiveHistory> history_;
+  Exemplars exemplars_;
+  std::unique_ptr<TraceExporter> tracer_;
   std::unique_ptr<SessionTable> sessions_;
   std::unique_ptr<ProfileStore> profiles_;
   std::unique_ptr<Admission> admission_;

@@ -17,6 +17,7 @@
 #include "server/options.h"
 #include "server/profile_store.h"
 #include "server/session_table.h"
+#include "server/trace.h"
 #include "server/wire.h"
 
 namespace adaattn {
@@ -40,6 +41,7 @@ struct Caller {
   std::string client;       // for admission: the tenant, or an address without a port
   std::string routing_key;  // "r" when the client sent none
   absl::Time deadline = absl::InfiniteFuture();
+  TraceContext trace;
 };
 
 absl::StatusOr<SessionConfig> ValidateOpenSession(const v1::OpenSessionRequest& request,

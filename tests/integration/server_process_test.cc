@@ -203,6 +203,28 @@ TEST_F(ProcessTest, BadSettingsEndItBeforeAnythingListens) {
   refuse({"--unknown"}, "--unknown");
   refuse({"--config=/no/such/file"}, "/no/such/file");
   refuse({"--tls-cert=/no/cert", "--tls-key=/no/key"}, "tls-cert");
+  const std::string text = dir_.File("text");
+  std::ofstream(text) << "no certificate\n";
+  refuse({"--tls-cert=" + text, "--tls-key=" + text}, "setting tls-cert");
+  std::ofstream(dir_.File("config.json")) << R"({"max-sesions": 3})";
+  refuse({"--config=" + dir_.File("config.json")}, "max-sesions");
+  refuse({"--port-file=/proc/ports.json"}, "setting port-file");
+  refuse({"--unix-socket=/no/such/folder/s.sock"}, "setting unix-socket");
+  refuse({"--trace-endpoint=https://collector/v1/traces"}, "setting trace-endpoint");
+  refuse({"--listen=no.such.host.invalid:7999"}, "setting listen");
+}
+
+TEST_F(ProcessTest, APortThatIsTakenIsNamedBeforeAnythingElseListens) {
+  auto taken = HttpServer::Start("127.0.0.1:0", {});
+  ASSERT_TRUE(taken.ok()) << taken.status();
+  const std::string address = absl::StrCat("127.0.0.1:", (*taken)->port());
+  for (const char* setting : {"listen", "metrics-listen", "admin-listen"}) {
+    Process process(Flags({absl::StrCat("--", setting, "=", address)}));
+    EXPECT_NE(process.Wait(), 0) << setting;
+    EXPECT_THAT(process.Stderr(), HasSubstr(absl::StrCat("setting ", setting)));
+    EXPECT_THAT(process.Stderr(), HasSubstr(address));
+    EXPECT_FALSE(std::filesystem::exists(dir_.File("s.sock"))) << "nothing listened";
+  }
 }
 
 TEST_F(ProcessTest, PrintsItsMetricsAndItsConfig) {

@@ -22,8 +22,8 @@ class AdminPageTest : public ::testing::Test {
   AdminPageTest()
       : metrics_({"1.0", "abc", "cc", "cpu", "device", "avx2"}),
         history_(&metrics_, {"1.0", "abc", "cc", "cpu", "device", "avx2"}, start_) {
-    auto server = HttpServer::Start(
-        "127.0.0.1:0", AdminHandlers(&metrics_, &history_, [this] { return ready_.load(); }));
+    auto server = HttpServer::Start("127.0.0.1:0", AdminHandlers(&metrics_, &history_, &exemplars_,
+                                                                 [this] { return ready_.load(); }));
     EXPECT_TRUE(server.ok()) << server.status();
     server_ = std::move(*server);
   }
@@ -52,6 +52,7 @@ class AdminPageTest : public ::testing::Test {
   const absl::Time start_ = absl::FromUnixSeconds(1700000000);
   Metrics metrics_;
   LiveHistory history_;
+  Exemplars exemplars_;
   std::atomic<bool> ready_{true};
   std::unique_ptr<HttpServer> server_;
 };
@@ -68,9 +69,24 @@ TEST_F(AdminPageTest, ServesMetricsHealthAndReadiness) {
   EXPECT_EQ(HttpGet(server_->port(), "/healthz").status, 200) << "alive while draining";
 }
 
+TEST_F(AdminPageTest, OpenMetricsShowsTheTracesBehindBuckets) {
+  metrics_.OnRequest(RpcMethod::kAttend, 0, absl::Microseconds(300));
+  exemplars_.Add(RpcMethod::kAttend, absl::Microseconds(300), "4bf92f35",
+                 absl::FromUnixMillis(1700000000500));
+  const HttpResponse reply = HttpGet(server_->port(), "/openmetrics");
+  EXPECT_THAT(reply.content_type, HasSubstr("application/openmetrics-text; version=1.0.0"));
+  EXPECT_THAT(reply.body,
+              HasSubstr("adaattn_request_duration_seconds_bucket{method=\"Attend\",le=\"0.0005\"} "
+                        "1 # {trace_id=\"4bf92f35\"} 0.0003 1700000000.500\n"));
+  EXPECT_THAT(reply.body, HasSubstr("# TYPE adaattn_requests counter\n"));
+  EXPECT_THAT(reply.body, HasSubstr("\nadaattn_requests_total{"));
+  EXPECT_EQ(reply.body.substr(reply.body.size() - 6), "# EOF\n");
+  EXPECT_EQ(reply.body.find("trace_id"), reply.body.rfind("trace_id")) << "no other bucket";
+}
+
 TEST_F(AdminPageTest, ThePageNeedsNothingFromElsewhere) {
   std::string all;
-  for (const char* path : {"/", "/live.css", "/live.js"}) {
+  for (const char* path : {"/", "/live.css", "/panels.js", "/live.js"}) {
     const HttpResponse file = HttpGet(server_->port(), path);
     EXPECT_EQ(file.status, 200) << path;
     EXPECT_GT(file.body.size(), 500u) << path;
@@ -141,6 +157,57 @@ TEST_F(AdminPageTest, HistoryForgetsWhatIsOlderThanItsCapacity) {
   }
   const auto live = Live(start_ + absl::Seconds(LiveHistory::kCapacity + 50));
   EXPECT_EQ(live["history"]["sessions"].size(), static_cast<size_t>(LiveHistory::kCapacity));
+}
+
+TEST_F(AdminPageTest, TheTimeSinceTheStartIsKeptInEverLongerIntervals) {
+  const int seconds = 10 * LiveHistory::kCapacity + 7;
+  for (int second = 0; second <= seconds; ++second) {
+    RunBatch(second < seconds / 2 ? 900 : 100);
+    history_.Sample(start_ + absl::Seconds(second));
+  }
+  const auto all = Live(start_ + absl::Seconds(seconds))["since_start"];
+  const size_t count = all["end_seconds"].size();
+  EXPECT_GT(count, size_t{LiveHistory::kCapacity} / 3);
+  EXPECT_LE(count, size_t{LiveHistory::kCapacity} + 1);
+  EXPECT_LE(all["end_seconds"][0], 16) << "begins at the start";
+  EXPECT_EQ(all["end_seconds"][count - 1], seconds) << "ends now";
+  EXPECT_NEAR(all["saved_fraction"][0], 0.1, 1e-9);
+  EXPECT_NEAR(all["saved_fraction"][count - 1], 0.9, 1e-9);
+  EXPECT_NEAR(all["q_tokens_per_second"][count / 2], 1, 1e-9);
+}
+
+TEST_F(AdminPageTest, TellsHowFullWhatHasAnEndIs) {
+  metrics_.SetLimits({10, 1000, 100, 8, 5000, 4});
+  metrics_.SetInflightBytesSource([] { return int64_t{25}; });
+  GaugeReport gauges;
+  gauges.load.tasks = 2;
+  gauges.sessions = 6;
+  gauges.pages.pool_bytes = 5000;
+  gauges.pages.free_bytes = 4000;
+  metrics_.OnGauges(gauges);
+  history_.Sample(start_);
+  history_.Sample(start_ + absl::Seconds(1));
+  const auto live = Live(start_ + absl::Seconds(1));
+  const auto& full = live["cache"]["utilisation"];
+  EXPECT_EQ(full["queued_tasks"], 0.2);
+  EXPECT_EQ(full["inflight_bytes"], 0.25);
+  EXPECT_EQ(full["sessions"], 0.75);
+  EXPECT_EQ(full["pool_bytes"], 0.2);
+  EXPECT_EQ(live["cache"]["fullest"], 0.75);
+  EXPECT_EQ(live["history"]["utilisation"][0], 0.75);
+}
+
+TEST_F(AdminPageTest, ErrorsAreNullUntilThereIsOneAndThenQuantiles) {
+  history_.Sample(start_);
+  EXPECT_TRUE(Live(start_)["now"]["audited_error_p50"].is_null());
+  const float actual[] = {0.015f, 0.025f}, predicted[] = {0.02f, 0.02f};
+  AuditReport audit;
+  audit.actual = actual;
+  audit.predicted = predicted;
+  metrics_.OnAudit(audit);
+  const auto now = Live(start_ + absl::Seconds(1))["now"];
+  EXPECT_NEAR(now["audited_error_p50"], 0.02, 1e-9);
+  EXPECT_TRUE(now["predicted_error_p50"].is_null()) << "an audit predicts nothing";
 }
 
 TEST(HttpServerTest, SaysWhyItCannotListen) {

@@ -7,6 +7,7 @@
 #include <set>
 #include <string>
 
+#include "server/histogram.h"
 #include "server/metric_table.h"
 #include "server/metrics.h"
 #include "tests/support/exposition.h"
@@ -211,6 +212,7 @@ TEST(MetricsTest, GaugesSealsAndEventsAreKept) {
   metrics.OnSessionEvent(SessionEvent::kExpired, 2);
   metrics.OnStreams(1);
   metrics.SetReady(true);
+  metrics.SetLimits({10, 20, 30, 40, 50, 60});
   metrics.SetInflightBytesSource([] { return int64_t{4096}; });
   auto samples = ParseExposition(metrics.Serialize());
   EXPECT_EQ(samples["adaattn_sessions"], 3);
@@ -223,6 +225,8 @@ TEST(MetricsTest, GaugesSealsAndEventsAreKept) {
   EXPECT_EQ(samples["adaattn_session_events_total{event=\"expired\"}"], 2);
   EXPECT_EQ(samples["adaattn_streams"], 1);
   EXPECT_EQ(samples["adaattn_ready"], 1);
+  EXPECT_EQ(samples["adaattn_limit{resource=\"queued_tasks\"}"], 10);
+  EXPECT_EQ(samples["adaattn_limit{resource=\"seal_backlog_pages\"}"], 60);
   EXPECT_EQ(samples["adaattn_inflight_bytes"], 4096);
   EXPECT_EQ(samples["adaattn_build_info{commit=\"abc\",compiler=\"cc 1\",version=\"1.2.3\"}"], 1);
   EXPECT_GT(samples["process_resident_memory_bytes"], 1 << 20);

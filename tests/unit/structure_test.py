@@ -29,8 +29,10 @@ SERVER_LAYERS = {
     "server": ["server"],
     "services": ["attend_call", "attend_reactors", "attend_stream", "attention_service", "control_calls",
                  "export_reactor", "import_reactor", "kv_reactors"],
-    "messages": ["attend_reply", "attend_validation", "call", "policy_options", "validation", "wire"],
-    "outside": ["admin_page", "metrics", "option_checks", "option_table", "options"],
+    "messages": ["attend_reply", "attend_validation", "call", "call_trace", "policy_options",
+                 "validation", "wire"],
+    "outside": ["admin_page", "metrics", "option_checks", "option_table", "options",
+                "preflight"],
     "engine": ["engine"],
     "work": ["auditor", "batch_reply", "batch_runner", "decision_summary", "engine_observer",
              "payload_reader", "profile_store", "sealer", "session_control", "step"],
@@ -38,8 +40,8 @@ SERVER_LAYERS = {
     "cache": ["attention_task", "kv_cache", "session_table"],
     "session": ["session"],
     "pages": ["attend_options", "page_allocator", "session_id"],
-    "leaves": ["admission", "clock", "http_server", "live_page", "log", "metric_registry", "metric_table",
-               "policy_file", "process_stats"],
+    "leaves": ["admission", "clock", "head_sums", "histogram", "http_server", "live_page", "log",
+              "metric_registry", "metric_table", "openmetrics", "policy_file", "process_stats", "trace"],
 }
 # Layers that know the generated messages and gRPC; everything else is free of both.
 MESSAGE_LAYERS = {"server", "services", "messages"}
@@ -57,7 +59,9 @@ def ours():
         if top.name in skipped or top.name in (".git", ".venv", ".cache"):
             continue
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path.is_file() and "_pb2" not in path.name and not skipped & set(path.parts[len(ROOT.parts):]):
+            if path.suffix == ".png" or "_pb2" in path.name or skipped & set(path.parts[len(ROOT.parts):]):
+                continue
+            if path.is_file():
                 yield str(path.relative_to(ROOT))
 
 

@@ -16,9 +16,10 @@ _START_SECONDS = 60.0
 class LocalServer:
     """An adaattn-server process on a free loopback port and on a Unix socket; ends with `with`.
 
-    binary: path of adaattn-server; flags: its flags; environment: variables added to ours. Attributes: `tcp` and `unix`, addresses for
-    Client; `log`, the path of its log. Errors: RuntimeError with the log when it does not start or
-    ends with another status than 0.
+    binary: path of adaattn-server; flags: its flags, which win over those given here; environment:
+    variables added to ours. Attributes: `tcp` and `unix`, addresses for Client; `metrics`, host:port of
+    the HTTP port, "" without --metrics-listen; `log`, the path of its log. Errors: RuntimeError with the
+    log when it does not start or ends with another status than 0.
     """
 
     def __init__(self, binary: Union[str, pathlib.Path], *flags: str, environment: Mapping[str, str] = MappingProxyType({})):
@@ -38,7 +39,8 @@ class LocalServer:
                 self.process.wait()
                 raise RuntimeError(f"the server did not start:\n{self.log.read_text()}")
             time.sleep(0.02)
-        self.tcp = json.loads(ports.read_text())["grpc"]
+        addresses = json.loads(ports.read_text())
+        self.tcp, self.metrics = addresses["grpc"], addresses["metrics"]
         self.unix = f"unix:{folder / 'socket'}"
 
     def __enter__(self) -> "LocalServer":
