@@ -348,8 +348,8 @@ TEST_F(EngineStepTest, StopPastItsDeadlineFailsWhatIsQueued) {
   auto task = TaskBuilder(session).Add(session, 0, 1, 1, 1, 1).Build(&answer);
   ASSERT_TRUE(engine().Schedule(&task).ok());
   std::thread stopper([&] { engine().Stop(absl::InfinitePast()); });
-  // The engine cannot take the task before the deadline is set: then Schedule says so, and no longer
-  // that its queue is full of probes.
+  // The engine cannot take the task before the deadline is set: then Schedule says so, and no
+  // longer that its queue is full of probes.
   while (true) {
     auto probe = TaskBuilder(session).Add(session, 0, 1, 0, 1, 1).Build(nullptr);
     if (absl::IsUnavailable(engine().Schedule(&probe))) break;
