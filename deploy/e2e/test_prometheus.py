@@ -19,8 +19,8 @@ PANELS = [(d, p) for d in panels.DASHBOARDS for p in d.panels]
 @pytest.fixture(scope="module")
 def warm(server, prometheus, load):
     """Load has run long enough that every window holds two scrapes and an audit."""
-    stack.wait_for("a recorded saving", lambda: prometheus.query("adaattn:kv_bandwidth_saved:ratio"), 60)
-    stack.wait_for("an audit", lambda: prometheus.query("sum(rate(adaattn_audits_total[15s])) > 0"), 60)
+    stack.wait_for("a recorded saving", lambda: prometheus.query("adaattn:kv_bandwidth_saved:ratio"), 180)
+    stack.wait_for("an audit", lambda: prometheus.query("sum(rate(adaattn_audits_total[15s])) > 0"), 180)
     assert load.is_alive() or not load.error, load.error
 
 
