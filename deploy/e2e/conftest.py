@@ -56,4 +56,4 @@ def load(server, prometheus):
     generator = stack.Load(server.unix, LOAD_SECONDS, "--kv-len=2048", "--concurrency=4", "--steps=200")
     generator.start()
     yield generator
-    generator.join()
+    generator.finish()

@@ -114,7 +114,7 @@ def test_the_keyboard_reaches_everything(browser, server, load):
 @pytest.mark.after_load
 def test_the_numbers_are_those_of_metrics(browser, server, load):
     """After the load, when nothing moves: the page, /api/live and /metrics say the same."""
-    load.join()
+    load.finish()
     stack.wait_for("sessions closed", lambda: live(server)["cache"]["sessions"] == 0, 10)
     page = open_page_when_idle(browser, server)
     metrics = stack.samples(stack.get(server.metrics, "/metrics"))

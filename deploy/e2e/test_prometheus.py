@@ -49,7 +49,7 @@ def test_overload_fires_the_alert_for_it(prometheus, small):
     load.start()
     fired = stack.wait_for("AdaAttnRefusing", lambda: "AdaAttnRefusing" in prometheus.firing("small")
                            and prometheus.firing("small"), 40)
-    load.join()
+    load.finish()
     assert load.failures > 0 and "RESOURCE_EXHAUSTED" in load.error
     assert "AdaAttnErrorBudgetFast" in fired or "AdaAttnErrorBudgetFast" in prometheus.firing("small")
     assert not prometheus.firing("leaving")
@@ -64,7 +64,7 @@ def test_a_stuck_drain_fires_its_alert(prometheus, leaving):
 
 @pytest.mark.after_load
 def test_counters_match_the_books_of_the_load_generator_to_the_byte(prometheus, server, load):
-    load.join()
+    load.finish()
     assert not load.error, load.error
     assert load.books["steps"] > 0
     wanted = {'sum(adaattn_kv_bytes_read_total{tensor=~"key|value",instance="server"})': load.books["bytes_read"],
