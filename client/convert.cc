@@ -212,7 +212,9 @@ SessionSummary FromProto(const v1::SessionSummary& message) {
   summary.kv_len = message.kv_len();
   summary.pages_dense = message.pages_dense();
   summary.pages_sealed = message.pages_sealed();
+  summary.pages_exact = message.pages_exact();
   summary.bytes = message.bytes();
+  summary.exact_tier_bytes = message.exact_tier_bytes();
   summary.age = absl::Seconds(message.age_seconds());
   summary.lease_left = absl::Seconds(message.lease_seconds());
   summary.basis_drift_ratio = message.basis_drift_ratio();
@@ -239,6 +241,8 @@ ServerInfo FromProto(const v1::GetServerInfoResponse& message) {
   info.max_q_len = message.max_q_len();
   info.pool_bytes = message.pool_bytes();
   info.pool_bytes_free = message.pool_bytes_free();
+  info.exact_tier_bytes = message.exact_tier_bytes();
+  info.exact_tier_bytes_free = message.exact_tier_bytes_free();
   info.max_message_bytes = message.max_message_bytes();
   info.max_tokens_per_session = message.max_tokens_per_session();
   info.max_sessions = message.max_sessions();

@@ -27,7 +27,7 @@ enum class PageFormat : int {
   kF8E4m3 = 4,
   kProgressive = 5,
 };
-enum class ExactTier : int { kNone = 0, kBf16Pages = 1 };
+enum class ExactTier : int { kNone = 0, kBf16Pages = 1, kHostPages = 2 };
 enum class Mode : int {
   kDefault = 0,
   kExact = 1,
@@ -262,7 +262,9 @@ struct SessionSummary {
   int64_t kv_len = 0;
   int64_t pages_dense = 0;
   int64_t pages_sealed = 0;
+  int64_t pages_exact = 0;
   int64_t bytes = 0;
+  int64_t exact_tier_bytes = 0;
   absl::Duration age, lease_left;
   double basis_drift_ratio = 0;
   DType element_type = DType::kUnspecified;
@@ -286,6 +288,8 @@ struct ServerInfo {
   int32_t max_q_len = 0;
   int64_t pool_bytes = 0;
   int64_t pool_bytes_free = 0;
+  int64_t exact_tier_bytes = 0;
+  int64_t exact_tier_bytes_free = 0;
   int64_t max_message_bytes = 0;
   int64_t max_tokens_per_session = 0;
   int64_t max_sessions = 0;

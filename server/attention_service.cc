@@ -85,7 +85,9 @@ void FillSummary(const ServiceContext& service, const SessionFacts& facts,
   summary->set_kv_len(facts.kv_len);
   summary->set_pages_dense(facts.pages_dense);
   summary->set_pages_sealed(facts.pages_sealed);
+  summary->set_pages_exact(facts.pages_exact);
   summary->set_bytes(facts.bytes);
+  summary->set_exact_tier_bytes(facts.exact_tier_bytes);
   summary->set_age_seconds(absl::ToDoubleSeconds(service.clock->Now() - session.opened()));
   summary->set_lease_seconds(LeaseLeft(service, session));
   summary->set_basis_drift_ratio(facts.drift_ratio);
@@ -121,6 +123,8 @@ void FillServerInfo(const ServiceContext& service, v1::GetServerInfoResponse* in
   const PageStats pages = service.engine->page_stats();
   info->set_pool_bytes(pages.pool_bytes);
   info->set_pool_bytes_free(pages.free_bytes);
+  info->set_exact_tier_bytes(pages.exact_tier_bytes);
+  info->set_exact_tier_bytes_free(pages.exact_tier_free_bytes);
   info->set_max_message_bytes(options.max_message_bytes);
   info->set_max_tokens_per_session(options.max_tokens_per_session);
   info->set_max_sessions(options.sessions.max_sessions);

@@ -70,10 +70,9 @@ absl::Status Auditor::RunOne(const Kept& kept) {
   sequence.kv_len = state.length;
   sequence.q_len = step.q_len;
   sequence.q_start = step.q_start;
-  if (config.exact_tier) {
-    exact_table = state.exact_pages;
-    exact_table.insert(exact_table.end(), state.pages.begin() + state.num_sealed,
-                       state.pages.end());
+  const bool exact = config.keeps_exact_pages();
+  if (exact) {
+    KvCache::FillExactTable(state, AppendReservation(), &exact_table);
     sequence.pages = exact_table;
   } else {
     sequence.pages = state.pages;
@@ -87,7 +86,7 @@ absl::Status Auditor::RunOne(const Kept& kept) {
   sequence.decision.policy = Policy::kFullDepth;
   AttendBatch batch;
   batch.shape = config.shape;
-  batch.format = config.exact_tier ? DenseFormat(config.format) : config.format;
+  batch.format = exact ? DenseFormat(config.format) : config.format;
   batch.in_type = step.in_type;
   batch.out_type = DType::kF32;
   batch.sequences = {&sequence, 1};
@@ -99,7 +98,7 @@ absl::Status Auditor::RunOne(const Kept& kept) {
   if (!ticket.ok()) return ticket.status();
   absl::Status status = backend_->Wait(*ticket);
   if (!status.ok()) return status;
-  Compare(kept, reinterpret_cast<const float*>(buffers_->out()), config.exact_tier);
+  Compare(kept, reinterpret_cast<const float*>(buffers_->out()), exact);
   return absl::OkStatus();
 }
 

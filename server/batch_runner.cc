@@ -122,7 +122,13 @@ void BatchRunner::Reserve(Step* step) {
       break;
     }
     observer_->OnSeal(*sealed);
-    if (sealed->pages_sealed == 0 && sealed->bases_fitted == 0) break;
+    if (sealed->pages_sealed == 0 && sealed->bases_fitted == 0) {
+      if (!sealed->deferred_why.empty()) {
+        step->status = absl::ResourceExhaustedError(absl::StrCat(
+            step->status.message(), "; sealing cannot make room: ", sealed->deferred_why));
+      }
+      break;
+    }
     step->status = absl::OkStatus();
   }
   if (absl::IsUnavailable(step->status)) device_ = step->status;
@@ -263,9 +269,10 @@ void BatchRunner::FillSequences() {
     sequence.q_start = step->q_start;
     if (step->exact_table || !step->reservation.lease.pages().empty()) {
       const size_t begin = tables_.size();
-      KvCache::FillTable(state, step->reservation, &tables_);
       if (step->exact_table) {
-        std::copy(state.exact_pages.begin(), state.exact_pages.end(), tables_.begin() + begin);
+        KvCache::FillExactTable(state, step->reservation, &tables_);
+      } else {
+        KvCache::FillTable(state, step->reservation, &tables_);
       }
       sequence.pages = absl::MakeConstSpan(tables_).subspan(begin);
     } else {
@@ -275,6 +282,7 @@ void BatchRunner::FillSequences() {
       sequence.num_sealed_pages = state.num_sealed;
       sequence.bases = KvCache::SealedRuns(state);
       sequence.stored_bits = config.stored_bits;
+      sequence.exact_pages = state.exact_pages;
     }
     sequence.softmax_scale = config.softmax_scale;
     sequence.softcap = step->softcap;

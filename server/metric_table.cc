@@ -140,15 +140,17 @@ void AddDecisionMetrics(std::vector<MetricDescriptor>* table) {
 }
 
 void AddCacheMetrics(std::vector<MetricDescriptor>* table) {
-  const Values states = {"dense", "sealed", "basis"};
+  const Values states = {"dense", "sealed", "basis", "exact"};
   Add(table, MetricType::kGauge, "sessions", "Sessions open.");
   Add(table, MetricType::kCounter, "session_events_total", "What became of sessions.",
       {{"event", {"opened", "closed", "expired", "forked", "truncated", "reopened"}}});
   Add(table, MetricType::kGauge, "kv_pages", "Pages in use; one page holds all kv heads.",
       {{"state", states}});
-  Add(table, MetricType::kGauge, "kv_bytes", "Bytes of the pool by use.",
-      {{"state", {"dense", "sealed", "basis", "free"}}});
+  Add(table, MetricType::kGauge, "kv_bytes",
+      "Bytes by use: of the pool, or (exact) of the exact tier in host memory.",
+      {{"state", {"dense", "sealed", "basis", "exact", "free"}}});
   Add(table, MetricType::kGauge, "kv_pool_bytes", "Bytes of the pool.");
+  Add(table, MetricType::kGauge, "kv_exact_tier_bytes", "Bytes of the exact tier.");
   Add(table, MetricType::kCounter, "pages_sealed_total", "Pages sealed.");
   Add(table, MetricType::kCounter, "bases_fitted_total", "Bases fitted.");
   Add(table, MetricType::kGauge, "seal_backlog_pages",

@@ -72,6 +72,7 @@ struct Metrics::Handles {
         kv_bytes(registry.gauges("kv_bytes")),
         limits(registry.gauges("limit")),
         kv_pool_bytes(registry.gauges("kv_pool_bytes")[0]),
+        kv_exact_tier_bytes(registry.gauges("kv_exact_tier_bytes")[0]),
         sessions(registry.gauges("sessions")[0]),
         queue_depth(registry.gauges("queue_depth")[0]),
         queue_bytes(registry.gauges("queue_bytes")[0]),
@@ -91,7 +92,8 @@ struct Metrics::Handles {
   Counter *pages_sealed, *bases_fitted;
   std::vector<prometheus::Histogram*> request_duration;
   std::vector<Gauge*> kv_pages, kv_bytes, limits;
-  Gauge *kv_pool_bytes, *sessions, *queue_depth, *queue_bytes, *inflight_bytes, *streams,
+  Gauge *kv_pool_bytes, *kv_exact_tier_bytes, *sessions, *queue_depth, *queue_bytes,
+      *inflight_bytes, *streams,
       *seal_backlog, *drift_ratio, *ready;
   std::function<int64_t()> inflight_bytes_source;
   std::atomic<int64_t> num_requests{0}, num_failed_requests{0}, num_streams{0};
@@ -332,6 +334,7 @@ void Metrics::OnGauges(const GaugeReport& report) {
   }
   h.kv_bytes[kNumPageStates]->Set(static_cast<double>(report.pages.free_bytes));
   h.kv_pool_bytes->Set(static_cast<double>(report.pages.pool_bytes));
+  h.kv_exact_tier_bytes->Set(static_cast<double>(report.pages.exact_tier_bytes));
   const MutexLock lock(&mutex_);
   totals_.gauges = report;
 }

@@ -76,9 +76,16 @@ absl::Status FillFormat(const v1::OpenSessionRequest& request, const ValidationC
   if (!v1::ExactTier_IsValid(request.exact_tier()) ||
       (!progressive && request.exact_tier() != v1::EXACT_TIER_NONE)) {
     return InvalidField("exact_tier", absl::StrCat(request.exact_tier()),
-                        "NONE, or BF16_PAGES where page_format is PROGRESSIVE");
+                        "NONE; where page_format is PROGRESSIVE also BF16_PAGES or "
+                        "HOST_PAGES");
   }
-  config->exact_tier = request.exact_tier() == v1::EXACT_TIER_BF16_PAGES;
+  if (request.exact_tier() == v1::EXACT_TIER_HOST_PAGES &&
+      context.backend->exact_tier_bytes == 0) {
+    return absl::UnimplementedError(
+        "exact_tier: HOST_PAGES needs host memory that this server does not set aside "
+        "(exact-tier-bytes, cpu backend); supported: NONE, BF16_PAGES");
+  }
+  config->exact_tier = static_cast<ExactTier>(request.exact_tier());
   const bool fp8 = config->format == PageFormat::kF8E4m3;
   for (const auto& [field, scales] : {std::make_pair("key_scales", &request.key_scales()),
                                       std::make_pair("value_scales", &request.value_scales())}) {
@@ -370,7 +377,7 @@ absl::StatusOr<SessionConfig> ValidateOpenSession(const v1::OpenSessionRequest& 
   }
   // Whether the defaults can be followed at all.
   const auto resolved = ResolveOptions(AttendOptions(), config.default_options, config.format,
-                                       config.exact_tier, config.shape.head_dim);
+                                       config.keeps_exact_pages(), config.shape.head_dim);
   if (!resolved.ok()) return resolved.status();
   return config;
 }

@@ -80,7 +80,7 @@ class EngineCpuTest : public testing::Test {
     options.instance = "test";
     return options;
   }
-  std::shared_ptr<Session> Open(PageFormat format, bool exact_tier = false) {
+  std::shared_ptr<Session> Open(PageFormat format, ExactTier exact_tier = ExactTier::kNone) {
     SessionConfig config = TestConfig(format);
     config.shape = {kQHeads, kKvHeads, kHeadDim};
     config.exact_tier = exact_tier;
@@ -197,7 +197,7 @@ TEST_F(EngineCpuTest, SealedSessionsStayCloseAndReadLess) {
 
 TEST_F(EngineCpuTest, TheExactTierIsExactBesideSealedPages) {
   const History history(1500, 3);
-  const auto session = Open(PageFormat::kProgressive, /*exact_tier=*/true);
+  const auto session = Open(PageFormat::kProgressive, ExactTier::kPool);
   Step(session, history, 0, 1500);
   engine_->Quiesce();
   EXPECT_GT(observer_.sealed, 0);

@@ -69,6 +69,7 @@ class EngineFixture : public testing::Test {
     engine_->Stop(absl::InfiniteFuture());
     EXPECT_EQ(engine_->page_stats().total_pages(), 0) << "pages leaked";
     EXPECT_EQ(engine_->page_stats().free_bytes, engine_->page_stats().pool_bytes);
+    EXPECT_EQ(engine_->page_stats().exact_tier_free_bytes, engine_->page_stats().exact_tier_bytes);
   }
 
   static SessionTableOptions TableOptions() {
@@ -79,14 +80,14 @@ class EngineFixture : public testing::Test {
 
   Engine& engine() {
     if (engine_ == nullptr) {
-      if (backend_ == nullptr) backend_ = std::make_unique<FakeBackend>(pool_bytes_);
+      if (backend_ == nullptr) backend_ = std::make_unique<FakeBackend>(pool_bytes_, tier_bytes_);
       engine_ = std::make_unique<Engine>(options_, backend_.get(), &table_, &observer_, &clock_);
       EXPECT_TRUE(engine_->Start([this](const absl::Status& status) { lost_.Put(status); }).ok());
     }
     return *engine_;
   }
   FakeBackend& backend() {
-    if (backend_ == nullptr) backend_ = std::make_unique<FakeBackend>(pool_bytes_);
+    if (backend_ == nullptr) backend_ = std::make_unique<FakeBackend>(pool_bytes_, tier_bytes_);
     return *backend_;
   }
 
@@ -140,6 +141,7 @@ class EngineFixture : public testing::Test {
   SessionTable table_;
   EngineOptions options_;
   int64_t pool_bytes_ = int64_t{4} << 20;
+  int64_t tier_bytes_ = 0;
   RecordingObserver observer_;
   TaskMailbox mailbox_;
   Mailbox<absl::Status> lost_;

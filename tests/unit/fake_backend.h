@@ -25,8 +25,8 @@ namespace adaattn {
 // NaN, so a wrong page table shows. Every call is recorded.
 class FakeBackend final : public Backend {
  public:
-  explicit FakeBackend(int64_t pool_bytes)
-      : pool_(static_cast<size_t>(pool_bytes) / sizeof(float),
+  explicit FakeBackend(int64_t pool_bytes, int64_t exact_tier_bytes = 0)
+      : pool_(static_cast<size_t>(pool_bytes + exact_tier_bytes) / sizeof(float),
               std::numeric_limits<float>::quiet_NaN()) {
     info_.name = "fake";
     info_.head_dims = {64};
@@ -35,6 +35,8 @@ class FakeBackend final : public Backend {
     info_.max_group_size = 16;
     info_.max_q_len = 64;
     info_.pool_bytes = pool_bytes;
+    info_.exact_tier_bytes = exact_tier_bytes;
+    info_.bounds_errors = true;
   }
 
   const std::vector<std::string>& calls() const { return calls_; }
@@ -87,6 +89,10 @@ class FakeBackend final : public Backend {
     for (size_t i = 0; i < tasks.size(); ++i) {
       calls_.push_back("seal");
       std::copy_n(At(tasks[i].source), kPageTokens, At(tasks[i].target));
+      if (tasks[i].exact_copy != kNoPage) {
+        calls_.push_back("keep");
+        std::copy_n(At(tasks[i].source), kPageTokens, At(tasks[i].exact_copy));
+      }
       results[i].drift_ratio = drift_ratio_;
     }
     return run_status_;
@@ -111,6 +117,8 @@ class FakeBackend final : public Backend {
     return run_status_;
   }
   absl::Status ReadTokens(const ReadTask& task) override {
+    calls_.push_back(
+        absl::StrCat("read ", PageFormatName(task.format), " ", task.num_sealed_pages));
     const int64_t row = int64_t{task.shape.num_kv_heads} * task.shape.head_dim;
     for (int64_t token = task.begin; token < task.end; ++token) {
       const float value = *TokenAt(task.pages, token);
@@ -125,7 +133,7 @@ class FakeBackend final : public Backend {
     return run_status_;
   }
   absl::Status ZeroPage(PageId page, int64_t bytes) override {
-    calls_.push_back("zero");
+    calls_.push_back(PageOffset(page) < info_.pool_bytes ? "zero" : "zero tier");
     std::memset(At(page), 0, static_cast<size_t>(bytes));
     return run_status_;
   }
