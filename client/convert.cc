@@ -21,6 +21,9 @@ Decision FromProto(const v1::Decision& message) {
   decision.entropy = message.entropy();
   decision.predicted_error = message.predicted_error();
   decision.error_bound = message.error_bound();
+  decision.lse_below = message.lse_below();
+  decision.lse_above = message.lse_above();
+  decision.exact_pages = message.exact_pages();
   decision.bytes_read = message.bytes_read();
   decision.bytes_bf16 = message.bytes_bf16();
   decision.basis_bytes = message.basis_bytes();
@@ -42,6 +45,10 @@ Decision FromProto(const v1::Decision& message) {
     head.predicted_error = from.predicted_error();
     head.key_bytes = from.key_bytes();
     head.value_bytes = from.value_bytes();
+    head.error_bound = from.error_bound();
+    head.lse_below = from.lse_below();
+    head.lse_above = from.lse_above();
+    head.exact_pages = from.exact_pages();
     decision.heads.push_back(std::move(head));
   }
   return decision;

@@ -28,9 +28,9 @@ struct BackendOptions {
   // Host memory (pinned where the device wants it) for the exact tier, see PageId space below;
   // likewise one allocation. 0 = none.
   int64_t exact_tier_bytes = 0;
-  int32_t num_threads = 0;                // cpu only; 0 = one per core
-  int32_t device = 0;                     // cuda only: ordinal
-  std::string tuning_file;                // cuda only: see cuda/tuning.h; "" = built-in numbers
+  int32_t num_threads = 0;  // cpu only; 0 = one per core
+  int32_t device = 0;       // cuda only: ordinal
+  std::string tuning_file;  // cuda only: see cuda/tuning.h; "" = built-in numbers
 };
 
 struct BackendInfo {
@@ -45,8 +45,8 @@ struct BackendInfo {
   int32_t max_q_len = 0;  // rows of q per sequence and step
   int64_t pool_bytes = 0;
   std::string tuning = "built-in";  // or the tuning file, where it knows the device
-  int64_t exact_tier_bytes = 0;  // 0: the backend has no exact tier in host memory
-  bool bounds_errors = false;    // whether DecisionParams::bounded is supported
+  int64_t exact_tier_bytes = 0;     // 0: the backend has no exact tier in host memory
+  bool bounds_errors = false;       // whether DecisionParams::bounded is supported
 };
 
 // Page ids name the pool and the exact tier alike: offsets in [0, pool_bytes) lie in the pool,
@@ -161,7 +161,7 @@ struct SealTask {
   PageId basis = kNoPage;
   int32_t stored_bits = 8;
   DType page_type = DType::kBf16;  // of the dense page: kBf16 or kF16
-  PageId exact_copy = kNoPage;  // a page of the exact tier that the source is copied to; or none
+  PageId exact_copy = kNoPage;     // a page of the exact tier that the source is copied to; or none
 };
 struct SealResult {
   // Energy of the page's keys outside the leading half of the basis over what the fit left there:

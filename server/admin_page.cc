@@ -94,9 +94,8 @@ Json TotalsJson(const LiveTotals& totals, const Metrics& metrics) {
   }
   json["dense_tokens"] = totals.dense_tokens;
   json["rank_quarters"] = totals.rank_quarters;
-  const char* const reasons[] = {"none", "no_basis", "budget", "pressure"};
   for (size_t i = 0; i < totals.fallbacks.size(); ++i) {
-    json["fallbacks"][reasons[i]] = totals.fallbacks[i];
+    json["fallbacks"][FallbackName(static_cast<Fallback>(i))] = totals.fallbacks[i];
   }
   return json;
 }

@@ -114,6 +114,12 @@ void FillServerInfo(const ServiceContext& service, v1::GetServerInfoResponse* in
        {v1::MODE_EXACT, v1::MODE_FULL_DEPTH, v1::MODE_STATISTICAL, v1::MODE_STATIC}) {
     info->add_modes(mode);
   }
+  if (backend.bounds_errors) {
+    info->add_modes(v1::MODE_DETERMINISTIC);
+  } else {
+    info->add_unsupported("MODE_DETERMINISTIC");
+  }
+  if (backend.exact_tier_bytes == 0) info->add_unsupported("EXACT_TIER_HOST_PAGES");
   for (const Policy policy : backend.policies) {
     if (UsesLadder(policy)) info->add_policies(ToProto(policy));
   }
@@ -129,8 +135,7 @@ void FillServerInfo(const ServiceContext& service, v1::GetServerInfoResponse* in
   info->set_max_tokens_per_session(options.max_tokens_per_session);
   info->set_max_sessions(options.sessions.max_sessions);
   info->set_default_lease_seconds(absl::ToDoubleSeconds(options.default_lease));
-  for (const char* feature :
-       {"MODE_DETERMINISTIC", "Tensor.shared_memory", "MLA layouts", "learned attention sinks"}) {
+  for (const char* feature : {"Tensor.shared_memory", "MLA layouts", "learned attention sinks"}) {
     info->add_unsupported(feature);
   }
   info->set_tuning(backend.tuning);

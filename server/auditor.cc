@@ -117,16 +117,17 @@ void Auditor::Compare(const Kept& kept, const float* reference, bool exact) {
       }
     }
   }
-  std::vector<float> actual(shape.num_kv_heads), predicted(shape.num_kv_heads);
+  std::vector<float> actual(shape.num_kv_heads), said(shape.num_kv_heads);
   for (int32_t head = 0; head < shape.num_kv_heads; ++head) {
     actual[head] =
         norm[head] == 0 ? 0 : static_cast<float>(std::sqrt(difference[head] / norm[head]));
-    predicted[head] = kept.heads[head].predicted_error;
+    said[head] =
+        kept.step.deterministic ? kept.heads[head].error_bound : kept.heads[head].predicted_error;
   }
   AuditReport report;
   report.exact_reference = exact;
   report.actual = actual;
-  report.predicted = predicted;
+  (kept.step.deterministic ? report.bounds : report.predicted) = said;
   observer_->OnAudit(report);
 }
 

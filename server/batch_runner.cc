@@ -338,8 +338,10 @@ void BatchRunner::TakeResults(const AttendBatch& batch) {
     HeadDecision* const heads = HeadsOf(step);
     std::copy_n(buffers_->decisions() + i * shape_.num_kv_heads, shape_.num_kv_heads, heads);
     CopyOut(step, batch);
-    if (step.options.mode == AttendMode::kStatistical && IsProgressive(batch.format) &&
-        step.state().num_sealed > 0 && auditor_->Samples()) {
+    const bool audited = step.options.mode == AttendMode::kStatistical ||
+                         step.options.mode == AttendMode::kDeterministic;
+    if (audited && IsProgressive(batch.format) && step.state().num_sealed > 0 &&
+        auditor_->Samples()) {
       KeepForAudit(step, batch);
     }
   }
@@ -372,6 +374,7 @@ void BatchRunner::KeepForAudit(const Step& step, const AttendBatch& batch) {
   audit.q_start = step.q_start;
   audit.window = step.window;
   audit.softcap = step.softcap;
+  audit.deterministic = step.options.mode == AttendMode::kDeterministic;
   audit.q = {buffers_->q() + begin * DTypeBytes(batch.in_type),
              static_cast<size_t>(elements * DTypeBytes(batch.in_type))};
   audit.out = {buffers_->out() + begin * DTypeBytes(batch.out_type),

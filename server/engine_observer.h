@@ -55,9 +55,11 @@ struct SealReport {
 // One (sequence, layer) recomputed.
 struct AuditReport {
   bool exact_reference = false;  // the exact tier; else every sealed page at its stored depth
-  // Per kv head: relative L2 error over its group's q heads and rows, and what was predicted.
+  // Per kv head: relative L2 error over its group's q heads and rows, and what had been said of it:
+  // a prediction, or for deterministic steps a bound; the other is empty.
   absl::Span<const float> actual;
   absl::Span<const float> predicted;
+  absl::Span<const float> bounds;
 };
 
 struct GaugeReport {

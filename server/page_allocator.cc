@@ -103,8 +103,7 @@ std::vector<PageId> PageLease::Take() {
   return pages;
 }
 
-PageAllocator::PageAllocator(const PageAllocatorOptions& options)
-    : options_(options) {
+PageAllocator::PageAllocator(const PageAllocatorOptions& options) : options_(options) {
   pool_.name = "page pool";
   InitRegion(0, options.pool_bytes, &pool_);
   pool_.reserved_slabs = std::min(options.reserved_slabs, pool_.num_slabs / 4);
@@ -237,19 +236,19 @@ absl::Status PageAllocator::CheckQuota(absl::Span<const PageRequest> requests,
   if (wanted == 0 || region->tenant_bytes[tenant] + wanted <= region->max_tenant_bytes) {
     return absl::OkStatus();
   }
-  return absl::ResourceExhaustedError(absl::StrCat(
-      region == &tier_ ? "exact tier quota" : "KV quota", ": the tenant holds ",
-      region->tenant_bytes[tenant], " of ", region->max_tenant_bytes, " bytes, this needs ", wanted,
-      " more; close or truncate sessions"));
+  return absl::ResourceExhaustedError(
+      absl::StrCat(region == &tier_ ? "exact tier quota" : "KV quota", ": the tenant holds ",
+                   region->tenant_bytes[tenant], " of ", region->max_tenant_bytes,
+                   " bytes, this needs ", wanted, " more; close or truncate sessions"));
 }
 
 absl::Status PageAllocator::NoRoom(absl::Span<const PageRequest> requests,
                                    const Region& region) const {
-  return absl::ResourceExhaustedError(absl::StrCat(
-      region.name, ": ", BytesOf(requests, &region == &tier_), " bytes are needed and ",
-      region.free_bytes.load(std::memory_order_relaxed), " of ",
-      region.num_slabs * options_.slab_bytes,
-      " are free; close or truncate sessions, or ask later"));
+  return absl::ResourceExhaustedError(
+      absl::StrCat(region.name, ": ", BytesOf(requests, &region == &tier_),
+                   " bytes are needed and ", region.free_bytes.load(std::memory_order_relaxed),
+                   " of ", region.num_slabs * options_.slab_bytes,
+                   " are free; close or truncate sessions, or ask later"));
 }
 
 absl::StatusOr<PageLease> PageAllocator::Reserve(absl::Span<const PageRequest> requests) {

@@ -58,8 +58,8 @@ struct PageRequest {
 struct PageStats {
   std::array<int64_t, kNumPageStates> pages{};  // in use, by state
   std::array<int64_t, kNumPageStates> bytes{};
-  int64_t free_bytes = 0;  // in no slab run of any class
-  int64_t pool_bytes = 0;  // whole slabs of the pool
+  int64_t free_bytes = 0;             // in no slab run of any class
+  int64_t pool_bytes = 0;             // whole slabs of the pool
   int64_t exact_tier_free_bytes = 0;  // of the tier, likewise
   int64_t exact_tier_bytes = 0;
   int64_t total_pages() const { return pages[0] + pages[1] + pages[2] + pages[3]; }
@@ -99,8 +99,8 @@ class PageAllocator {
 
   // All pages of all requests, which are one tenant's, each with one reference, or none. The pool's
   // requests come first.
-  // Errors: kResourceExhausted naming the pool, the exact tier or the tenant's quota of either, with
-  // what was asked and left.
+  // Errors: kResourceExhausted naming the pool, the exact tier or the tenant's quota of either,
+  // with what was asked and left.
   absl::StatusOr<PageLease> Reserve(absl::Span<const PageRequest> requests);
 
   // One more reference to a page in use; held by the tenant that reserved it.

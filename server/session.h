@@ -57,8 +57,8 @@ struct SessionConfig {
   PageFormat format = PageFormat::kProgressiveF16;
   int32_t stored_bits = 8;                  // progressive: 8, 6, 4
   ExactTier exact_tier = ExactTier::kNone;  // progressive
-  std::vector<LayerOptions> layers;  // [num_layers], or one for all, or none
-  std::vector<float> key_scales;     // FP8 pages: [num_kv_heads] or [num_layers, num_kv_heads]
+  std::vector<LayerOptions> layers;         // [num_layers], or one for all, or none
+  std::vector<float> key_scales;  // FP8 pages: [num_kv_heads] or [num_layers, num_kv_heads]
   std::vector<float> value_scales;
   AttendOptions default_options;
   std::shared_ptr<const ModelProfile> profile;  // null = fit bases from the session's own keys

@@ -22,7 +22,7 @@ struct TruncateResult {
 
 struct SessionFacts {
   std::shared_ptr<Session> session;
-  int64_t kv_len = 0;  // of the longest layer
+  int64_t kv_len = 0;       // of the longest layer
   int64_t pages_dense = 0;  // not sealed
   int64_t pages_sealed = 0;
   int64_t pages_exact = 0;  // originals of sealed pages

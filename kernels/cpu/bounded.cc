@@ -90,11 +90,9 @@ void BoundedHead::BoundScores(int32_t page) {
     const double rounding = (head_dim_ + 16) * kUnit * 1.5 *
                             (query_norms_[row] * ranges.sum + ranges.norm * ranges.query_sum +
                              ranges.weighted + std::abs(double{rotated.mean[row]}));
-    const double raw =
-        ranges.weighted * code + head_dim_ * kHalfStep * ranges.largest + rounding;
+    const double raw = ranges.weighted * code + head_dim_ * kHalfStep * ranges.largest + rounding;
     score_errors_[Cell(page, row)] =
-        ranges.saturated ? kInfinity
-                         : head_->sequence->softmax_scale * raw + SoftmaxError();
+        ranges.saturated ? kInfinity : head_->sequence->softmax_scale * raw + SoftmaxError();
   }
 }
 
@@ -149,8 +147,8 @@ void BoundedHead::Plan(SealedWorker* worker) {
 // that costs no more than every stored bit of all pages.
 bool BoundedHead::Deepen(SealedWorker* worker) {
   const int32_t stored_bits = head_->sequence->stored_bits;
-  const auto marked = static_cast<int32_t>(
-      std::count(job_->exact, job_->exact + job_->num_pages, uint8_t{1}));
+  const auto marked =
+      static_cast<int32_t>(std::count(job_->exact, job_->exact + job_->num_pages, uint8_t{1}));
   if (depth_ == BoundDepth::kExactPages) {
     MarkExact(job_->num_pages);
     return marked < job_->num_pages;

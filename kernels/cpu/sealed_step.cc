@@ -334,7 +334,8 @@ void Wave::Finish(SealedJob* job) {
   for (int32_t split = 0; split < job->num_splits; ++split) {
     head->decision->key_bytes += job->split_key_bytes[split];
     head->decision->value_bytes += job->split_value_bytes[split];
-    job->split_key_bytes[split] = job->split_value_bytes[split] = 0;  // Attended again: added again.
+    job->split_key_bytes[split] = job->split_value_bytes[split] =
+        0;  // Attended again: added again.
   }
   ++head->num_splits;
 }

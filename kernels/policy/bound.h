@@ -47,12 +47,12 @@ double RelativeBound(double error, double output_norm);
 
 // What bounds the score of one rotated query (q Q) on one page's keys, from the page's ranges.
 struct KeyRanges {
-  double weighted = 0;      // sum_c |q_c| r_c
-  double largest = 0;       // max_c |q_c| r_c
-  double sum = 0;           // sum_c r_c
-  double norm = 0;          // sqrt(sum_c r_c^2)
-  double query_sum = 0;     // sum_c |q_c|
-  bool saturated = false;   // some range is the largest there is: its channel may exceed it
+  double weighted = 0;     // sum_c |q_c| r_c
+  double largest = 0;      // max_c |q_c| r_c
+  double sum = 0;          // sum_c r_c
+  double norm = 0;         // sqrt(sum_c r_c^2)
+  double query_sum = 0;    // sum_c |q_c|
+  bool saturated = false;  // some range is the largest there is: its channel may exceed it
 };
 //   query       [head_dim]
 //   key_scales  [head_dim] scale bytes
@@ -60,8 +60,8 @@ KeyRanges SumKeyRanges(const float* query, const uint8_t* key_scales, int32_t he
 
 // Likewise for a page's values.
 struct ValueRanges {
-  double token = 0;        // max over tokens of sqrt(sum over channels of r^2)
-  double page = 0;         // sqrt(sum over channels of the largest r^2 of any token)
+  double token = 0;  // max over tokens of sqrt(sum over channels of r^2)
+  double page = 0;   // sqrt(sum over channels of the largest r^2 of any token)
   bool saturated = false;
 };
 //   value_scales  [64, ValueGroups(head_dim)] scale bytes

@@ -106,9 +106,9 @@ struct HeadDecision {
   int64_t basis_bytes;  // Q and mu, read once per step and kv head
   // Bounded steps only; 0 in all others. A step that had to read again counts every byte, and pages
   // by how they were read last.
-  float error_bound;    // on the relative error of each row and q head, rounding of out included;
-                        // infinity: nothing can be said
-  float lse_below;      // nats: every row's true lse lies in [lse - lse_below, lse + lse_above]
+  float error_bound;  // on the relative error of each row and q head, rounding of out included;
+                      // infinity: nothing can be said
+  float lse_below;    // nats: every row's true lse lies in [lse - lse_below, lse + lse_above]
   float lse_above;
   int32_t exact_pages;  // sealed pages whose originals were read; counted by their scan, too
   BoundDepth bound_depth;

@@ -18,7 +18,7 @@ class RecordingObserver final : public EngineObserver {
  public:
   struct Audit {
     bool exact = false;
-    std::vector<float> actual, predicted;
+    std::vector<float> actual, predicted, bounds;
   };
 
   void OnBatch(const BatchReport& report) override {
@@ -38,7 +38,8 @@ class RecordingObserver final : public EngineObserver {
   void OnAudit(const AuditReport& report) override {
     audits.push_back({report.exact_reference,
                       {report.actual.begin(), report.actual.end()},
-                      {report.predicted.begin(), report.predicted.end()}});
+                      {report.predicted.begin(), report.predicted.end()},
+                      {report.bounds.begin(), report.bounds.end()}});
   }
   void OnGauges(const GaugeReport& report) override { gauges = report; }
   void OnSessionEvent(SessionEvent event, int64_t count) override {

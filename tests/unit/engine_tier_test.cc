@@ -58,6 +58,40 @@ TEST_F(EngineTierTest, OriginalsMoveToTheTier) {
   EXPECT_LT(facts.bytes, 5 * kPageBytes);
 }
 
+TEST_F(EngineTierTest, DeterministicStepsBringTheOriginals) {
+  const auto session = OpenTiered();
+  Fill(session, 320);
+  EXPECT_EQ(Attend(session, 320, AttendMode::kDeterministic), 320);
+  EXPECT_TRUE(backend_->decisions().back().bounded);
+  EXPECT_EQ(backend_->decisions().back().policy, Policy::kBudget);
+  EXPECT_EQ(backend_->exact_pages(), 4);
+}
+
+TEST_F(EngineTierTest, DeterministicNeedsATierBesideSealedPages) {
+  const auto session = Open(TestConfig(PageFormat::kProgressive));
+  EXPECT_EQ(AppendOnes(session, 0, 320), 320);
+  TaskBuilder builder(session);
+  builder.Add(session, 320, 0, 0, 1, 0);
+  builder->options.mode = AttendMode::kDeterministic;
+  const absl::Status status = Run(std::move(builder))->reply.sequences[0].status;
+  EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
+  EXPECT_TRUE(absl::StrContains(status.message(), "DETERMINISTIC")) << status;
+  EXPECT_TRUE(absl::StrContains(status.message(), "FULL_DEPTH")) << status;
+}
+
+TEST_F(EngineTierTest, BoundsAreAuditedAsBounds) {
+  options_.audit_share = 1;
+  const auto session = OpenTiered();
+  Fill(session, 320);
+  observer_.audits.clear();
+  Attend(session, 320, AttendMode::kDeterministic);
+  engine().Quiesce();
+  ASSERT_EQ(observer_.audits.size(), 1u);
+  EXPECT_TRUE(observer_.audits[0].exact);
+  EXPECT_TRUE(observer_.audits[0].predicted.empty());
+  EXPECT_EQ(observer_.audits[0].bounds, std::vector<float>({0.25f}));
+}
+
 TEST_F(EngineTierTest, TruncatingCopiesTheOriginalBack) {
   const auto session = OpenTiered();
   Fill(session, 320);
@@ -126,8 +160,7 @@ TEST_F(EngineTierTest, AFullPoolSaysThatTheTierIsTheReason) {
   }
   EXPECT_TRUE(absl::IsResourceExhausted(status)) << status;
   EXPECT_TRUE(absl::StrContains(status.message(), "exact tier")) << status;
-  EXPECT_EQ(Attend(session, length - 64, AttendMode::kFullDepth),
-            static_cast<float>(length - 64))
+  EXPECT_EQ(Attend(session, length - 64, AttendMode::kFullDepth), static_cast<float>(length - 64))
       << "what was answered OK is there";
 }
 

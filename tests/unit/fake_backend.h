@@ -50,6 +50,8 @@ class FakeBackend final : public Backend {
   void set_drift_ratio(float drift_ratio) { drift_ratio_ = drift_ratio; }
   const std::vector<DecisionParams>& decisions() const { return decisions_; }
   int64_t fit_rows() const { return fit_rows_; }
+  // Originals that the last sequence came with.
+  int64_t exact_pages() const { return exact_pages_; }
 
   const BackendInfo& info() const override { return info_; }
 
@@ -73,6 +75,7 @@ class FakeBackend final : public Backend {
     for (size_t i = 0; i < batch.sequences.size(); ++i) {
       const SequenceStep& sequence = batch.sequences[i];
       decisions_.push_back(sequence.decision);
+      exact_pages_ = static_cast<int64_t>(sequence.exact_pages.size());
       batch.buffers->results()[i] = {};
       Append(batch, sequence, kv_row, &batch.buffers->results()[i]);
       Attend(batch, sequence, i, q_row);
@@ -218,6 +221,7 @@ class FakeBackend final : public Backend {
           static_cast<int32_t>(end - int64_t{sequence.num_sealed_pages} * kPageTokens);
       decision.theta = 0.25f;
       decision.predicted_error = 0.5f;
+      if (sequence.decision.bounded) decision.error_bound = 0.25f;
     }
     std::fill_n(batch.buffers->decisions() + index * batch.shape.num_kv_heads,
                 batch.shape.num_kv_heads, decision);
@@ -232,6 +236,7 @@ class FakeBackend final : public Backend {
   absl::Status run_status_;
   float drift_ratio_ = 1;
   int64_t fit_rows_ = 0;
+  int64_t exact_pages_ = 0;
 };
 
 }  // namespace adaattn

@@ -231,8 +231,7 @@ TEST(PageAllocatorTest, AFullTierTakesNothingOfThePool) {
   EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_TRUE(absl::StrContains(refused.message(), "exact tier quota")) << refused;
   const absl::Status no_room = Reserve(&allocator, Exact(1024, 2, kBob)).status();
-  EXPECT_TRUE(absl::StrContains(no_room.message(), "exact tier: 2048 bytes are needed"))
-      << no_room;
+  EXPECT_TRUE(absl::StrContains(no_room.message(), "exact tier: 2048 bytes are needed")) << no_room;
   EXPECT_EQ(allocator.stats().total_pages(), 3);
   EXPECT_EQ(allocator.tenant_bytes(kAlice), 0);
   EXPECT_EQ(allocator.tenant_exact_bytes(kBob), 0);

@@ -1,5 +1,3 @@
-#include "kernels/policy/bound.h"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -9,6 +7,7 @@
 
 #include "kernels/format/nested_code.h"
 #include "kernels/format/page_layout.h"
+#include "kernels/policy/bound.h"
 
 namespace adaattn {
 namespace {
@@ -59,8 +58,7 @@ double WorstOutput(const World& world, double sign) {
     for (const Key& key : world.keys) {
       const BoundTerm& term = world.terms[key.term];
       const double g = sign * (key.value - world.output) + term.value_error;
-      const double weight =
-          key.weight * std::exp(g > worst ? term.score_error : -term.score_error);
+      const double weight = key.weight * std::exp(g > worst ? term.score_error : -term.score_error);
       sum += weight * g;
       total += weight;
     }
