@@ -53,7 +53,7 @@ def prometheus(server, small, leaving, tmp_path_factory):
 @pytest.fixture(scope="session")
 def load(server, prometheus):
     """The load generator, at work since Prometheus watches."""
-    generator = stack.Load(server.unix, LOAD_SECONDS, "--kv-len=4096", "--concurrency=4", "--steps=400")
+    generator = stack.Load(server.unix, LOAD_SECONDS, "--kv-len=2048", "--concurrency=4", "--steps=200")
     generator.start()
     yield generator
-    generator.join()
+    generator.finish()

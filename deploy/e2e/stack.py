@@ -50,7 +50,7 @@ def samples(exposition: str) -> dict[str, float]:
 
 
 class Load(threading.Thread):
-    """Runs `adaattn-cli bench` again and again until `seconds` have passed; adds up its books."""
+    """Runs `adaattn-cli bench` again and again until `finish`, for `seconds` at least; adds up its books."""
 
     def __init__(self, address: str, seconds: float, *flags: str, must_succeed: bool = True):
         super().__init__(daemon=True)
@@ -60,9 +60,10 @@ class Load(threading.Thread):
         self._command = [CLI, "bench", f"--address={address}", "--json", *flags]
         self._end = time.monotonic() + seconds
         self._must_succeed = must_succeed
+        self._finish = threading.Event()
 
     def run(self) -> None:
-        while time.monotonic() < self._end:
+        while time.monotonic() < self._end or not self._finish.is_set():
             done = subprocess.run(self._command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 for name, value in json.loads(done.stdout)["books"].items():
@@ -72,6 +73,11 @@ class Load(threading.Thread):
             self.error = done.stderr
             if self._must_succeed:
                 return
+
+    def finish(self) -> None:
+        """Waits for the time and the run under way to end."""
+        self._finish.set()
+        self.join()
 
 
 def quick_rules() -> dict:

@@ -21,7 +21,7 @@ def browser():
 
 def wait_for_percentage(page, selector):
     # Not wait_for_function, which the page's content security policy rightly refuses.
-    stack.wait_for(selector, lambda: "%" in page.text_content(selector), 30)
+    stack.wait_for(selector, lambda: "%" in page.text_content(selector), 180)
 
 
 def open_page(browser, server, scheme="light"):
@@ -44,7 +44,7 @@ def live(server):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_panel_shows_data_and_nothing_is_asked_elsewhere(browser, server, load, scheme):
-    stack.wait_for("some history", lambda: len(live(server)["history"]["sessions"]) > 15, 60)
+    stack.wait_for("some history", lambda: len(live(server)["history"]["sessions"]) > 15, 180)
     page = open_page(browser, server, scheme)
     wait_for_percentage(page, "#audited-value")
     assert page.text_content("#state") == "serving"
@@ -87,7 +87,7 @@ def test_text_has_contrast_and_lines_differ_by_more_than_colour(browser, server,
 
 
 def test_the_keyboard_reaches_everything(browser, server, load):
-    stack.wait_for("some history", lambda: len(live(server)["history"]["sessions"]) > 5, 60)
+    stack.wait_for("some history", lambda: len(live(server)["history"]["sessions"]) > 5, 180)
     page = open_page(browser, server)
     reached = []
     while len(reached) < 30 and "skip" not in reached[1:]:
@@ -114,7 +114,7 @@ def test_the_keyboard_reaches_everything(browser, server, load):
 @pytest.mark.after_load
 def test_the_numbers_are_those_of_metrics(browser, server, load):
     """After the load, when nothing moves: the page, /api/live and /metrics say the same."""
-    load.join()
+    load.finish()
     stack.wait_for("sessions closed", lambda: live(server)["cache"]["sessions"] == 0, 10)
     page = open_page_when_idle(browser, server)
     metrics = stack.samples(stack.get(server.metrics, "/metrics"))

@@ -12,6 +12,7 @@ import sys
 import time
 from typing import Iterator, Optional, Sequence
 
+import numpy as np
 import torch
 
 import adaattn
@@ -105,13 +106,12 @@ class Ablation:
         self.prefill = Prefill(prefill_tokens)
         self.exact = model.hidden(ids[None], 0, self.prefill)[0, prefill_tokens:-1]
         self.new, self.targets = ids[prefill_tokens:][None], ids[prefill_tokens + 1:].to(model.device)
-        self.base = score_rows(model, self.exact, self.exact, self.targets)
         self.profile = Prefill(prefill_tokens)
         model.hidden(other[None], 0, self.profile)
 
     def point(self, family: str, name: str, hidden: torch.Tensor, ratio: float, error: float) -> Point:
-        scores = score_rows(self.model, self.exact, hidden[:-1], self.targets)
-        change = float(scores.nll.mean(dtype=float) - self.base.nll.mean(dtype=float))
+        base, scores = score_rows(self.model, self.exact, [hidden[:-1]], self.targets)
+        change = float(np.expm1(scores.nll.mean(dtype=float) - base.nll.mean(dtype=float)))
         return Point(family, name, ratio, error, float(scores.kl.mean(dtype=float)), change,
                      float(scores.flip.mean()))
 

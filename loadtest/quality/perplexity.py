@@ -43,18 +43,20 @@ class ArmResult:
     basis_ratio: float           # on top
 
 
-def score_rows(model: Model, exact: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor,
-               chunk: int = 128) -> RowScores:
-    """exact, hidden [rows, width], targets [rows]."""
-    nll, kl, flip, right = [], [], [], []
+def score_rows(model: Model, exact: torch.Tensor, arms: Sequence[torch.Tensor], targets: torch.Tensor,
+               chunk: int = 128) -> list[RowScores]:
+    """Of exact itself, then of each arm. exact and each of arms [rows, width], targets [rows]."""
+    columns = [[] for _ in range(1 + len(arms))]
     for begin in range(0, len(targets), chunk):
         rows = slice(begin, begin + chunk)
-        log_p, log_q = model.log_probs(exact[rows]), model.log_probs(hidden[rows])
-        nll.append(-log_q.gather(1, targets[rows, None])[:, 0])
-        kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        flip.append(log_p.argmax(-1) != log_q.argmax(-1))
-        right.append(log_q.argmax(-1) == targets[rows])
-    return RowScores(*(torch.cat(x).cpu().numpy() for x in (nll, kl, flip, right)))
+        log_p = model.log_probs(exact[rows])
+        p, best = log_p.exp(), log_p.argmax(-1)
+        for i, hidden in enumerate([exact, *arms]):
+            log_q = model.log_probs(hidden[rows]) if i else log_p
+            said = log_q.argmax(-1)
+            columns[i].append((-log_q.gather(1, targets[rows, None])[:, 0], (p * (log_p - log_q)).sum(-1),
+                               said != best, said == targets[rows]))
+    return [RowScores(*(torch.cat(x).cpu().numpy() for x in zip(*one))) for one in columns]
 
 
 class Document:
@@ -108,8 +110,7 @@ def run(client: adaattn.Client, model: Model, windows: Sequence[Window], prefill
         # Row r of hidden stands at prefill_tokens + r and says the token after it.
         words = [(first - prefill_tokens - 1, last - prefill_tokens - 1) for first, last in window.words
                  if first > prefill_tokens]
-        for i, states in enumerate([exact, *hidden]):
-            one = score_rows(model, exact, states, targets)
+        for i, one in enumerate(score_rows(model, exact, list(hidden), targets)):
             scores[i].append(one)
             right[i].append(np.array([one.right[first:last + 1].all() for first, last in words], bool))
         for i, arm in enumerate(arms):

@@ -112,6 +112,7 @@ TEST_F(AdminPageTest, AnswersOnlyKnownPathsAndReads) {
 TEST_F(AdminPageTest, ManyReadersAtOnceAllGetTheirAnswer) {
   std::atomic<int> good{0};
   std::vector<std::thread> readers;
+  readers.reserve(8);
   for (int i = 0; i < 8; ++i) {
     readers.emplace_back([this, &good] {
       for (int round = 0; round < 5; ++round) {
