@@ -5,8 +5,8 @@ TEST_JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test test-python quality ablation bench test-asan test-tsan cuda lint format \
-        format-check docs-check gpu-bundle setup setup-check clean e2e manifests image
+.PHONY: help demo serve test test-python quality ablation bound-check bench test-asan test-tsan cuda lint \
+        format format-check docs-check gpu-bundle setup setup-check clean e2e manifests image
 
 help:  ## Lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,10 @@ manifests: setup build/release/build.ninja  ## Checks rules, alerts, dashboards 
 image:  ## Builds the CPU container without a daemon and replays a trace through it (as root)
 	@scripts/setup image
 	@deploy/image
+
+bound-check: setup build/release/build.ninja  ## Error bounds against float64 on a million random head-steps: minutes
+	@ninja -C build/release -j$(JOBS) adaattn_backend_tests
+	@cd tests && ADAATTN_BOUND_HEAD_STEPS=1000000 ../build/release/tests/adaattn_backend_tests --gtest_filter='BoundTest.*'
 
 bench: setup build/release/build.ninja  ## Times the kernels, judges control, a small Attend beside a bare gRPC echo
 	@ninja -C build/release -j$(JOBS) adaattn_cpu_decode_bench adaattn_control_bench adaattn_echo_bench adaattn_server

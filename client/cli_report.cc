@@ -113,6 +113,8 @@ nlohmann::ordered_json ToJson(const ServerInfo& info) {
           {"max_q_len", info.max_q_len},
           {"pool_bytes", info.pool_bytes},
           {"pool_bytes_free", info.pool_bytes_free},
+          {"exact_tier_bytes", info.exact_tier_bytes},
+          {"exact_tier_bytes_free", info.exact_tier_bytes_free},
           {"max_message_bytes", info.max_message_bytes},
           {"max_tokens_per_session", info.max_tokens_per_session},
           {"max_sessions", info.max_sessions},
@@ -149,7 +151,9 @@ nlohmann::ordered_json ToJson(const SessionSummary& session) {
           {"kv_len", session.kv_len},
           {"pages_dense", session.pages_dense},
           {"pages_sealed", session.pages_sealed},
+          {"pages_exact", session.pages_exact},
           {"bytes", session.bytes},
+          {"exact_tier_bytes", session.exact_tier_bytes},
           {"age_seconds", absl::ToDoubleSeconds(session.age)},
           {"lease_seconds", absl::ToDoubleSeconds(session.lease_left)},
           {"basis_drift_ratio", session.basis_drift_ratio}};

@@ -21,6 +21,9 @@ Decision FromProto(const v1::Decision& message) {
   decision.entropy = message.entropy();
   decision.predicted_error = message.predicted_error();
   decision.error_bound = message.error_bound();
+  decision.lse_below = message.lse_below();
+  decision.lse_above = message.lse_above();
+  decision.exact_pages = message.exact_pages();
   decision.bytes_read = message.bytes_read();
   decision.bytes_bf16 = message.bytes_bf16();
   decision.basis_bytes = message.basis_bytes();
@@ -42,6 +45,10 @@ Decision FromProto(const v1::Decision& message) {
     head.predicted_error = from.predicted_error();
     head.key_bytes = from.key_bytes();
     head.value_bytes = from.value_bytes();
+    head.error_bound = from.error_bound();
+    head.lse_below = from.lse_below();
+    head.lse_above = from.lse_above();
+    head.exact_pages = from.exact_pages();
     decision.heads.push_back(std::move(head));
   }
   return decision;
@@ -212,7 +219,9 @@ SessionSummary FromProto(const v1::SessionSummary& message) {
   summary.kv_len = message.kv_len();
   summary.pages_dense = message.pages_dense();
   summary.pages_sealed = message.pages_sealed();
+  summary.pages_exact = message.pages_exact();
   summary.bytes = message.bytes();
+  summary.exact_tier_bytes = message.exact_tier_bytes();
   summary.age = absl::Seconds(message.age_seconds());
   summary.lease_left = absl::Seconds(message.lease_seconds());
   summary.basis_drift_ratio = message.basis_drift_ratio();
@@ -239,6 +248,8 @@ ServerInfo FromProto(const v1::GetServerInfoResponse& message) {
   info.max_q_len = message.max_q_len();
   info.pool_bytes = message.pool_bytes();
   info.pool_bytes_free = message.pool_bytes_free();
+  info.exact_tier_bytes = message.exact_tier_bytes();
+  info.exact_tier_bytes_free = message.exact_tier_bytes_free();
   info.max_message_bytes = message.max_message_bytes();
   info.max_tokens_per_session = message.max_tokens_per_session();
   info.max_sessions = message.max_sessions();

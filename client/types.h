@@ -27,7 +27,7 @@ enum class PageFormat : int {
   kF8E4m3 = 4,
   kProgressive = 5,
 };
-enum class ExactTier : int { kNone = 0, kBf16Pages = 1 };
+enum class ExactTier : int { kNone = 0, kBf16Pages = 1, kHostPages = 2 };
 enum class Mode : int {
   kDefault = 0,
   kExact = 1,
@@ -38,7 +38,15 @@ enum class Mode : int {
 };
 enum class Policy : int { kDefault = 0, kThreshold = 1, kBudget = 2, kEntropy = 3, kLearned = 4 };
 enum class Detail : int { kDefault = 0, kNone = 1, kSummary = 2, kPerHead = 3 };
-enum class Fallback : int { kNone = 0, kNoBasis = 1, kBudget = 2, kPressure = 3 };
+enum class Fallback : int {
+  kNone = 0,
+  kNoBasis = 1,
+  kBudget = 2,
+  kPressure = 3,
+  kStoredBits = 4,
+  kExactPages = 5,
+  kBoundUnmet = 6,
+};
 
 // Bytes of one element; 0 for kUnspecified.
 constexpr int64_t ElementBytes(DType dtype) {
@@ -182,6 +190,10 @@ struct HeadDecision {
   float predicted_error = 0;  // a prediction, not a bound
   int64_t key_bytes = 0;
   int64_t value_bytes = 0;
+  float error_bound = 0;  // DETERMINISTIC only, as are the next three
+  float lse_below = 0;
+  float lse_above = 0;
+  int32_t exact_pages = 0;
 };
 
 struct Decision {
@@ -193,7 +205,10 @@ struct Decision {
   float theta = 0;
   float entropy = 0;
   float predicted_error = 0;  // a prediction, not a bound
-  float error_bound = 0;      // DETERMINISTIC only
+  float error_bound = 0;      // DETERMINISTIC only, as are the next three
+  float lse_below = 0;        // the true lse of every row lies in [lse - below, lse + above]
+  float lse_above = 0;
+  int64_t exact_pages = 0;
   int64_t bytes_read = 0;
   int64_t bytes_bf16 = 0;
   int64_t basis_bytes = 0;
@@ -262,7 +277,9 @@ struct SessionSummary {
   int64_t kv_len = 0;
   int64_t pages_dense = 0;
   int64_t pages_sealed = 0;
+  int64_t pages_exact = 0;
   int64_t bytes = 0;
+  int64_t exact_tier_bytes = 0;
   absl::Duration age, lease_left;
   double basis_drift_ratio = 0;
   DType element_type = DType::kUnspecified;
@@ -286,6 +303,8 @@ struct ServerInfo {
   int32_t max_q_len = 0;
   int64_t pool_bytes = 0;
   int64_t pool_bytes_free = 0;
+  int64_t exact_tier_bytes = 0;
+  int64_t exact_tier_bytes_free = 0;
   int64_t max_message_bytes = 0;
   int64_t max_tokens_per_session = 0;
   int64_t max_sessions = 0;

@@ -25,9 +25,12 @@ namespace adaattn {
 
 struct BackendOptions {
   int64_t pool_bytes = int64_t{1} << 30;  // one allocation, made at start and never grown
-  int32_t num_threads = 0;                // cpu only; 0 = one per core
-  int32_t device = 0;                     // cuda only: ordinal
-  std::string tuning_file;                // cuda only: see cuda/tuning.h; "" = built-in numbers
+  // Host memory (pinned where the device wants it) for the exact tier, see PageId space below;
+  // likewise one allocation. 0 = none.
+  int64_t exact_tier_bytes = 0;
+  int32_t num_threads = 0;  // cpu only; 0 = one per core
+  int32_t device = 0;       // cuda only: ordinal
+  std::string tuning_file;  // cuda only: see cuda/tuning.h; "" = built-in numbers
 };
 
 struct BackendInfo {
@@ -42,7 +45,19 @@ struct BackendInfo {
   int32_t max_q_len = 0;  // rows of q per sequence and step
   int64_t pool_bytes = 0;
   std::string tuning = "built-in";  // or the tuning file, where it knows the device
+  int64_t exact_tier_bytes = 0;     // 0: the backend has no exact tier in host memory
+  bool bounds_errors = false;       // whether DecisionParams::bounded is supported
 };
+
+// Page ids name the pool and the exact tier alike: offsets in [0, pool_bytes) lie in the pool,
+// those in [pool_bytes, pool_bytes + exact_tier_bytes) in host memory. The tier holds dense pages
+// only: the originals of sealed ones, written once by SealPages and read by
+//   - tables of dense pages (mode exact, audits, exports): any page may lie in the tier;
+//   - SequenceStep::exact_pages (bounded steps), one by one, where the bound asks for them;
+//   - CopyPage (a truncation into a sealed page), ZeroPage.
+// The pages of a step are known when it is enqueued, and nothing rewrites a tier page while a
+// table names it: a device streams the first kind ahead of its kernels through a staging ring in
+// table order, and starts on the second kind's likely pages while it scans.
 
 // A run of consecutive sealed pages that were encoded with one basis, in table order.
 struct BasisRun {
@@ -63,6 +78,8 @@ struct SequenceStep {
   int32_t num_sealed_pages = 0;
   absl::Span<const BasisRun> bases;  // cover the sealed pages; at most kMaxBasisRuns
   int32_t stored_bits = 8;           // of the sealed pages: 8, 6, 4
+  // [num_sealed_pages]: the dense originals of the sealed pages; empty = not kept.
+  absl::Span<const PageId> exact_pages;
   float softmax_scale = 0;
   float softcap = 0;   // s = softcap * tanh(s / softcap); 0 = none
   int64_t window = 0;  // a row at position p sees keys in (p - window, p]; 0 = all
@@ -144,6 +161,7 @@ struct SealTask {
   PageId basis = kNoPage;
   int32_t stored_bits = 8;
   DType page_type = DType::kBf16;  // of the dense page: kBf16 or kF16
+  PageId exact_copy = kNoPage;     // a page of the exact tier that the source is copied to; or none
 };
 struct SealResult {
   // Energy of the page's keys outside the leading half of the basis over what the fit left there:

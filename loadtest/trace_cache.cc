@@ -147,6 +147,7 @@ SequenceStep TraceCache::Step(int32_t row, const DecisionParams& decision, int64
   step.pages = absl::MakeConstSpan(tables_[step.num_sealed_pages]).subspan(0, pages);
   if (step.num_sealed_pages > 0) step.bases = absl::MakeConstSpan(&runs_[step.num_sealed_pages], 1);
   step.stored_bits = stored_bits_;
+  step.exact_pages = absl::MakeConstSpan(dense_).subspan(0, step.num_sealed_pages);
   step.softmax_scale = static_cast<float>(trace_->softmax_scale);
   step.decision = decision;
   return step;

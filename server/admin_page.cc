@@ -94,9 +94,8 @@ Json TotalsJson(const LiveTotals& totals, const Metrics& metrics) {
   }
   json["dense_tokens"] = totals.dense_tokens;
   json["rank_quarters"] = totals.rank_quarters;
-  const char* const reasons[] = {"none", "no_basis", "budget", "pressure"};
   for (size_t i = 0; i < totals.fallbacks.size(); ++i) {
-    json["fallbacks"][reasons[i]] = totals.fallbacks[i];
+    json["fallbacks"][FallbackName(static_cast<Fallback>(i))] = totals.fallbacks[i];
   }
   return json;
 }
@@ -143,13 +142,14 @@ Json CacheJson(const LiveTotals& totals, const Metrics& metrics) {
   json["queue_bytes"] = gauges.load.bytes;
   json["seal_backlog"] = gauges.seal_backlog;
   json["drift_ratio"] = totals.drift_ratio;
-  const char* const states[] = {"dense", "sealed", "basis"};
   for (size_t i = 0; i < kNumPageStates; ++i) {
-    json["pages"][states[i]] = gauges.pages.pages[i];
-    json["bytes"][states[i]] = gauges.pages.bytes[i];
+    const char* const state = PageStateName(static_cast<PageState>(i));
+    json["pages"][state] = gauges.pages.pages[i];
+    json["bytes"][state] = gauges.pages.bytes[i];
   }
   json["bytes"]["free"] = gauges.pages.free_bytes;
   json["pool_bytes"] = gauges.pages.pool_bytes;
+  json["exact_tier_bytes"] = gauges.pages.exact_tier_bytes;
   const std::array<double, kNumHardLimits> ratios = Utilisation(totals);
   const auto fullest = std::max_element(ratios.begin(), ratios.end());
   json["fullest"] = *fullest;

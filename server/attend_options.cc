@@ -1,5 +1,7 @@
 #include "server/attend_options.h"
 
+#include "absl/strings/str_cat.h"
+
 namespace adaattn {
 namespace {
 
@@ -20,6 +22,8 @@ const char* AttendModeName(AttendMode mode) {
       return "statistical";
     case AttendMode::kStatic:
       return "static";
+    case AttendMode::kDeterministic:
+      return "deterministic";
   }
   return "unknown";
 }
@@ -32,10 +36,12 @@ absl::StatusOr<ResolvedOptions> ResolveOptions(const AttendOptions& message,
   resolved.mode = FirstOf(message.mode, session.mode,
                           progressive ? AttendMode::kStatistical : AttendMode::kExact);
   resolved.detail = FirstOf(message.detail, session.detail, DecisionDetail::kSummary);
-  if (progressive && resolved.mode == AttendMode::kExact && !exact_tier) {
-    return absl::FailedPreconditionError(
-        "options.mode: EXACT needs an exact tier, which this progressive session does not keep; "
-        "the nearest mode is FULL_DEPTH");
+  const bool deterministic = resolved.mode == AttendMode::kDeterministic;
+  if (progressive && !exact_tier && (resolved.mode == AttendMode::kExact || deterministic)) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "options.mode: ", deterministic ? "DETERMINISTIC" : "EXACT",
+        " needs an exact tier, which this progressive session does not keep; the nearest mode is "
+        "FULL_DEPTH"));
   }
   DecisionParams& decision = resolved.decision;
   switch (resolved.mode) {
@@ -46,6 +52,7 @@ absl::StatusOr<ResolvedOptions> ResolveOptions(const AttendOptions& message,
     case AttendMode::kStatic:
       decision.policy = Policy::kStatic;
       break;
+    case AttendMode::kDeterministic:
     case AttendMode::kStatistical:
       decision.policy = FirstOf(message.policy, session.policy, Policy::kBudget);
   }
@@ -71,6 +78,7 @@ absl::StatusOr<ResolvedOptions> ResolveOptions(const AttendOptions& message,
   decision.floor_value_bits = FirstOf(message.floor_value_bits, session.floor_value_bits, 0);
   decision.coarse_rank = FirstOf(message.coarse_rank, session.coarse_rank, head_dim / 2);
   decision.coarse_z = FirstOf(message.coarse_z, session.coarse_z, 2.0f);
+  decision.bounded = deterministic;
   resolved.max_relative_error =
       FirstOf(message.max_relative_error, session.max_relative_error, 0.0f);
   return resolved;

@@ -10,8 +10,15 @@
 
 namespace adaattn {
 
-enum class AttendMode : uint8_t { kExact = 0, kFullDepth = 1, kStatistical = 2, kStatic = 3 };
-const char* AttendModeName(AttendMode mode);  // "exact", "full_depth", "statistical", "static"
+enum class AttendMode : uint8_t {
+  kExact = 0,
+  kFullDepth = 1,
+  kStatistical = 2,
+  kStatic = 3,
+  kDeterministic = 4
+};
+// "exact", "full_depth", "statistical", "static", "deterministic"
+const char* AttendModeName(AttendMode mode);
 
 enum class DecisionDetail : uint8_t { kNone = 0, kSummary = 1, kPerHead = 2 };
 
@@ -52,8 +59,9 @@ struct ResolvedOptions {
 // The first of: message, session, built-in. A session's theta counts for the session's policy only.
 // Built in: kStatistical with kBudget on progressive pages, kExact on dense ones; a coarse scan of
 // half the rank with z = 2. (The server's own defaults are part of the session's.)
-// Errors: kFailedPrecondition for kExact on progressive pages without an exact tier, naming
-// FULL_DEPTH as the nearest, and for kLearned in a session without a model.
+// kDeterministic takes a ladder policy as kStatistical does, in one stage, and bounds it.
+// Errors: kFailedPrecondition for kExact and kDeterministic on progressive pages without an exact
+// tier, naming FULL_DEPTH as the nearest, and for kLearned in a session without a model.
 absl::StatusOr<ResolvedOptions> ResolveOptions(const AttendOptions& message,
                                                const AttendOptions& session, PageFormat format,
                                                bool exact_tier, int32_t head_dim);

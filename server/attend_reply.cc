@@ -26,6 +26,10 @@ void FillHead(const HeadDecision& head, int32_t kv_head, int32_t head_dim, v1::H
   out->set_theta(head.theta);
   out->set_entropy(head.entropy);
   out->set_predicted_error(head.predicted_error);
+  out->set_error_bound(head.error_bound);
+  out->set_lse_below(head.lse_below);
+  out->set_lse_above(head.lse_above);
+  out->set_exact_pages(head.exact_pages);
   out->set_key_bytes(head.key_bytes);
   out->set_value_bytes(head.value_bytes);
 }
@@ -39,6 +43,10 @@ void FillDecision(const DecisionSummary& decision, v1::Decision* out) {
   out->set_theta(static_cast<float>(decision.theta));
   out->set_entropy(static_cast<float>(decision.entropy));
   out->set_predicted_error(static_cast<float>(decision.predicted_error));
+  out->set_error_bound(decision.error_bound);
+  out->set_lse_below(decision.lse_below);
+  out->set_lse_above(decision.lse_above);
+  out->set_exact_pages(decision.exact_pages);
   out->set_bytes_read(decision.bytes_read);
   out->set_bytes_bf16(decision.bytes_bf16);
   out->set_basis_bytes(decision.basis_bytes);

@@ -243,7 +243,7 @@ absl::StatusOr<std::unique_ptr<AttentionTask>> ValidateAttend(AttendMessage mess
   if (status.ok()) status = TakeOutputType(header, task.get());
   if (!status.ok()) return status;
   const auto resolved = ResolveOptions(task->options, config.default_options, config.format,
-                                       config.exact_tier, config.shape.head_dim);
+                                       config.keeps_exact_pages(), config.shape.head_dim);
   // A mode that this session cannot serve is the sequence's error; the engine says it.
   task->exact = resolved.ok() && resolved->mode == AttendMode::kExact;
   task->payload_owner = std::make_shared<AttendMessage>(std::move(message));

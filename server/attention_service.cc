@@ -85,7 +85,9 @@ void FillSummary(const ServiceContext& service, const SessionFacts& facts,
   summary->set_kv_len(facts.kv_len);
   summary->set_pages_dense(facts.pages_dense);
   summary->set_pages_sealed(facts.pages_sealed);
+  summary->set_pages_exact(facts.pages_exact);
   summary->set_bytes(facts.bytes);
+  summary->set_exact_tier_bytes(facts.exact_tier_bytes);
   summary->set_age_seconds(absl::ToDoubleSeconds(service.clock->Now() - session.opened()));
   summary->set_lease_seconds(LeaseLeft(service, session));
   summary->set_basis_drift_ratio(facts.drift_ratio);
@@ -112,6 +114,12 @@ void FillServerInfo(const ServiceContext& service, v1::GetServerInfoResponse* in
        {v1::MODE_EXACT, v1::MODE_FULL_DEPTH, v1::MODE_STATISTICAL, v1::MODE_STATIC}) {
     info->add_modes(mode);
   }
+  if (backend.bounds_errors) {
+    info->add_modes(v1::MODE_DETERMINISTIC);
+  } else {
+    info->add_unsupported("MODE_DETERMINISTIC");
+  }
+  if (backend.exact_tier_bytes == 0) info->add_unsupported("EXACT_TIER_HOST_PAGES");
   for (const Policy policy : backend.policies) {
     if (UsesLadder(policy)) info->add_policies(ToProto(policy));
   }
@@ -121,12 +129,13 @@ void FillServerInfo(const ServiceContext& service, v1::GetServerInfoResponse* in
   const PageStats pages = service.engine->page_stats();
   info->set_pool_bytes(pages.pool_bytes);
   info->set_pool_bytes_free(pages.free_bytes);
+  info->set_exact_tier_bytes(pages.exact_tier_bytes);
+  info->set_exact_tier_bytes_free(pages.exact_tier_free_bytes);
   info->set_max_message_bytes(options.max_message_bytes);
   info->set_max_tokens_per_session(options.max_tokens_per_session);
   info->set_max_sessions(options.sessions.max_sessions);
   info->set_default_lease_seconds(absl::ToDoubleSeconds(options.default_lease));
-  for (const char* feature :
-       {"MODE_DETERMINISTIC", "Tensor.shared_memory", "MLA layouts", "learned attention sinks"}) {
+  for (const char* feature : {"Tensor.shared_memory", "MLA layouts", "learned attention sinks"}) {
     info->add_unsupported(feature);
   }
   info->set_tuning(backend.tuning);

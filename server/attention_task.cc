@@ -4,6 +4,26 @@
 
 namespace adaattn {
 
+const char* FallbackName(Fallback fallback) {
+  switch (fallback) {
+    case Fallback::kNone:
+      return "none";
+    case Fallback::kNoBasis:
+      return "no_basis";
+    case Fallback::kBudget:
+      return "budget";
+    case Fallback::kPressure:
+      return "pressure";
+    case Fallback::kStoredBits:
+      return "stored_bits";
+    case Fallback::kExactPages:
+      return "exact_pages";
+    case Fallback::kBoundUnmet:
+      return "bound_unmet";
+  }
+  return "unknown";
+}
+
 int64_t TensorPieces::bytes() const {
   int64_t bytes = 0;
   for (const auto& piece : pieces) bytes += static_cast<int64_t>(piece.size());

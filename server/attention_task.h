@@ -40,7 +40,18 @@ struct SequenceTask {
 };
 
 // Why a sequence was read deeper, or its target raised, than its options say.
-enum class Fallback : uint8_t { kNone = 0, kNoBasis = 1, kBudget = 2, kPressure = 3 };
+enum class Fallback : uint8_t {
+  kNone = 0,
+  kNoBasis = 1,
+  kBudget = 2,
+  kPressure = 3,
+  kStoredBits = 4,  // deterministic: the bound took every stored bit,
+  kExactPages = 5,  // or originals of sealed pages,
+  kBoundUnmet = 6   // or exceeds the target with all that is kept
+};
+inline constexpr size_t kNumFallbacks = 7;
+// "none", "no_basis", "budget", "pressure", "stored_bits", "exact_pages", "bound_unmet"
+const char* FallbackName(Fallback fallback);
 
 // The decisions of one sequence, summed over kv heads; the fields of proto Decision.
 struct DecisionSummary {
@@ -52,11 +63,15 @@ struct DecisionSummary {
   double theta = 0;            // mean over kv heads
   double entropy = 0;          // likewise
   double predicted_error = 0;  // root mean square over kv heads
-  int64_t bytes_read = 0;      // K and V with metadata; without the bases
-  int64_t bytes_bf16 = 0;      // of a BF16 cache for the same rows
+  float error_bound = 0;       // deterministic: largest of the kv heads
+  float lse_below = 0;         // likewise, see HeadDecision
+  float lse_above = 0;
+  int64_t exact_pages = 0;  // sealed (page, kv head) pairs whose originals were read
+  int64_t bytes_read = 0;   // K and V with metadata; without the bases
+  int64_t bytes_bf16 = 0;   // of a BF16 cache for the same rows
   int64_t basis_bytes = 0;
   Fallback fallback = Fallback::kNone;
-  float effective_target = 0;  // kBudget: the target used; else 0
+  float effective_target = 0;  // kBudget, deterministic: the target used; else 0
 };
 
 struct SequenceOutcome {

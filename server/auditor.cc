@@ -70,10 +70,9 @@ absl::Status Auditor::RunOne(const Kept& kept) {
   sequence.kv_len = state.length;
   sequence.q_len = step.q_len;
   sequence.q_start = step.q_start;
-  if (config.exact_tier) {
-    exact_table = state.exact_pages;
-    exact_table.insert(exact_table.end(), state.pages.begin() + state.num_sealed,
-                       state.pages.end());
+  const bool exact = config.keeps_exact_pages();
+  if (exact) {
+    KvCache::FillExactTable(state, AppendReservation(), &exact_table);
     sequence.pages = exact_table;
   } else {
     sequence.pages = state.pages;
@@ -87,7 +86,7 @@ absl::Status Auditor::RunOne(const Kept& kept) {
   sequence.decision.policy = Policy::kFullDepth;
   AttendBatch batch;
   batch.shape = config.shape;
-  batch.format = config.exact_tier ? DenseFormat(config.format) : config.format;
+  batch.format = exact ? DenseFormat(config.format) : config.format;
   batch.in_type = step.in_type;
   batch.out_type = DType::kF32;
   batch.sequences = {&sequence, 1};
@@ -99,7 +98,7 @@ absl::Status Auditor::RunOne(const Kept& kept) {
   if (!ticket.ok()) return ticket.status();
   absl::Status status = backend_->Wait(*ticket);
   if (!status.ok()) return status;
-  Compare(kept, reinterpret_cast<const float*>(buffers_->out()), config.exact_tier);
+  Compare(kept, reinterpret_cast<const float*>(buffers_->out()), exact);
   return absl::OkStatus();
 }
 
@@ -118,16 +117,17 @@ void Auditor::Compare(const Kept& kept, const float* reference, bool exact) {
       }
     }
   }
-  std::vector<float> actual(shape.num_kv_heads), predicted(shape.num_kv_heads);
+  std::vector<float> actual(shape.num_kv_heads), said(shape.num_kv_heads);
   for (int32_t head = 0; head < shape.num_kv_heads; ++head) {
     actual[head] =
         norm[head] == 0 ? 0 : static_cast<float>(std::sqrt(difference[head] / norm[head]));
-    predicted[head] = kept.heads[head].predicted_error;
+    said[head] =
+        kept.step.deterministic ? kept.heads[head].error_bound : kept.heads[head].predicted_error;
   }
   AuditReport report;
   report.exact_reference = exact;
   report.actual = actual;
-  report.predicted = predicted;
+  (kept.step.deterministic ? report.bounds : report.predicted) = said;
   observer_->OnAudit(report);
 }
 

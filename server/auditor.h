@@ -14,7 +14,7 @@
 
 namespace adaattn {
 
-// One answered statistical step to recompute: what went in and what came out.
+// One answered statistical or deterministic step to recompute: what went in and what came out.
 struct AuditStep {
   std::shared_ptr<Session> session;
   int32_t layer = 0;
@@ -26,11 +26,12 @@ struct AuditStep {
   float softcap = 0;
   absl::Span<const std::byte> q;    // [q_len, num_q_heads, head_dim] in_type
   absl::Span<const std::byte> out;  // likewise, out_type
+  bool deterministic = false;       // the heads have bounds, not predictions
   absl::Span<const HeadDecision> heads;
 };
 
-// Recomputes a sample of statistical steps with every bit that the session keeps (the exact tier's
-// where there is one) and compares. Threads: the engine's only.
+// Recomputes a sample of statistical and deterministic steps with every bit that the session keeps
+// (the exact tier's where there is one) and compares. Threads: the engine's only.
 class Auditor {
  public:
   // `share` of the steps, in [0, 1], spread evenly and the same in every run.

@@ -122,7 +122,13 @@ void BatchRunner::Reserve(Step* step) {
       break;
     }
     observer_->OnSeal(*sealed);
-    if (sealed->pages_sealed == 0 && sealed->bases_fitted == 0) break;
+    if (sealed->pages_sealed == 0 && sealed->bases_fitted == 0) {
+      if (!sealed->deferred_why.empty()) {
+        step->status = absl::ResourceExhaustedError(absl::StrCat(
+            step->status.message(), "; sealing cannot make room: ", sealed->deferred_why));
+      }
+      break;
+    }
     step->status = absl::OkStatus();
   }
   if (absl::IsUnavailable(step->status)) device_ = step->status;
@@ -263,9 +269,10 @@ void BatchRunner::FillSequences() {
     sequence.q_start = step->q_start;
     if (step->exact_table || !step->reservation.lease.pages().empty()) {
       const size_t begin = tables_.size();
-      KvCache::FillTable(state, step->reservation, &tables_);
       if (step->exact_table) {
-        std::copy(state.exact_pages.begin(), state.exact_pages.end(), tables_.begin() + begin);
+        KvCache::FillExactTable(state, step->reservation, &tables_);
+      } else {
+        KvCache::FillTable(state, step->reservation, &tables_);
       }
       sequence.pages = absl::MakeConstSpan(tables_).subspan(begin);
     } else {
@@ -275,6 +282,7 @@ void BatchRunner::FillSequences() {
       sequence.num_sealed_pages = state.num_sealed;
       sequence.bases = KvCache::SealedRuns(state);
       sequence.stored_bits = config.stored_bits;
+      sequence.exact_pages = state.exact_pages;
     }
     sequence.softmax_scale = config.softmax_scale;
     sequence.softcap = step->softcap;
@@ -330,8 +338,10 @@ void BatchRunner::TakeResults(const AttendBatch& batch) {
     HeadDecision* const heads = HeadsOf(step);
     std::copy_n(buffers_->decisions() + i * shape_.num_kv_heads, shape_.num_kv_heads, heads);
     CopyOut(step, batch);
-    if (step.options.mode == AttendMode::kStatistical && IsProgressive(batch.format) &&
-        step.state().num_sealed > 0 && auditor_->Samples()) {
+    const bool audited = step.options.mode == AttendMode::kStatistical ||
+                         step.options.mode == AttendMode::kDeterministic;
+    if (audited && IsProgressive(batch.format) && step.state().num_sealed > 0 &&
+        auditor_->Samples()) {
       KeepForAudit(step, batch);
     }
   }
@@ -364,6 +374,7 @@ void BatchRunner::KeepForAudit(const Step& step, const AttendBatch& batch) {
   audit.q_start = step.q_start;
   audit.window = step.window;
   audit.softcap = step.softcap;
+  audit.deterministic = step.options.mode == AttendMode::kDeterministic;
   audit.q = {buffers_->q() + begin * DTypeBytes(batch.in_type),
              static_cast<size_t>(elements * DTypeBytes(batch.in_type))};
   audit.out = {buffers_->out() + begin * DTypeBytes(batch.out_type),

@@ -28,8 +28,24 @@ void AddPages(const HeadDecision& head, int32_t head_dim, PageSums* sums) {
   }
 }
 
+Fallback FallbackOf(BoundDepth depth) {
+  switch (depth) {
+    case BoundDepth::kPolicy:
+      return Fallback::kNone;
+    case BoundDepth::kStoredBits:
+      return Fallback::kStoredBits;
+    case BoundDepth::kExactPages:
+      return Fallback::kExactPages;
+    case BoundDepth::kUnmet:
+      break;
+  }
+  return Fallback::kBoundUnmet;
+}
+
 Fallback FallbackOf(const DecisionSummary& summary, PageFormat format,
-                    const ResolvedOptions& options, bool any_zero_theta, bool raised) {
+                    const ResolvedOptions& options, bool any_zero_theta, bool raised,
+                    BoundDepth depth) {
+  if (options.mode == AttendMode::kDeterministic) return FallbackOf(depth);
   if (!IsProgressive(format) || options.mode != AttendMode::kStatistical) {
     return Fallback::kNone;
   }
@@ -47,9 +63,15 @@ DecisionSummary Summarize(absl::Span<const HeadDecision> heads, const AttentionS
   double squared_error = 0;
   int64_t tokens = 0;
   bool any_zero_theta = false;
+  BoundDepth depth = BoundDepth::kPolicy;  // the deepest
   for (const HeadDecision& head : heads) {
     AddPages(head, shape.head_dim, &sums);
-    summary.pages_skipped += head.value_pages[0];
+    summary.pages_skipped += head.value_pages[0] - head.exact_pages;
+    summary.exact_pages += head.exact_pages;
+    summary.error_bound = std::max(summary.error_bound, head.error_bound);
+    summary.lse_below = std::max(summary.lse_below, head.lse_below);
+    summary.lse_above = std::max(summary.lse_above, head.lse_above);
+    depth = std::max(depth, head.bound_depth);
     summary.theta += head.theta;
     summary.entropy += head.entropy;
     squared_error += double{head.predicted_error} * head.predicted_error;
@@ -71,8 +93,10 @@ DecisionSummary Summarize(absl::Span<const HeadDecision> heads, const AttentionS
   summary.mean_key_bits = mean(sums.key_bits, sums.key_pages, 16);
   summary.mean_value_bits = mean(sums.value_bits, sums.value_pages, 16);
   summary.mean_rank = mean(sums.rank, sums.key_pages, shape.head_dim);
-  summary.fallback = FallbackOf(summary, format, options, any_zero_theta, raised);
-  if (options.mode == AttendMode::kStatistical && AimsAtError(options.decision.policy)) {
+  summary.fallback = FallbackOf(summary, format, options, any_zero_theta, raised, depth);
+  const bool aims =
+      options.mode == AttendMode::kStatistical && AimsAtError(options.decision.policy);
+  if (aims || options.mode == AttendMode::kDeterministic) {
     summary.effective_target = options.decision.target_relative_error;
   }
   return summary;

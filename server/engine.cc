@@ -10,6 +10,11 @@ namespace {
 PageAllocatorOptions WithPool(PageAllocatorOptions options, const BackendInfo& info) {
   if (options.pool_bytes == 0) options.pool_bytes = info.pool_bytes;
   if (options.max_tenant_bytes == 0) options.max_tenant_bytes = options.pool_bytes;
+  options.exact_tier_begin = info.pool_bytes;
+  options.exact_tier_bytes = info.exact_tier_bytes;
+  if (options.max_tenant_exact_bytes == 0) {
+    options.max_tenant_exact_bytes = options.exact_tier_bytes;
+  }
   return options;
 }
 

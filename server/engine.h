@@ -25,7 +25,9 @@ namespace adaattn {
 
 struct EngineOptions {
   BatcherOptions batcher;
-  PageAllocatorOptions pages;  // pool_bytes 0 = the backend's; max_tenant_bytes 0 = all of it
+  // pool_bytes 0 = the backend's; a tenant's limit of 0 = all of pool or tier; the tier itself is
+  // the backend's.
+  PageAllocatorOptions pages;
   SealOptions seal;
   // Share of statistical (sequence, layer) steps that are recomputed after their reply, in [0, 1].
   double audit_share = 0.001;

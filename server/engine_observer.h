@@ -2,6 +2,7 @@
 #define ADAATTN_SERVER_ENGINE_OBSERVER_H_
 
 #include <cstdint>
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
@@ -45,7 +46,8 @@ struct BatchReport {
 struct SealReport {
   int32_t pages_sealed = 0;
   int32_t bases_fitted = 0;
-  int32_t pages_deferred = 0;  // not sealed for want of pool space
+  int32_t pages_deferred = 0;  // not sealed for want of space in the pool or the exact tier
+  std::string deferred_why;    // which, and how much of it; empty unless pages were deferred
   float drift_ratio = 0;       // largest of the sealed pages; 0 when none
   absl::Duration duration;
 };
@@ -53,9 +55,11 @@ struct SealReport {
 // One (sequence, layer) recomputed.
 struct AuditReport {
   bool exact_reference = false;  // the exact tier; else every sealed page at its stored depth
-  // Per kv head: relative L2 error over its group's q heads and rows, and what was predicted.
+  // Per kv head: relative L2 error over its group's q heads and rows, and what had been said of it:
+  // a prediction, or for deterministic steps a bound; the other is empty.
   absl::Span<const float> actual;
   absl::Span<const float> predicted;
+  absl::Span<const float> bounds;
 };
 
 struct GaugeReport {

@@ -46,7 +46,7 @@ void ReleaseAll(std::vector<PageId>* pages, size_t keep, PageAllocator* allocato
 }
 
 // Cuts the layer to `length` tokens. `reopened`: the page that takes the place of a sealed one
-// which `length` lies inside of; kNoPage where there is none, or the exact tier has it.
+// which `length` lies inside of; kNoPage where there is none, or the original is in the pool.
 void CutLayer(int64_t length, PageId reopened, LayerState* state, PageAllocator* allocator) {
   const int32_t keep = PagesFor(length);
   ReleaseAll(&state->pages, keep, allocator);
@@ -110,6 +110,13 @@ void KvCache::FillTable(const LayerState& state, const AppendReservation& reserv
   table->insert(table->end(), pages.begin(), pages.end());
 }
 
+void KvCache::FillExactTable(const LayerState& state, const AppendReservation& reservation,
+                             std::vector<PageId>* table) {
+  const auto begin = static_cast<int64_t>(table->size());
+  FillTable(state, reservation, table);
+  std::copy(state.exact_pages.begin(), state.exact_pages.end(), table->begin() + begin);
+}
+
 void KvCache::CommitAppend(Session* session, int32_t layer, int32_t append_len,
                            AppendReservation reservation) {
   LayerState& state = session->layers()[layer];
@@ -124,47 +131,66 @@ void KvCache::CommitAppend(Session* session, int32_t layer, int32_t append_len,
   state.length += append_len;
 }
 
-absl::StatusOr<int32_t> KvCache::Truncate(Session* session, int64_t length) {
-  const SessionConfig& config = session->config();
-  std::vector<ReopenTask> tasks;
-  std::vector<int32_t> layers;
-  const int32_t open_page = static_cast<int32_t>(length / kPageTokens);
-  for (int32_t layer = 0; layer < config.num_layers && length % kPageTokens != 0; ++layer) {
-    const LayerState& state = session->layers()[layer];
-    if (open_page >= state.num_sealed || config.exact_tier) continue;
-    ReopenTask task;
-    task.shape = config.shape;
+std::vector<KvCache::Reopening> KvCache::Reopenings(const Session& session, int64_t length) const {
+  std::vector<Reopening> reopenings;
+  const auto open_page = static_cast<int32_t>(length / kPageTokens);
+  const ExactTier tier = session.config().exact_tier;
+  if (length % kPageTokens == 0 || tier == ExactTier::kPool) return reopenings;
+  for (int32_t layer = 0; layer < session.config().num_layers; ++layer) {
+    const LayerState& state = session.layers()[layer];
+    if (open_page >= state.num_sealed) continue;
+    Reopening& reopening = reopenings.emplace_back();
+    reopening.layer = layer;
+    if (tier == ExactTier::kHost) reopening.original = state.exact_pages[open_page];
+    ReopenTask& task = reopening.task;
+    task.shape = session.config().shape;
     task.source = state.pages[open_page];
     task.basis = BasisOf(state, open_page);
-    task.stored_bits = config.stored_bits;
-    task.page_type = DenseDType(config.format);
-    tasks.push_back(task);
-    layers.push_back(layer);
+    task.stored_bits = session.config().stored_bits;
+    task.page_type = DenseDType(session.config().format);
   }
-  std::vector<PageId> targets;
-  if (!tasks.empty()) {
-    PageRequest request;
-    request.bytes = session->dense_page_bytes();
-    request.tenant = session->tenant_id();
-    request.count = static_cast<int32_t>(tasks.size());
-    absl::StatusOr<PageLease> lease = allocator_->Reserve({&request, 1});
-    if (!lease.ok()) return lease.status();
-    for (size_t i = 0; i < tasks.size(); ++i) tasks[i].target = lease->pages()[i];
-    absl::Status status = ZeroPages(*lease);
-    if (status.ok()) status = backend_->ReopenPages(tasks);
-    if (!status.ok()) return status;
-    targets = lease->Take();
-  }
-  size_t next = 0;
-  for (int32_t layer = 0; layer < config.num_layers; ++layer) {
-    const bool reopens = next < layers.size() && layers[next] == layer;
-    LayerState& state = session->layers()[layer];
-    if (state.length > length) {
-      CutLayer(length, reopens ? targets[next] : kNoPage, &state, allocator_);
+  return reopenings;
+}
+
+absl::Status KvCache::Reopen(const Session& session, std::vector<Reopening>* reopenings) {
+  if (reopenings->empty()) return absl::OkStatus();
+  PageRequest request;
+  request.bytes = session.dense_page_bytes();
+  request.tenant = session.tenant_id();
+  request.count = static_cast<int32_t>(reopenings->size());
+  absl::StatusOr<PageLease> lease = allocator_->Reserve({&request, 1});
+  if (!lease.ok()) return lease.status();
+  absl::Status status = ZeroPages(*lease);
+  std::vector<ReopenTask> tasks;
+  for (size_t i = 0; i < reopenings->size() && status.ok(); ++i) {
+    Reopening& reopening = (*reopenings)[i];
+    reopening.task.target = lease->pages()[i];
+    if (reopening.original == kNoPage) {
+      tasks.push_back(reopening.task);
+    } else {
+      status = backend_->CopyPage(reopening.original, reopening.task.target, request.bytes);
     }
-    if (reopens) ++next;
   }
-  return static_cast<int32_t>(tasks.size());
+  if (status.ok() && !tasks.empty()) status = backend_->ReopenPages(tasks);
+  if (status.ok()) lease->Take();  // From here on the tables hold the references.
+  return status;
+}
+
+absl::StatusOr<int32_t> KvCache::Truncate(Session* session, int64_t length) {
+  std::vector<Reopening> reopenings = Reopenings(*session, length);
+  absl::Status status = Reopen(*session, &reopenings);
+  if (!status.ok()) return status;
+  std::vector<PageId> reopened(session->layers().size(), kNoPage);
+  int32_t decoded = 0;
+  for (const Reopening& reopening : reopenings) {
+    reopened[reopening.layer] = reopening.task.target;
+    decoded += reopening.original == kNoPage ? 1 : 0;
+  }
+  for (int32_t layer = 0; layer < session->config().num_layers; ++layer) {
+    LayerState& state = session->layers()[layer];
+    if (state.length > length) CutLayer(length, reopened[layer], &state, allocator_);
+  }
+  return decoded;
 }
 
 void KvCache::Share(const Session& source, Session* branch) {
@@ -185,10 +211,17 @@ absl::Status KvCache::Read(const Session& session, int32_t layer, int64_t begin,
   ReadTask task;
   task.shape = config.shape;
   task.format = config.format;
-  task.pages = state.pages;
-  task.num_sealed_pages = state.num_sealed;
-  task.bases = SealedRuns(state);
-  task.stored_bits = config.stored_bits;
+  std::vector<PageId> exact_table;
+  if (config.keeps_exact_pages()) {
+    FillExactTable(state, AppendReservation(), &exact_table);
+    task.format = DenseFormat(config.format);
+    task.pages = exact_table;
+  } else {
+    task.pages = state.pages;
+    task.num_sealed_pages = state.num_sealed;
+    task.bases = SealedRuns(state);
+    task.stored_bits = config.stored_bits;
+  }
   task.key_scales = config.layer_key_scales(layer);
   task.value_scales = config.layer_value_scales(layer);
   task.begin = begin;

@@ -35,6 +35,10 @@ class KvCache {
   // The page table as it will be after the append; valid until the next change of the layer.
   static void FillTable(const LayerState& state, const AppendReservation& reservation,
                         std::vector<PageId>* table);
+  // The table of dense pages that hold every token as it came, the originals in the place of sealed
+  // pages. Requires: the session keeps them.
+  static void FillExactTable(const LayerState& state, const AppendReservation& reservation,
+                             std::vector<PageId>* table);
   // Takes the pages into the table and counts the tokens.
   void CommitAppend(Session* session, int32_t layer, int32_t append_len,
                     AppendReservation reservation);
@@ -44,7 +48,8 @@ class KvCache {
   absl::StatusOr<int32_t> Truncate(Session* session, int64_t length);
   // Makes the fresh `branch` share all pages of `source`.
   void Share(const Session& source, Session* branch);
-  // Tokens [begin, end) of the cache's positions.
+  // Tokens [begin, end) of the cache's positions: as they came where the session keeps the
+  // originals of sealed pages, else sealed pages at their stored depth.
   absl::Status Read(const Session& session, int32_t layer, int64_t begin, int64_t end,
                     absl::Span<float> k, absl::Span<float> v);
   // A basis for pages sealed from here on.
@@ -64,6 +69,16 @@ class KvCache {
   PageAllocator* allocator() { return allocator_; }
 
  private:
+  // A sealed page that a truncation cuts, on its way to being an open one.
+  struct Reopening {
+    int32_t layer = 0;
+    PageId original = kNoPage;  // in the exact tier: copied; else the task decodes
+    ReopenTask task;
+  };
+  std::vector<Reopening> Reopenings(const Session& session, int64_t length) const;
+  // Fills new pages, task.target of each, or takes none.
+  absl::Status Reopen(const Session& session, std::vector<Reopening>* reopenings);
+
   Backend* const backend_;
   PageAllocator* const allocator_;
 };

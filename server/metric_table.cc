@@ -108,7 +108,7 @@ void AddDecisionMetrics(std::vector<MetricDescriptor>* table) {
   Add(table, MetricType::kCounter, "head_decisions_total",
       "Steps of one kv head by mode, by the stored precision nearest to its mean key bits, and by "
       "the quarter of head_dim into which its mean rank falls.",
-      {{"mode", {"exact", "full_depth", "statistical", "static"}},
+      {{"mode", {"exact", "full_depth", "statistical", "static", "deterministic"}},
        {"precision", {"4", "6", "8", "16"}},
        {"rank_bucket", {"0.25", "0.5", "0.75", "1"}}});
   Add(table, MetricType::kCounter, "head_policies_total",
@@ -126,29 +126,37 @@ void AddDecisionMetrics(std::vector<MetricDescriptor>* table) {
       kThetaBuckets);
   Add(table, MetricType::kCounter, "fallbacks_total",
       "Sequences read deeper, or with a looser target, than their options say.",
-      {{"reason", {"no_basis", "budget", "pressure"}}});
+      {{"reason",
+        {"no_basis", "budget", "pressure", "stored_bits", "exact_pages", "bound_unmet"}}});
   Add(table, MetricType::kHistogram, "predicted_relative_error",
       "Predicted relative error of a ladder step of one kv head: a prediction, not a bound.", {},
       kErrorBuckets);
   Add(table, MetricType::kHistogram, "audited_relative_error",
       "Relative error that an audit found in a step of one kv head.", {}, kErrorBuckets);
   Add(table, MetricType::kHistogram, "audit_ratio",
-      "What an audit found over what had been said before.", {{"kind", {"predicted"}}},
+      "What an audit found over what had been said before.", {{"kind", {"predicted", "bound"}}},
       kRatioBuckets);
+  Add(table, MetricType::kHistogram, "relative_error_bound",
+      "Bound on the relative error of a deterministic step of one kv head, where there is one.", {},
+      kErrorBuckets);
+  Add(table, MetricType::kCounter, "bound_violations_total",
+      "Audited steps of one kv head whose error exceeded its bound: must stay 0.");
   Add(table, MetricType::kCounter, "audits_total", "Sequences recomputed after their reply.",
       {{"reference", {"full_depth", "exact"}}});
 }
 
 void AddCacheMetrics(std::vector<MetricDescriptor>* table) {
-  const Values states = {"dense", "sealed", "basis"};
+  const Values states = {"dense", "sealed", "basis", "exact"};
   Add(table, MetricType::kGauge, "sessions", "Sessions open.");
   Add(table, MetricType::kCounter, "session_events_total", "What became of sessions.",
       {{"event", {"opened", "closed", "expired", "forked", "truncated", "reopened"}}});
   Add(table, MetricType::kGauge, "kv_pages", "Pages in use; one page holds all kv heads.",
       {{"state", states}});
-  Add(table, MetricType::kGauge, "kv_bytes", "Bytes of the pool by use.",
-      {{"state", {"dense", "sealed", "basis", "free"}}});
+  Add(table, MetricType::kGauge, "kv_bytes",
+      "Bytes by use: of the pool, or (exact) of the exact tier in host memory.",
+      {{"state", {"dense", "sealed", "basis", "exact", "free"}}});
   Add(table, MetricType::kGauge, "kv_pool_bytes", "Bytes of the pool.");
+  Add(table, MetricType::kGauge, "kv_exact_tier_bytes", "Bytes of the exact tier.");
   Add(table, MetricType::kCounter, "pages_sealed_total", "Pages sealed.");
   Add(table, MetricType::kCounter, "bases_fitted_total", "Bases fitted.");
   Add(table, MetricType::kGauge, "seal_backlog_pages",

@@ -65,6 +65,7 @@ struct Metrics::Handles {
         session_events(registry.counters("session_events_total")),
         audits(registry.counters("audits_total")),
         spans(registry.counters("trace_spans_total")),
+        bound_violations(registry.counters("bound_violations_total")[0]),
         pages_sealed(registry.counters("pages_sealed_total")[0]),
         bases_fitted(registry.counters("bases_fitted_total")[0]),
         request_duration(registry.histograms("request_duration_seconds")),
@@ -72,6 +73,7 @@ struct Metrics::Handles {
         kv_bytes(registry.gauges("kv_bytes")),
         limits(registry.gauges("limit")),
         kv_pool_bytes(registry.gauges("kv_pool_bytes")[0]),
+        kv_exact_tier_bytes(registry.gauges("kv_exact_tier_bytes")[0]),
         sessions(registry.gauges("sessions")[0]),
         queue_depth(registry.gauges("queue_depth")[0]),
         queue_bytes(registry.gauges("queue_bytes")[0]),
@@ -88,11 +90,11 @@ struct Metrics::Handles {
   using Gauge = prometheus::Gauge;
   MetricRegistry registry;
   std::vector<Counter*> requests, wire_bytes, session_events, audits, spans;
-  Counter *pages_sealed, *bases_fitted;
+  Counter *bound_violations, *pages_sealed, *bases_fitted;
   std::vector<prometheus::Histogram*> request_duration;
   std::vector<Gauge*> kv_pages, kv_bytes, limits;
-  Gauge *kv_pool_bytes, *sessions, *queue_depth, *queue_bytes, *inflight_bytes, *streams,
-      *seal_backlog, *drift_ratio, *ready;
+  Gauge *kv_pool_bytes, *kv_exact_tier_bytes, *sessions, *queue_depth, *queue_bytes,
+      *inflight_bytes, *streams, *seal_backlog, *drift_ratio, *ready;
   std::function<int64_t()> inflight_bytes_source;
   std::atomic<int64_t> num_requests{0}, num_failed_requests{0}, num_streams{0};
 };
@@ -118,6 +120,8 @@ struct Metrics::BatchSums {
         predicted_error(r, "predicted_relative_error"),
         audited_error(r, "audited_relative_error"),
         audit_ratio(r, "audit_ratio"),
+        audit_bound_ratio(r, "audit_ratio", 1),
+        error_bound(r, "relative_error_bound"),
         batch_duration(r, "batch_duration_seconds"),
         batch_sequences(r, "batch_sequences"),
         batch_tokens(r, "batch_tokens") {
@@ -132,7 +136,8 @@ struct Metrics::BatchSums {
     }
     for (BatchHistogram* histogram :
          {&key_bits, &value_bits, &key_rank, &entropy, &theta, &predicted_error, &audited_error,
-          &audit_ratio, &batch_duration, &batch_sequences, &batch_tokens}) {
+          &audit_ratio, &audit_bound_ratio, &error_bound, &batch_duration, &batch_sequences,
+          &batch_tokens}) {
       histogram->Flush();
     }
     for (BatchHistogram& stage : stages) stage.Flush();
@@ -141,7 +146,7 @@ struct Metrics::BatchSums {
   BatchCounters sequences, attended_tokens, appended_tokens, bytes_read, bytes_baseline, pages_read,
       pages_skipped, dense_tokens, head_decisions, head_policies, fallbacks;
   BatchHistogram key_bits, value_bits, key_rank, entropy, theta, predicted_error, audited_error,
-      audit_ratio, batch_duration, batch_sequences, batch_tokens;
+      audit_ratio, audit_bound_ratio, error_bound, batch_duration, batch_sequences, batch_tokens;
   std::vector<BatchHistogram> stages;
   LiveTotals totals;  // of the batch at hand
 };
@@ -204,7 +209,7 @@ void Metrics::AddHead(const StepReport& step, const HeadDecision& head, int32_t 
   for (size_t i = 1; i < kNumValueDepths; ++i) {
     sums.pages_read.Add(4 + i - 1, head.value_pages[i]);
   }
-  sums.pages_skipped.Add(0, head.value_pages[0]);
+  sums.pages_skipped.Add(0, head.value_pages[0] - head.exact_pages);
   sums.dense_tokens.Add(0, head.dense_tokens);
   sums.bytes_read.Add(0, head.key_bytes);
   sums.bytes_read.Add(1, head.value_bytes);
@@ -215,8 +220,9 @@ void Metrics::AddHead(const StepReport& step, const HeadDecision& head, int32_t 
   sums.entropy.Observe(head.entropy);
   if (head.theta > 0) {
     sums.theta.Observe(head.theta);
-    sums.predicted_error.Observe(head.predicted_error);
+    if (step.mode != AttendMode::kDeterministic) sums.predicted_error.Observe(head.predicted_error);
   }
+  if (step.mode == AttendMode::kDeterministic) sums.error_bound.Observe(head.error_bound);
   const int64_t row = static_cast<int64_t>(step.mode) * kPrecisions + PrecisionIndex(mean.key_bits);
   sums.head_decisions.Add(static_cast<size_t>(row * kRankQuarters + mean.rank_quarter), 1);
   sums.head_policies.Add(static_cast<size_t>(step.policy), 1);
@@ -312,12 +318,17 @@ void Metrics::OnAudit(const AuditReport& report) {
       sums_->audit_ratio.Observe(report.actual[i] / report.predicted[i]);
     }
   }
+  for (size_t i = 0; i < report.bounds.size(); ++i) {
+    sums_->audit_bound_ratio.Observe(report.actual[i] / report.bounds[i]);
+    if (report.actual[i] > report.bounds[i]) handles_->bound_violations->Increment();
+  }
   {
     const MutexLock lock(&mutex_);
     sums_->audited_error.AddTo(&totals_.audited_error_counts);
   }
   sums_->audited_error.Flush();
   sums_->audit_ratio.Flush();
+  sums_->audit_bound_ratio.Flush();
 }
 
 void Metrics::OnGauges(const GaugeReport& report) {
@@ -332,6 +343,7 @@ void Metrics::OnGauges(const GaugeReport& report) {
   }
   h.kv_bytes[kNumPageStates]->Set(static_cast<double>(report.pages.free_bytes));
   h.kv_pool_bytes->Set(static_cast<double>(report.pages.pool_bytes));
+  h.kv_exact_tier_bytes->Set(static_cast<double>(report.pages.exact_tier_bytes));
   const MutexLock lock(&mutex_);
   totals_.gauges = report;
 }

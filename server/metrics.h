@@ -34,7 +34,7 @@ struct LiveTotals {
   std::array<int64_t, 5> value_pages{};    // skipped, then 2, 4, 6, 8 bits
   int64_t dense_tokens = 0;                // (token, kv head) pairs
   std::array<int64_t, 4> rank_quarters{};  // head steps by the quarter of head_dim their rank fills
-  std::array<int64_t, 4> fallbacks{};      // by Fallback; [0] counts none
+  std::array<int64_t, kNumFallbacks> fallbacks{};            // by Fallback; [0] counts none
   std::array<std::vector<double>, kNumStages> stage_counts;  // per latency bucket, +Inf last
   std::vector<double> batch_counts;                          // likewise, batch_duration_seconds
   std::vector<double> predicted_error_counts, audited_error_counts;  // likewise, per kv head

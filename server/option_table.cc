@@ -54,6 +54,10 @@ void AddDevice(ServerOptions* o, std::vector<Setting>* table) {
   table->push_back({"pool-bytes", &o->device.pool_bytes,
                     "Memory for KV pages, allocated at start and never grown.", 1 << 20,
                     kMaxBytes});
+  table->push_back({"exact-tier-bytes", &o->device.exact_tier_bytes,
+                    "Host memory for the originals of sealed pages (exact_tier "
+                    "HOST_PAGES), on top of the pool; 0 = not offered.",
+                    0, kMaxBytes});
   table->push_back(
       {"threads", &o->device.num_threads, "Threads of the cpu backend; 0 = one a core.", 0, 1024});
   table->push_back({"device", &o->device.device, "Ordinal of the GPU.", 0, 64});
@@ -104,6 +108,8 @@ void AddLimits(ServerOptions* o, std::vector<Setting>* table) {
                     "Sessions of one tenant.", 1, kMaxCount});
   table->push_back({"max-tenant-bytes", &o->engine.pages.max_tenant_bytes,
                     "Page memory of one tenant; 0 = the whole pool.", 0, kMaxBytes});
+  table->push_back({"max-tenant-exact-bytes", &o->engine.pages.max_tenant_exact_bytes,
+                    "Exact tier of one tenant; 0 = all of it.", 0, kMaxBytes});
   table->push_back({"max-tenant-profile-bytes", &o->max_tenant_profile_bytes,
                     "Host memory of one tenant's uploaded profiles.", 1, kMaxBytes});
   table->push_back({"max-connection-streams", &o->max_connection_streams,

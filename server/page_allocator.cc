@@ -23,6 +23,15 @@ int32_t SlabsPerRun(int64_t page_bytes, int64_t slab_bytes) {
   return static_cast<int32_t>(least);
 }
 
+// Bytes that the requests want of the tier, or of the pool.
+int64_t BytesOf(absl::Span<const PageRequest> requests, bool of_tier) {
+  int64_t bytes = 0;
+  for (const PageRequest& request : requests) {
+    if ((request.state == PageState::kExact) == of_tier) bytes += request.bytes * request.count;
+  }
+  return bytes;
+}
+
 TenantId MergeTenants(TenantId a, TenantId b) {
   if (a == kNobody) return b;
   return b == kNobody || a == b ? a : kManyTenants;
@@ -38,6 +47,8 @@ const char* PageStateName(PageState state) {
       return "sealed";
     case PageState::kBasis:
       return "basis";
+    case PageState::kExact:
+      return "exact";
   }
   return "unknown";
 }
@@ -45,6 +56,7 @@ const char* PageStateName(PageState state) {
 // Slabs in a row, cut into pages of one size class.
 struct PageAllocator::Run {
   SizeClass* size_class = nullptr;
+  int64_t offset = 0;  // of its first page
   int32_t first_slab = 0;
   int32_t num_slabs = 0;
   int32_t num_used = 0;
@@ -91,14 +103,25 @@ std::vector<PageId> PageLease::Take() {
   return pages;
 }
 
-PageAllocator::PageAllocator(const PageAllocatorOptions& options)
-    : options_(options),
-      num_slabs_(static_cast<int32_t>(options.pool_bytes / options.slab_bytes)),
-      reserved_slabs_(std::min(options.reserved_slabs, num_slabs_ / 4)),
-      free_slabs_(num_slabs_),
-      slab_runs_(static_cast<size_t>(num_slabs_), nullptr),
-      slab_tenants_(static_cast<size_t>(num_slabs_), kNobody) {
-  free_bytes_ = num_slabs_ * options_.slab_bytes;
+PageAllocator::PageAllocator(const PageAllocatorOptions& options) : options_(options) {
+  pool_.name = "page pool";
+  InitRegion(0, options.pool_bytes, &pool_);
+  pool_.reserved_slabs = std::min(options.reserved_slabs, pool_.num_slabs / 4);
+  pool_.max_tenant_bytes = options.max_tenant_bytes;
+  assert(options.exact_tier_bytes == 0 || options.exact_tier_begin >= options.pool_bytes);
+  tier_.name = "exact tier";
+  tier_.first_slab = pool_.num_slabs;
+  InitRegion(options.exact_tier_begin, options.exact_tier_bytes, &tier_);
+  tier_.max_tenant_bytes = options.max_tenant_exact_bytes;
+}
+
+void PageAllocator::InitRegion(int64_t begin, int64_t bytes, Region* region) {
+  region->begin = begin;
+  region->num_slabs = static_cast<int32_t>(bytes / options_.slab_bytes);
+  region->free_slabs = region->num_slabs;
+  region->free_bytes = region->num_slabs * options_.slab_bytes;
+  slab_runs_.resize(slab_runs_.size() + static_cast<size_t>(region->num_slabs), nullptr);
+  slab_tenants_.resize(slab_runs_.size(), kNobody);
 }
 
 PageAllocator::~PageAllocator() = default;
@@ -117,9 +140,9 @@ PageAllocator::SizeClass& PageAllocator::FindClass(int64_t bytes, PageState stat
   return *classes_.back();
 }
 
-int32_t PageAllocator::FindFreeSlabs(int32_t count) const {
+int32_t PageAllocator::FindFreeSlabs(int32_t count, const Region& region) const {
   int32_t length = 0;
-  for (int32_t slab = 0; slab < num_slabs_; ++slab) {
+  for (int32_t slab = region.first_slab; slab < region.first_slab + region.num_slabs; ++slab) {
     length = slab_runs_[slab] == nullptr ? length + 1 : 0;
     if (length == count) return slab - count + 1;
   }
@@ -132,11 +155,13 @@ bool PageAllocator::AddRun(SizeClass& size_class, bool may_use_reserve) {
 }
 
 bool PageAllocator::AddRunOf(int32_t count, SizeClass& size_class, bool may_use_reserve) {
-  if (free_slabs_ - (may_use_reserve ? 0 : reserved_slabs_) < count) return false;
-  const int32_t first = FindFreeSlabs(count);
+  Region& region = RegionOf(size_class.state);
+  if (region.free_slabs - (may_use_reserve ? 0 : region.reserved_slabs) < count) return false;
+  const int32_t first = FindFreeSlabs(count, region);
   if (first < 0) return false;
   auto run = std::make_unique<Run>();
   run->size_class = &size_class;
+  run->offset = region.begin + (first - region.first_slab) * options_.slab_bytes;
   run->first_slab = first;
   run->num_slabs = count;
   const auto num_pages = static_cast<int32_t>(count * options_.slab_bytes / size_class.page_bytes);
@@ -153,8 +178,8 @@ bool PageAllocator::AddRunOf(int32_t count, SizeClass& size_class, bool may_use_
   }
   for (int32_t page = num_pages - 1; page >= 0; --page) run->free.push_back(page);
   for (int32_t slab = first; slab < first + count; ++slab) slab_runs_[slab] = run.get();
-  free_slabs_ -= count;
-  free_bytes_ = free_slabs_ * options_.slab_bytes;
+  region.free_slabs -= count;
+  region.free_bytes = region.free_slabs * options_.slab_bytes;
   size_class.open.push_back(run.get());
   size_class.runs.push_back(std::move(run));
   return true;
@@ -168,8 +193,9 @@ void PageAllocator::DropRun(SizeClass& size_class, Run* run) {
     // What lies behind the last page of a run keeps its former owner.
     slab_tenants_[slab] = MergeTenants(slab_tenants_[slab], tenant);
   }
-  free_slabs_ += run->num_slabs;
-  free_bytes_ = free_slabs_ * options_.slab_bytes;
+  Region& region = RegionOf(size_class.state);
+  region.free_slabs += run->num_slabs;
+  region.free_bytes = region.free_slabs * options_.slab_bytes;
   auto& open = size_class.open;
   open.erase(std::remove(open.begin(), open.end(), run), open.end());
   auto& runs = size_class.runs;
@@ -186,7 +212,7 @@ bool PageAllocator::AllocateOne(const PageRequest& request, PageLease* lease) {
   if (run->free.empty()) size_class.open.pop_back();
   ++run->num_used;
   run->refs[page] = 1;
-  const int64_t offset = run->first_slab * options_.slab_bytes + page * request.bytes;
+  const int64_t offset = run->offset + page * request.bytes;
   const PageId id{static_cast<uint32_t>(offset / kPageAlignment)};
   lease->pages_.push_back(id);
   const TenantId last = run->tenants[page];
@@ -197,55 +223,76 @@ bool PageAllocator::AllocateOne(const PageRequest& request, PageLease* lease) {
   const auto state = static_cast<size_t>(request.state);
   pages_[state].fetch_add(1, std::memory_order_relaxed);
   bytes_[state].fetch_add(request.bytes, std::memory_order_relaxed);
-  tenant_bytes_[static_cast<size_t>(request.tenant)] += request.bytes;
+  RegionOf(request.state).tenant_bytes[static_cast<size_t>(request.tenant)] += request.bytes;
   return true;
+}
+
+absl::Status PageAllocator::CheckQuota(absl::Span<const PageRequest> requests,
+                                       Region* region) const {
+  const auto tenant = static_cast<size_t>(requests.front().tenant);
+  if (tenant >= region->tenant_bytes.size()) region->tenant_bytes.resize(tenant + 1, 0);
+  if (requests.front().may_use_reserve && region == &pool_) return absl::OkStatus();
+  const int64_t wanted = BytesOf(requests, region == &tier_);
+  if (wanted == 0 || region->tenant_bytes[tenant] + wanted <= region->max_tenant_bytes) {
+    return absl::OkStatus();
+  }
+  return absl::ResourceExhaustedError(
+      absl::StrCat(region == &tier_ ? "exact tier quota" : "KV quota", ": the tenant holds ",
+                   region->tenant_bytes[tenant], " of ", region->max_tenant_bytes,
+                   " bytes, this needs ", wanted, " more; close or truncate sessions"));
+}
+
+absl::Status PageAllocator::NoRoom(absl::Span<const PageRequest> requests,
+                                   const Region& region) const {
+  return absl::ResourceExhaustedError(
+      absl::StrCat(region.name, ": ", BytesOf(requests, &region == &tier_),
+                   " bytes are needed and ", region.free_bytes.load(std::memory_order_relaxed),
+                   " of ", region.num_slabs * options_.slab_bytes,
+                   " are free; close or truncate sessions, or ask later"));
 }
 
 absl::StatusOr<PageLease> PageAllocator::Reserve(absl::Span<const PageRequest> requests) {
   PageLease lease;
   lease.allocator_ = this;
   if (requests.empty()) return lease;
-  const auto tenant = static_cast<size_t>(requests.front().tenant);
-  if (tenant >= tenant_bytes_.size()) tenant_bytes_.resize(tenant + 1, 0);
-  int64_t wanted = 0;
-  for (const PageRequest& request : requests) wanted += request.bytes * request.count;
-  if (!requests.front().may_use_reserve &&
-      tenant_bytes_[tenant] + wanted > options_.max_tenant_bytes) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "KV quota: the tenant holds ", tenant_bytes_[tenant], " of ", options_.max_tenant_bytes,
-        " bytes, this needs ", wanted, " more; close or truncate sessions"));
+  for (Region* const region : {&pool_, &tier_}) {
+    absl::Status status = CheckQuota(requests, region);
+    if (!status.ok()) return status;
   }
   for (const PageRequest& request : requests) {
     assert(request.bytes > 0 && request.bytes % kPageAlignment == 0);
     assert(request.tenant == requests.front().tenant);
     for (int32_t i = 0; i < request.count; ++i) {
-      if (AllocateOne(request, &lease)) continue;
-      return absl::ResourceExhaustedError(absl::StrCat(
-          "page pool: ", wanted, " bytes are needed and ", free_bytes(), " of ",
-          num_slabs_ * options_.slab_bytes, " are free; close or truncate sessions, or ask later"));
+      if (!AllocateOne(request, &lease)) return NoRoom(requests, RegionOf(request.state));
     }
   }
   return lease;
 }
 
+int32_t PageAllocator::SlabOf(PageId page) const {
+  const int64_t offset = PageOffset(page);
+  const Region& region = tier_.num_slabs > 0 && offset >= tier_.begin ? tier_ : pool_;
+  return region.first_slab + static_cast<int32_t>((offset - region.begin) / options_.slab_bytes);
+}
+
 PageAllocator::Run* PageAllocator::FindRun(PageId page) const {
-  const int64_t slab = PageOffset(page) / options_.slab_bytes;
-  assert(slab < num_slabs_ && slab_runs_[slab] != nullptr);
+  const int32_t slab = SlabOf(page);
+  assert(slab < static_cast<int32_t>(slab_runs_.size()) && slab_runs_[slab] != nullptr);
   return slab_runs_[slab];
 }
 
 namespace {
 
 template <typename Run>
-int32_t PageNumber(const Run& run, PageId page, int64_t slab_bytes, int64_t page_bytes) {
-  return static_cast<int32_t>((PageOffset(page) - run.first_slab * slab_bytes) / page_bytes);
+int32_t PageNumber(const Run& run, PageId page, int64_t page_bytes) {
+  return static_cast<int32_t>((PageOffset(page) - run.offset) / page_bytes);
 }
 
 }  // namespace
 
 void PageAllocator::AddRef(PageId page) {
   Run* const run = FindRun(page);
-  int32_t& refs = run->refs[PageNumber(*run, page, options_.slab_bytes, page_bytes(page))];
+  int32_t& refs = run->refs[PageNumber(*run, page, page_bytes(page))];
   assert(refs > 0);
   ++refs;
 }
@@ -253,13 +300,14 @@ void PageAllocator::AddRef(PageId page) {
 void PageAllocator::Release(PageId page) {
   Run* const run = FindRun(page);
   SizeClass& size_class = *run->size_class;
-  const int32_t number = PageNumber(*run, page, options_.slab_bytes, size_class.page_bytes);
+  const int32_t number = PageNumber(*run, page, size_class.page_bytes);
   assert(run->refs[number] > 0);
   if (--run->refs[number] > 0) return;
   const auto state = static_cast<size_t>(size_class.state);
   pages_[state].fetch_sub(1, std::memory_order_relaxed);
   bytes_[state].fetch_sub(size_class.page_bytes, std::memory_order_relaxed);
-  tenant_bytes_[static_cast<size_t>(run->tenants[number])] -= size_class.page_bytes;
+  RegionOf(size_class.state).tenant_bytes[static_cast<size_t>(run->tenants[number])] -=
+      size_class.page_bytes;
   if (run->free.empty()) size_class.open.push_back(run);
   run->free.push_back(number);
   if (--run->num_used == 0) DropRun(size_class, run);
@@ -267,7 +315,7 @@ void PageAllocator::Release(PageId page) {
 
 int32_t PageAllocator::ref_count(PageId page) const {
   const Run* const run = FindRun(page);
-  return run->refs[PageNumber(*run, page, options_.slab_bytes, page_bytes(page))];
+  return run->refs[PageNumber(*run, page, page_bytes(page))];
 }
 
 int64_t PageAllocator::page_bytes(PageId page) const {
@@ -276,7 +324,12 @@ int64_t PageAllocator::page_bytes(PageId page) const {
 
 int64_t PageAllocator::tenant_bytes(TenantId tenant) const {
   const auto index = static_cast<size_t>(tenant);
-  return index < tenant_bytes_.size() ? tenant_bytes_[index] : 0;
+  return index < pool_.tenant_bytes.size() ? pool_.tenant_bytes[index] : 0;
+}
+
+int64_t PageAllocator::tenant_exact_bytes(TenantId tenant) const {
+  const auto index = static_cast<size_t>(tenant);
+  return index < tier_.tenant_bytes.size() ? tier_.tenant_bytes[index] : 0;
 }
 
 PageStats PageAllocator::stats() const {
@@ -286,7 +339,9 @@ PageStats PageAllocator::stats() const {
     stats.bytes[state] = bytes_[state].load(std::memory_order_relaxed);
   }
   stats.free_bytes = free_bytes();
-  stats.pool_bytes = num_slabs_ * options_.slab_bytes;
+  stats.pool_bytes = pool_.num_slabs * options_.slab_bytes;
+  stats.exact_tier_free_bytes = tier_.free_bytes.load(std::memory_order_relaxed);
+  stats.exact_tier_bytes = tier_.num_slabs * options_.slab_bytes;
   return stats;
 }
 

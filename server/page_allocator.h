@@ -1,7 +1,8 @@
 #ifndef ADAATTN_SERVER_PAGE_ALLOCATOR_H_
 #define ADAATTN_SERVER_PAGE_ALLOCATOR_H_
 
-// Divides the backend's pool into pages. Owns ranges, not memory: a page id is an offset.
+// Divides the backend's pool, and its exact tier in host memory, into pages. Owns ranges, not
+// memory: a page id is an offset, the tier's begin behind the pool's.
 //
 // The pool is cut into slabs. A size class (page size and state) takes runs of slabs on demand and
 // gives a run back when its last page goes, so that any mix of shapes shares one pool. Pages are
@@ -23,9 +24,10 @@
 
 namespace adaattn {
 
-enum class PageState : uint8_t { kDense = 0, kSealed = 1, kBasis = 2 };
-inline constexpr int kNumPageStates = 3;
-const char* PageStateName(PageState state);  // "dense", "sealed", "basis"
+// kExact pages lie in the tier, all others in the pool.
+enum class PageState : uint8_t { kDense = 0, kSealed = 1, kBasis = 2, kExact = 3 };
+inline constexpr int kNumPageStates = 4;
+const char* PageStateName(PageState state);  // "dense", "sealed", "basis", "exact"
 
 // A tenant's number, given by the session table, small and never reused; 0 is nobody.
 enum class TenantId : uint32_t {};
@@ -37,7 +39,11 @@ struct PageAllocatorOptions {
   // Slabs that only sealing may take: when dense pages fill the pool, sealing can still start, and
   // it frees more than it takes. Lowered to a quarter of a small pool.
   int32_t reserved_slabs = 8;
-  int64_t max_tenant_bytes = 0;  // of pages one tenant may hold; must be > 0
+  int64_t max_tenant_bytes = 0;  // of the pool that one tenant may hold; must be > 0
+  int64_t exact_tier_begin = 0;  // page offset of the tier, a multiple of kPageAlignment; it lies
+                                 // behind the pool
+  int64_t exact_tier_bytes = 0;  // 0 = no tier
+  int64_t max_tenant_exact_bytes = 0;  // of the tier; must be > 0 where there is one
 };
 
 struct PageRequest {
@@ -45,15 +51,18 @@ struct PageRequest {
   PageState state = PageState::kDense;
   TenantId tenant{0};
   int32_t count = 1;
-  bool may_use_reserve = false;  // sealing: no quota holds it up either, since it frees more
+  // Sealing: the pool's quota does not hold it up either, since it frees more. The tier's does.
+  bool may_use_reserve = false;
 };
 
 struct PageStats {
   std::array<int64_t, kNumPageStates> pages{};  // in use, by state
   std::array<int64_t, kNumPageStates> bytes{};
-  int64_t free_bytes = 0;  // in no slab run of any class
-  int64_t pool_bytes = 0;  // whole slabs of the pool
-  int64_t total_pages() const { return pages[0] + pages[1] + pages[2]; }
+  int64_t free_bytes = 0;             // in no slab run of any class
+  int64_t pool_bytes = 0;             // whole slabs of the pool
+  int64_t exact_tier_free_bytes = 0;  // of the tier, likewise
+  int64_t exact_tier_bytes = 0;
+  int64_t total_pages() const { return pages[0] + pages[1] + pages[2] + pages[3]; }
 };
 
 class PageAllocator;
@@ -88,8 +97,10 @@ class PageAllocator {
   PageAllocator& operator=(const PageAllocator&) = delete;
   ~PageAllocator();
 
-  // All pages of all requests, which are one tenant's, each with one reference, or none.
-  // Errors: kResourceExhausted naming the pool or the tenant's quota, with what was asked and left.
+  // All pages of all requests, which are one tenant's, each with one reference, or none. The pool's
+  // requests come first.
+  // Errors: kResourceExhausted naming the pool, the exact tier or the tenant's quota of either,
+  // with what was asked and left.
   absl::StatusOr<PageLease> Reserve(absl::Span<const PageRequest> requests);
 
   // One more reference to a page in use; held by the tenant that reserved it.
@@ -99,33 +110,49 @@ class PageAllocator {
   int32_t ref_count(PageId page) const;
   int64_t page_bytes(PageId page) const;
 
-  int64_t tenant_bytes(TenantId tenant) const;
+  int64_t tenant_bytes(TenantId tenant) const;        // of the pool
+  int64_t tenant_exact_bytes(TenantId tenant) const;  // of the exact tier
   PageStats stats() const;
-  int64_t free_bytes() const { return free_bytes_.load(std::memory_order_relaxed); }
+  int64_t free_bytes() const { return pool_.free_bytes.load(std::memory_order_relaxed); }
 
  private:
   struct Run;
   struct SizeClass;
+  // Slabs in a row: the pool's, then the tier's. They share one numbering, in which runs stay
+  // inside of their region.
+  struct Region {
+    const char* name = "";
+    int64_t begin = 0;  // page offset of its first slab
+    int32_t first_slab = 0;
+    int32_t num_slabs = 0;
+    int32_t reserved_slabs = 0;
+    int32_t free_slabs = 0;
+    int64_t max_tenant_bytes = 0;
+    std::atomic<int64_t> free_bytes{0};
+    std::vector<int64_t> tenant_bytes;  // by TenantId
+  };
+
+  void InitRegion(int64_t begin, int64_t bytes, Region* region);
+  Region& RegionOf(PageState state) { return state == PageState::kExact ? tier_ : pool_; }
+  int32_t SlabOf(PageId page) const;
+  absl::Status CheckQuota(absl::Span<const PageRequest> requests, Region* region) const;
+  absl::Status NoRoom(absl::Span<const PageRequest> requests, const Region& region) const;
 
   SizeClass& FindClass(int64_t bytes, PageState state);
   bool AddRun(SizeClass& size_class, bool may_use_reserve);
   bool AddRunOf(int32_t count, SizeClass& size_class, bool may_use_reserve);
   void DropRun(SizeClass& size_class, Run* run);
-  int32_t FindFreeSlabs(int32_t count) const;
+  int32_t FindFreeSlabs(int32_t count, const Region& region) const;
   bool AllocateOne(const PageRequest& request, PageLease* lease);
   Run* FindRun(PageId page) const;
 
   const PageAllocatorOptions options_;
-  const int32_t num_slabs_;
-  const int32_t reserved_slabs_;
+  Region pool_, tier_;
   std::array<std::atomic<int64_t>, kNumPageStates> pages_{};
   std::array<std::atomic<int64_t>, kNumPageStates> bytes_{};
-  std::atomic<int64_t> free_bytes_{0};
-  int32_t free_slabs_;
   std::vector<Run*> slab_runs_;         // by slab; null = free
   std::vector<TenantId> slab_tenants_;  // who wrote it last; kManyTenants when several
   std::vector<std::unique_ptr<SizeClass>> classes_;
-  std::vector<int64_t> tenant_bytes_;  // by TenantId
 };
 
 }  // namespace adaattn

@@ -65,6 +65,7 @@ absl::StatusOr<SealReport> Sealer::RunSlice() {
                                : SealSome(entry.session.get(), entry.layer, due, &report);
     if (absl::IsResourceExhausted(status)) {
       report.pages_deferred = due;
+      report.deferred_why = std::string(status.message());
       // Others may find room in the runs of their own size classes.
       std::rotate(queue_.begin(), queue_.begin() + 1, queue_.end());
       return report;
@@ -102,29 +103,42 @@ absl::Status Sealer::FitBasis(Session* session, int32_t layer) {
   return status;
 }
 
+// The sealed pages, then what the exact tier is to hold of them: all or none.
+absl::StatusOr<PageLease> Sealer::ReservePages(const Session& session, int32_t count) {
+  PageRequest request;
+  request.bytes = session.sealed_page_bytes();
+  request.state = PageState::kSealed;
+  request.tenant = session.tenant_id();
+  request.count = count;
+  request.may_use_reserve = true;
+  std::vector<PageRequest> requests = {request};
+  if (session.config().exact_tier == ExactTier::kHost) {
+    request.bytes = session.dense_page_bytes();
+    request.state = PageState::kExact;
+    requests.push_back(request);
+  }
+  return cache_->allocator()->Reserve(requests);
+}
+
 absl::Status Sealer::SealSome(Session* session, int32_t layer, int32_t due, SealReport* report) {
   const SessionConfig& config = session->config();
   LayerState& state = session->layers()[layer];
-  PageRequest request;
-  request.bytes = session->sealed_page_bytes();
-  request.state = PageState::kSealed;
-  request.tenant = session->tenant_id();
-  request.count = std::min(due, options_.pages_per_slice);
-  request.may_use_reserve = true;
-  absl::StatusOr<PageLease> lease = cache_->allocator()->Reserve({&request, 1});
-  if (!lease.ok() && request.count > 1) {
-    request.count = 1;  // One page in the place of another may fit where a slice does not.
-    lease = cache_->allocator()->Reserve({&request, 1});
+  int32_t count = std::min(due, options_.pages_per_slice);
+  absl::StatusOr<PageLease> lease = ReservePages(*session, count);
+  if (!lease.ok() && count > 1) {
+    count = 1;  // One page in the place of another may fit where a slice does not.
+    lease = ReservePages(*session, count);
   }
   if (!lease.ok()) return lease.status();
   absl::Status status = cache_->ZeroPages(*lease);
   if (!status.ok()) return status;
-  std::vector<SealTask> tasks(request.count);
-  std::vector<SealResult> results(request.count);
-  for (int32_t i = 0; i < request.count; ++i) {
+  std::vector<SealTask> tasks(count);
+  std::vector<SealResult> results(count);
+  for (int32_t i = 0; i < count; ++i) {
     tasks[i].shape = config.shape;
     tasks[i].source = state.pages[state.num_sealed + i];
     tasks[i].target = lease->pages()[i];
+    if (config.exact_tier == ExactTier::kHost) tasks[i].exact_copy = lease->pages()[count + i];
     tasks[i].basis = state.bases.back().basis;
     tasks[i].stored_bits = config.stored_bits;
     tasks[i].page_type = DenseDType(config.format);
@@ -132,13 +146,13 @@ absl::Status Sealer::SealSome(Session* session, int32_t layer, int32_t due, Seal
   status = cache_->backend()->SealPages(tasks, absl::MakeSpan(results));
   if (!status.ok()) return status;
   const std::vector<PageId> sealed = lease->Take();
-  for (int32_t i = 0; i < request.count; ++i) {
+  for (int32_t i = 0; i < count; ++i) {
     PageId& page = state.pages[state.num_sealed + i];
-    if (config.exact_tier) {
-      state.exact_pages.push_back(page);
-    } else {
-      cache_->allocator()->Release(page);
+    if (config.keeps_exact_pages()) {
+      const bool copied = config.exact_tier == ExactTier::kHost;
+      state.exact_pages.push_back(copied ? sealed[count + i] : page);
     }
+    if (config.exact_tier != ExactTier::kPool) cache_->allocator()->Release(page);
     page = sealed[i];
     const float drift = results[i].drift_ratio;
     state.drift_ratio = state.drift_ratio == 0
@@ -146,9 +160,9 @@ absl::Status Sealer::SealSome(Session* session, int32_t layer, int32_t due, Seal
                             : state.drift_ratio + kDriftWeight * (drift - state.drift_ratio);
     report->drift_ratio = std::max(report->drift_ratio, drift);
   }
-  state.num_sealed += request.count;
-  state.bases.back().num_pages += request.count;
-  report->pages_sealed = request.count;
+  state.num_sealed += count;
+  state.bases.back().num_pages += count;
+  report->pages_sealed = count;
   state.refit_wanted = options_.refit_drift_ratio > 0 &&
                        state.drift_ratio > options_.refit_drift_ratio &&
                        state.bases.size() < kMaxBasisRuns;

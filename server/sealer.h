@@ -54,6 +54,7 @@ class Sealer {
   int32_t Due(const Session& session, int32_t layer) const;
   void Account(int32_t due, LayerState* state);
   absl::Status FitBasis(Session* session, int32_t layer);
+  absl::StatusOr<PageLease> ReservePages(const Session& session, int32_t count);
   absl::Status SealSome(Session* session, int32_t layer, int32_t due, SealReport* report);
 
   const SealOptions options_;

@@ -124,6 +124,7 @@ absl::Status Server::StartBackend() {
        {"device", device.device},
        {"kernels", device.kernels},
        {"pool_bytes", device.pool_bytes},
+       {"exact_tier_bytes", device.exact_tier_bytes},
        {"note", note}});
   MetricsInfo info = BuildInfo();
   info.backend = device.name;

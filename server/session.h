@@ -40,6 +40,13 @@ struct LayerOptions {
   float softcap = 0;   // 0 = none
 };
 
+// Where a progressive session keeps the dense originals of its sealed pages.
+enum class ExactTier : uint8_t {
+  kNone = 0,
+  kPool = 1,  // in the pool, beside the sealed pages
+  kHost = 2   // in the backend's exact tier
+};
+
 // What a session was opened with, decided and validated by the service; never changes.
 struct SessionConfig {
   std::string tenant;
@@ -48,10 +55,10 @@ struct SessionConfig {
   int32_t num_layers = 0;
   float softmax_scale = 0;
   PageFormat format = PageFormat::kProgressiveF16;
-  int32_t stored_bits = 8;           // progressive: 8, 6, 4
-  bool exact_tier = false;           // progressive: keep the dense pages of what is sealed
-  std::vector<LayerOptions> layers;  // [num_layers], or one for all, or none
-  std::vector<float> key_scales;     // FP8 pages: [num_kv_heads] or [num_layers, num_kv_heads]
+  int32_t stored_bits = 8;                  // progressive: 8, 6, 4
+  ExactTier exact_tier = ExactTier::kNone;  // progressive
+  std::vector<LayerOptions> layers;         // [num_layers], or one for all, or none
+  std::vector<float> key_scales;  // FP8 pages: [num_kv_heads] or [num_layers, num_kv_heads]
   std::vector<float> value_scales;
   AttendOptions default_options;
   std::shared_ptr<const ModelProfile> profile;  // null = fit bases from the session's own keys
@@ -59,6 +66,7 @@ struct SessionConfig {
   int64_t start_position = 0;
   absl::Duration lease;
 
+  bool keeps_exact_pages() const { return exact_tier != ExactTier::kNone; }
   LayerOptions layer(int32_t layer) const;
   // Empty or [num_kv_heads].
   absl::Span<const float> layer_key_scales(int32_t layer) const;
@@ -95,7 +103,8 @@ struct LayerState {
 
   std::vector<PageId> pages;  // num_sealed sealed pages, then dense ones; one reference each
   int32_t num_sealed = 0;
-  std::vector<PageId> exact_pages;  // exact tier: the dense pages of the sealed ones
+  std::vector<PageId> exact_pages;  // [num_sealed] the dense originals, where the session keeps
+                                    // them; one reference each
   std::vector<BasisRun> bases;      // the last one may have no page yet; one reference each
   bool refit_wanted = false;        // keys drifted: the next pages wait for a new basis
   QuerySample queries;              // empty once a basis stands

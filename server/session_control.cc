@@ -144,13 +144,16 @@ std::vector<SessionFacts> SessionControl::List(absl::string_view tenant, absl::s
     SessionFacts facts;
     for (const LayerState& state : session->layers()) {
       facts.kv_len = std::max(facts.kv_len, state.length);
-      const auto dense = static_cast<int64_t>(state.pages.size()) - state.num_sealed +
-                         static_cast<int64_t>(state.exact_pages.size());
+      const int64_t dense = static_cast<int64_t>(state.pages.size()) - state.num_sealed;
+      const auto exact = static_cast<int64_t>(state.exact_pages.size());
+      const bool in_pool = session->config().exact_tier == ExactTier::kPool;
       facts.pages_dense += dense;
       facts.pages_sealed += state.num_sealed;
-      facts.bytes += dense * session->dense_page_bytes() +
+      facts.pages_exact += exact;
+      facts.bytes += (dense + (in_pool ? exact : 0)) * session->dense_page_bytes() +
                      state.num_sealed * session->sealed_page_bytes() +
                      static_cast<int64_t>(state.bases.size()) * session->basis_bytes();
+      facts.exact_tier_bytes += (in_pool ? 0 : exact) * session->dense_page_bytes();
       facts.drift_ratio = std::max(facts.drift_ratio, state.drift_ratio);
     }
     facts.session = std::move(session);

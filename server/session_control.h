@@ -22,10 +22,13 @@ struct TruncateResult {
 
 struct SessionFacts {
   std::shared_ptr<Session> session;
-  int64_t kv_len = 0;  // of the longest layer
-  int64_t pages_dense = 0;
+  int64_t kv_len = 0;       // of the longest layer
+  int64_t pages_dense = 0;  // not sealed
   int64_t pages_sealed = 0;
-  int64_t bytes = 0;  // shared pages counted in full
+  int64_t pages_exact = 0;  // originals of sealed pages
+  // Shared pages counted in full.
+  int64_t bytes = 0;             // of the pool
+  int64_t exact_tier_bytes = 0;  // of the exact tier in host memory
   float drift_ratio = 0;
 };
 

@@ -56,8 +56,9 @@ absl::Status ResolvePosition(Step* step) {
 absl::Status ResolveHow(double queue_fraction, double pressure_threshold, Step* step) {
   const SessionConfig& config = step->session()->config();
   const AttendOptions& message = step->task->options;
-  absl::StatusOr<ResolvedOptions> options = ResolveOptions(
-      message, config.default_options, config.format, config.exact_tier, config.shape.head_dim);
+  absl::StatusOr<ResolvedOptions> options =
+      ResolveOptions(message, config.default_options, config.format, config.keeps_exact_pages(),
+                     config.shape.head_dim);
   if (!options.ok()) return options.status();
   step->options = *options;
   DecisionParams& decision = step->options.decision;

@@ -76,9 +76,15 @@ absl::Status FillFormat(const v1::OpenSessionRequest& request, const ValidationC
   if (!v1::ExactTier_IsValid(request.exact_tier()) ||
       (!progressive && request.exact_tier() != v1::EXACT_TIER_NONE)) {
     return InvalidField("exact_tier", absl::StrCat(request.exact_tier()),
-                        "NONE, or BF16_PAGES where page_format is PROGRESSIVE");
+                        "NONE; where page_format is PROGRESSIVE also BF16_PAGES or "
+                        "HOST_PAGES");
   }
-  config->exact_tier = request.exact_tier() == v1::EXACT_TIER_BF16_PAGES;
+  if (request.exact_tier() == v1::EXACT_TIER_HOST_PAGES && context.backend->exact_tier_bytes == 0) {
+    return absl::UnimplementedError(
+        "exact_tier: HOST_PAGES needs host memory that this server does not set aside "
+        "(exact-tier-bytes, cpu backend); supported: NONE, BF16_PAGES");
+  }
+  config->exact_tier = static_cast<ExactTier>(request.exact_tier());
   const bool fp8 = config->format == PageFormat::kF8E4m3;
   for (const auto& [field, scales] : {std::make_pair("key_scales", &request.key_scales()),
                                       std::make_pair("value_scales", &request.value_scales())}) {
@@ -173,13 +179,25 @@ absl::StatusOr<std::optional<AttendMode>> ConvertMode(v1::Mode mode, const std::
     case v1::MODE_STATIC:
       return std::optional<AttendMode>(AttendMode::kStatic);
     case v1::MODE_DETERMINISTIC:
-      return absl::UnimplementedError(
-          absl::StrCat(field,
-                       ": DETERMINISTIC is not supported; supported: EXACT, FULL_DEPTH, "
-                       "STATISTICAL, STATIC"));
+      return std::optional<AttendMode>(AttendMode::kDeterministic);
     default:
       return InvalidField(field, absl::StrCat(mode), "a Mode");
   }
+}
+
+absl::Status CheckDeterministic(const v1::AttendOptions& options, absl::string_view field,
+                                const BackendInfo& backend) {
+  if (!backend.bounds_errors) {
+    return absl::UnimplementedError(
+        absl::StrCat(Sub(field, "mode"), ": DETERMINISTIC is not supported by the ", backend.name,
+                     " backend; supported: EXACT, FULL_DEPTH, STATISTICAL, STATIC"));
+  }
+  if (options.max_relative_error() != 0) {
+    return InvalidField(Sub(field, "max_relative_error"),
+                        absl::StrCat(options.max_relative_error()),
+                        "0 with DETERMINISTIC: pressure never raises its target");
+  }
+  return absl::OkStatus();
 }
 
 // A share of one: 0 leaves it unset, else (0, 1].
@@ -291,6 +309,10 @@ absl::StatusOr<AttendOptions> ValidateAttendOptions(const v1::AttendOptions& opt
     if (!status.ok()) return status;
   }
   if (options.static_rank() != 0) out.static_rank = options.static_rank();
+  if (out.mode == AttendMode::kDeterministic) {
+    absl::Status status = CheckDeterministic(options, field, *context.backend);
+    if (!status.ok()) return status;
+  }
   if (out.max_relative_error) {
     const float target = out.target_relative_error.value_or(*out.max_relative_error);
     if (*out.max_relative_error < target) {
@@ -370,7 +392,7 @@ absl::StatusOr<SessionConfig> ValidateOpenSession(const v1::OpenSessionRequest& 
   }
   // Whether the defaults can be followed at all.
   const auto resolved = ResolveOptions(AttendOptions(), config.default_options, config.format,
-                                       config.exact_tier, config.shape.head_dim);
+                                       config.keeps_exact_pages(), config.shape.head_dim);
   if (!resolved.ok()) return resolved.status();
   return config;
 }

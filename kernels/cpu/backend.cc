@@ -52,7 +52,8 @@ class CpuPlan final : public AttendPlan {
 
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(HostMemory pool, int32_t num_threads)
+  // `pool` holds the exact tier behind the pool.
+  CpuBackend(HostMemory pool, int64_t pool_bytes, int32_t num_threads)
       : pool_(std::move(pool)),
         scratch_(num_threads),
         sealed_scratch_(num_threads),
@@ -66,7 +67,9 @@ class CpuBackend final : public Backend {
     info_.policies.insert(info_.policies.end(), {Policy::kEntropy, Policy::kLearned});
     info_.max_group_size = kMaxGroupSize;
     info_.max_q_len = kMaxQLen;
-    info_.pool_bytes = pool_.bytes();
+    info_.pool_bytes = pool_bytes;
+    info_.exact_tier_bytes = pool_.bytes() - pool_bytes;
+    info_.bounds_errors = true;
   }
 
   const BackendInfo& info() const override { return info_; }
@@ -162,11 +165,12 @@ absl::StatusOr<const AttendPlan*> CpuBackend::PlanAttend(const AttendBatch& batc
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const BackendOptions& options) {
-  absl::StatusOr<HostMemory> pool = HostMemory::Map(options.pool_bytes);
+  const int64_t pool_bytes = AlignPage(options.pool_bytes);
+  absl::StatusOr<HostMemory> pool = HostMemory::Map(pool_bytes + options.exact_tier_bytes);
   if (!pool.ok()) return pool.status();
   const int32_t cores = std::max(1, static_cast<int32_t>(std::thread::hardware_concurrency()));
   const int32_t threads = options.num_threads > 0 ? options.num_threads : cores;
-  return std::make_unique<CpuBackend>(*std::move(pool), threads);
+  return std::make_unique<CpuBackend>(*std::move(pool), pool_bytes, threads);
 }
 
 }  // namespace adaattn

@@ -54,4 +54,15 @@ float MergeHead(const AttendBatch& batch, const HeadJob& job) {
   return entropy / static_cast<float>(std::max(job.rows, 1));
 }
 
+void MergeRow(const PartialRows& part, int32_t row, int32_t head_dim, PartialRows* sum) {
+  if (part.max[row] == kNegativeInfinity) return;
+  const float max = std::max(part.max[row], sum->max[row]);
+  const float old_weight = std::exp(sum->max[row] - max), weight = std::exp(part.max[row] - max);
+  float* acc = sum->acc + int64_t{row} * head_dim;
+  for (int32_t c = 0; c < head_dim; ++c) acc[c] *= old_weight;
+  AddScaled(part.acc + int64_t{row} * head_dim, weight, head_dim, acc);
+  sum->sum[row] = sum->sum[row] * old_weight + weight * part.sum[row];
+  sum->max[row] = max;
+}
+
 }  // namespace adaattn

@@ -15,6 +15,9 @@ namespace adaattn {
 // tokens in the splits that carry a moment, under the joint softmax.
 float MergeHead(const AttendBatch& batch, const HeadJob& job);
 
+// Adds one row of `part` to `sum`, whose moments are left alone.
+void MergeRow(const PartialRows& part, int32_t row, int32_t head_dim, PartialRows* sum);
+
 }  // namespace adaattn
 
 #endif  // ADAATTN_KERNELS_CPU_MERGE_H_

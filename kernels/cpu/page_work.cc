@@ -109,7 +109,12 @@ void SealPagesOnCpu(absl::Span<const SealTask> tasks, std::byte* pool, WorkerPoo
   workers->ParallelFor(static_cast<int64_t>(drifts.size()), false, [&](int64_t item, int32_t) {
     const SealTask& task = tasks[item / heads];
     const int32_t kv_head = static_cast<int32_t>(item % heads);
-    if (kv_head < task.shape.num_kv_heads) SealOneHead(task, kv_head, pool, &drifts[item]);
+    if (kv_head >= task.shape.num_kv_heads) return;
+    SealOneHead(task, kv_head, pool, &drifts[item]);
+    if (kv_head == 0 && task.exact_copy != kNoPage) {
+      std::memcpy(pool + PageOffset(task.exact_copy), pool + PageOffset(task.source),
+                  static_cast<size_t>(DensePageBytes(task.shape, task.page_type)));
+    }
   });
   for (size_t i = 0; i < tasks.size(); ++i) {
     const int32_t count = tasks[i].shape.num_kv_heads;

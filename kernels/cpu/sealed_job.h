@@ -38,6 +38,12 @@ struct SealedJob {
   float* row_max = nullptr;     // [rows] largest log mass of a page or dense token
   float* row_lse = nullptr;     // [rows] global, from the scans and the dense pages
 
+  // Bounded steps: null in all others.
+  uint8_t* raw_bits = nullptr;  // [num_pages] of the keys, in `raw`
+  uint8_t* exact = nullptr;     // [num_pages] 1: the original is attended instead
+  float* estimate = nullptr;    // [rows, head_dim] o before attending, Hadamard frame
+  bool done = false;            // attended for good
+
   int32_t split_pages = 0;
   int32_t num_splits = 0;
   PartialRows* splits = nullptr;       // of attend
@@ -67,6 +73,8 @@ void SelectDepths(SealedJob* job, const AttentionShape& shape, const std::byte* 
 
 // The head's part of page `page` of the job.
 SealedPage JobPage(const SealedJob& job, int32_t head_dim, const std::byte* pool, int32_t page);
+// The head's rows in the frame of the page's basis.
+RotatedRows JobRows(const SealedJob& job, int32_t head_dim, int32_t page);
 PageMean JobPageMean(const SealedJob& job, const std::byte* pool, int32_t page);
 
 }  // namespace adaattn

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "absl/time/clock.h"
+#include "kernels/cpu/bounded.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/sealed_job.h"
 #include "kernels/format/hadamard.h"
@@ -30,7 +32,8 @@ class Wave {
       : context_(context),
         head_dim_(batch.shape.head_dim),
         group_(batch.shape.group_size()),
-        shape_(batch.shape) {}
+        shape_(batch.shape),
+        batch_(batch) {}
 
   void Add(HeadJob* head, PageRange pages);
   void Run(StageTimes* times);
@@ -52,7 +55,6 @@ class Wave {
                                   [&](int64_t item, int32_t) { stage(&jobs_[item]); });
   }
 
-  RotatedRows RowsFor(const SealedJob& job, int32_t page) const;
   void ScanPages(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker);
   void ScanRest(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker);
   void ScanPage(SealedJob* job, int32_t page, int32_t chunk_begin, KeyDepth depth, int32_t worker,
@@ -60,6 +62,8 @@ class Wave {
   void AttendPages(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker);
   void AttendPage(SealedJob* job, int32_t split, int32_t page, int32_t worker);
   void Finish(SealedJob* job);
+  std::vector<std::unique_ptr<BoundedHead>> PlanBounded();
+  bool SettleAll(const std::vector<std::unique_ptr<BoundedHead>>& bounded);
 
   KeyRange* Visible(const SealedJob& job, int32_t page, int32_t worker);
   int32_t all_chunks() const { return NumRankChunks(head_dim_); }
@@ -68,6 +72,7 @@ class Wave {
   const int32_t head_dim_;
   const int32_t group_;
   const AttentionShape shape_;
+  const AttendBatch& batch_;
   std::vector<SealedJob> jobs_;
   std::vector<SplitItem> items_;
   bool two_stage_ = false;
@@ -102,6 +107,12 @@ void Wave::Add(HeadJob* head, PageRange pages) {
   job.splits = arena->Get<PartialRows>(job.num_splits);
   job.split_key_bytes = arena->GetZeroed<int64_t>(job.num_splits);
   job.split_value_bytes = arena->GetZeroed<int64_t>(job.num_splits);
+  if (params.bounded) {
+    job.raw_bits = arena->Get<uint8_t>(job.num_pages);
+    std::fill_n(job.raw_bits, job.num_pages, static_cast<uint8_t>(kScanBits));
+    job.exact = arena->GetZeroed<uint8_t>(job.num_pages);
+    job.estimate = arena->Get<float>(int64_t{head->rows} * head_dim_);
+  }
   for (int32_t split = 0; split < job.num_splits; ++split) {
     job.splits[split].max = arena->Get<float>(head->rows);
     job.splits[split].sum = arena->Get<float>(head->rows);
@@ -129,26 +140,43 @@ void Wave::Run(StageTimes* times) {
     FinishMasses(job);
     SelectDepths(job, shape_, context_.pool);
   });
+  const std::vector<std::unique_ptr<BoundedHead>> bounded = PlanBounded();
   const absl::Time selected = absl::Now();
-  ForSplits(&Wave::AttendPages);
-  ForJobs([this](SealedJob* job) { Finish(job); });
+  do {
+    ForSplits(&Wave::AttendPages);
+  } while (!SettleAll(bounded));
   times->scan += scanned - start;
   times->select += selected - scanned;
   times->attend += absl::Now() - selected;
 }
 
-RotatedRows Wave::RowsFor(const SealedJob& job, int32_t page) const {
-  const HeadJob& head = *job.head;
-  int32_t index = job.first_page + page;
-  size_t run = 0;
-  while (index >= head.sequence->bases[run].num_pages)
-    index -= head.sequence->bases[run++].num_pages;
-  RotatedRows rows;
-  rows.q = head.rotated + static_cast<int64_t>(run) * head.rows * head_dim_;
-  rows.mean = head.mean_scores + static_cast<int64_t>(run) * head.rows;
-  rows.rows = head.rows;
-  rows.head_dim = head_dim_;
-  return rows;
+// Of each job; null where it is not bounded.
+std::vector<std::unique_ptr<BoundedHead>> Wave::PlanBounded() {
+  std::vector<std::unique_ptr<BoundedHead>> bounded(jobs_.size());
+  context_.workers->ParallelFor(
+      static_cast<int64_t>(jobs_.size()), false, [&](int64_t item, int32_t worker) {
+        SealedJob& job = jobs_[item];
+        if (job.exact == nullptr) return;
+        bounded[item] = std::make_unique<BoundedHead>(context_, batch_, job.head, &job);
+        bounded[item]->Plan(&(*context_.sealed_scratch)[worker]);
+      });
+  return bounded;
+}
+
+// Joins what was attended; true: no head has more to read.
+bool Wave::SettleAll(const std::vector<std::unique_ptr<BoundedHead>>& bounded) {
+  context_.workers->ParallelFor(
+      static_cast<int64_t>(jobs_.size()), false, [&](int64_t item, int32_t worker) {
+        SealedJob* job = &jobs_[item];
+        if (job->done) return;
+        if (bounded[item] != nullptr) bounded[item]->Restart();
+        Finish(job);
+        job->done = true;
+        if (bounded[item] == nullptr) return;
+        bounded[item]->AttendExactPages(&(*context_.scratch)[worker]);
+        job->done = bounded[item]->Settle(&(*context_.sealed_scratch)[worker]);
+      });
+  return std::all_of(jobs_.begin(), jobs_.end(), [](const SealedJob& job) { return job.done; });
 }
 
 KeyRange* Wave::Visible(const SealedJob& job, int32_t page, int32_t worker) {
@@ -163,7 +191,7 @@ void Wave::ScanPage(SealedJob* job, int32_t page, int32_t chunk_begin, KeyDepth 
                     int32_t worker, int64_t* bytes) {
   SealedWorker& own = (*context_.sealed_scratch)[worker];
   const SequenceStep& sequence = *job->head->sequence;
-  const RotatedRows rows = RowsFor(*job, page);
+  const RotatedRows rows = JobRows(*job, head_dim_, page);
   const SealedPage view = JobPage(*job, head_dim_, context_.pool, page);
   const ScoreParams params{sequence.softmax_scale, sequence.softcap};
   const int64_t first_cell = int64_t{page} * rows.rows;
@@ -230,13 +258,16 @@ void Wave::ScanRest(SealedJob* job, int32_t split, int32_t first, int32_t end, i
 }
 
 void Wave::AttendPages(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker) {
+  if (job->done) return;
   const int32_t rows = job->head->rows;
   const PartialRows& state = job->splits[split];
   // The estimate of the global LSE is as good a reference as the maximum, and known to all splits.
   std::copy_n(job->row_lse, rows, state.max);
   std::fill_n(state.sum, rows, 0.0f);
   std::fill_n(state.acc, int64_t{rows} * head_dim_, 0.0f);
-  for (int32_t page = first; page < end; ++page) AttendPage(job, split, page, worker);
+  for (int32_t page = first; page < end; ++page) {
+    if (job->exact == nullptr || job->exact[page] == 0) AttendPage(job, split, page, worker);
+  }
 }
 
 void Wave::AttendPage(SealedJob* job, int32_t split, int32_t page, int32_t worker) {
@@ -259,9 +290,9 @@ void Wave::AttendPage(SealedJob* job, int32_t split, int32_t page, int32_t worke
     return;
   }
   const SealedPage view = JobPage(*job, head_dim_, context_.pool, page);
-  const RotatedRows rotated = RowsFor(*job, page);
+  const RotatedRows rotated = JobRows(*job, head_dim_, page);
   float* raw = job->raw + int64_t{page} * rows * kPageTokens;
-  if (job->ladder && depth.key.bits > kScanBits) {
+  if (job->ladder && depth.key.bits > kScanBits && job->raw_bits == nullptr) {
     RefineKeys(view, rotated, depth.key.bits, depth.key.chunks, &own.scratch, raw);
     job->split_key_bytes[split] +=
         int64_t{ChunkedRank(head_dim_, depth.key.chunks)} * kPageTokens * (depth.key.bits - 4) / 8;
@@ -303,6 +334,8 @@ void Wave::Finish(SealedJob* job) {
   for (int32_t split = 0; split < job->num_splits; ++split) {
     head->decision->key_bytes += job->split_key_bytes[split];
     head->decision->value_bytes += job->split_value_bytes[split];
+    job->split_key_bytes[split] = job->split_value_bytes[split] =
+        0;  // Attended again: added again.
   }
   ++head->num_splits;
 }

@@ -47,6 +47,9 @@ class Selection {
     for (int32_t page = 0; page < job_.num_pages; ++page) SelectPage(page, theta);
     if (!budget) FillParts(/*all=*/false);
     Report();
+    if (job_.estimate != nullptr) {
+      std::copy(estimates_.begin(), estimates_.end(), job_.estimate);
+    }
   }
 
  private:
@@ -322,6 +325,21 @@ void LocalRanges(const HeadJob& head, int32_t group_size, int32_t page, KeyRange
 SealedPage JobPage(const SealedJob& job, int32_t head_dim, const std::byte* pool, int32_t page) {
   const PageId id = job.head->sequence->pages[job.first_page + page];
   return ViewSealedPage(job.layout, head_dim, job.head->kv_head, pool + PageOffset(id));
+}
+
+RotatedRows JobRows(const SealedJob& job, int32_t head_dim, int32_t page) {
+  const HeadJob& head = *job.head;
+  int32_t index = job.first_page + page;
+  size_t run = 0;
+  while (index >= head.sequence->bases[run].num_pages) {
+    index -= head.sequence->bases[run++].num_pages;
+  }
+  RotatedRows rows;
+  rows.q = head.rotated + static_cast<int64_t>(run) * head.rows * head_dim;
+  rows.mean = head.mean_scores + static_cast<int64_t>(run) * head.rows;
+  rows.rows = head.rows;
+  rows.head_dim = head_dim;
+  return rows;
 }
 
 PageMean JobPageMean(const SealedJob& job, const std::byte* pool, int32_t page) {

@@ -5,6 +5,7 @@
 
 #include "absl/time/clock.h"
 #include "kernels/cpu/append.h"
+#include "kernels/cpu/bounded.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/merge.h"
 #include "kernels/cpu/sealed_job.h"
@@ -143,8 +144,11 @@ void Step::LayoutDense(HeadJob* job) {
   const int64_t num_pages = begin < end ? (end - 1) / kPageTokens - first_page + 1 : 0;
   const int64_t split_pages = SplitPages(num_pages);
   job->num_splits = static_cast<int32_t>((num_pages + split_pages - 1) / split_pages);
-  job->splits = context_.arena->Get<WeightedPartial>(job->num_splits + 1);
-  job->splits[job->num_splits] = {NewPartial(job->rows), 1.0f, 0};
+  const int32_t beside_dense = sequence.decision.bounded ? 2 : 1;
+  job->splits = context_.arena->Get<WeightedPartial>(job->num_splits + beside_dense);
+  for (int32_t i = 0; i < beside_dense; ++i) {
+    job->splits[job->num_splits + i] = {NewPartial(job->rows), 1.0f, 0};
+  }
   const DType type = DenseDType(batch_.format);
   const float value_scale = type == DType::kF8E4m3 && !sequence.value_scales.empty()
                                 ? sequence.value_scales[job->kv_head]
@@ -218,28 +222,11 @@ void Step::Append() {
 }
 
 void Step::RunDenseSplit(const DenseSplit& split, int32_t worker) {
-  const HeadJob& job = *split.job;
-  const SequenceStep& sequence = *job.sequence;
-  DenseWork work;
-  work.pool = context_.pool;
-  work.pages = sequence.pages.data();
-  work.type = DenseDType(batch_.format);
-  work.head_dim = batch_.shape.head_dim;
-  work.key_offset = DenseKeyOffset(job.kv_head, work.head_dim, work.type);
-  work.value_offset = DenseValueOffset(batch_.shape, job.kv_head, work.type);
-  work.rows = job.rows;
-  work.rows_per_range = batch_.shape.group_size();
-  work.ranges = job.ranges;
-  work.q = job.q;
-  work.score_scale = sequence.softmax_scale;
-  if (work.type == DType::kF8E4m3 && !sequence.key_scales.empty()) {
-    work.score_scale *= sequence.key_scales[job.kv_head];
-  }
-  work.softcap = sequence.softcap;
+  DenseWork work = MakeDenseWork(context_, batch_, *split.job);
   work.begin = split.begin;
   work.end = split.end;
-  job.splits[split.split].key_bytes =
-      AttendDense(work, &(*context_.scratch)[worker], job.splits[split.split].rows);
+  WeightedPartial& target = split.job->splits[split.split];
+  target.key_bytes = AttendDense(work, &(*context_.scratch)[worker], target.rows);
 }
 
 void Step::AttendDensePages() {
@@ -249,7 +236,11 @@ void Step::AttendDensePages() {
 
 void Step::Merge() {
   For(static_cast<int64_t>(jobs_.size()), [&](int64_t item, int32_t) {
-    const HeadJob& job = jobs_[item];
+    HeadJob& job = jobs_[item];
+    const bool sealed = VisibleSealedPages(job).end > 0;
+    if (!sealed && job.sequence->decision.bounded) {
+      BoundedHead(context_, batch_, &job, nullptr).Settle(nullptr);
+    }
     const int64_t tokens = job.dense_end - job.dense_begin;
     job.decision->dense_tokens = static_cast<int32_t>(tokens);
     for (int32_t i = 0; i < job.num_splits; ++i) {
@@ -258,11 +249,32 @@ void Step::Merge() {
     }
     const float entropy = MergeHead(batch_, job);
     // With sealed pages the selection has it, from the page shares.
-    if (VisibleSealedPages(job).end == 0) job.decision->entropy = entropy;
+    if (!sealed) job.decision->entropy = entropy;
   });
 }
 
 }  // namespace
+
+DenseWork MakeDenseWork(const CpuContext& context, const AttendBatch& batch, const HeadJob& job) {
+  const SequenceStep& sequence = *job.sequence;
+  DenseWork work;
+  work.pool = context.pool;
+  work.pages = sequence.pages.data();
+  work.type = DenseDType(batch.format);
+  work.head_dim = batch.shape.head_dim;
+  work.key_offset = DenseKeyOffset(job.kv_head, work.head_dim, work.type);
+  work.value_offset = DenseValueOffset(batch.shape, job.kv_head, work.type);
+  work.rows = job.rows;
+  work.rows_per_range = batch.shape.group_size();
+  work.ranges = job.ranges;
+  work.q = job.q;
+  work.score_scale = sequence.softmax_scale;
+  if (work.type == DType::kF8E4m3 && !sequence.key_scales.empty()) {
+    work.score_scale *= sequence.key_scales[job.kv_head];
+  }
+  work.softcap = sequence.softcap;
+  return work;
+}
 
 KeyRange VisibleKeys(const SequenceStep& sequence, int32_t row) {
   const int64_t position = sequence.q_start + row;

@@ -54,9 +54,13 @@ struct HeadJob {
   int64_t dense_begin = 0;           // cache positions read from dense pages
   int64_t dense_end = 0;
   int32_t num_splits = 0;
-  WeightedPartial* splits = nullptr;  // dense, in order; then one for all sealed pages
+  // Dense, in order; then one for all sealed pages; then, bounded, one for exact pages.
+  WeightedPartial* splits = nullptr;
   HeadDecision* decision = nullptr;
 };
+
+// The dense attention of the head's rows; pages are the sequence's, begin and end are left to set.
+DenseWork MakeDenseWork(const CpuContext& context, const AttendBatch& batch, const HeadJob& job);
 
 // The keys that row `row` of q sees: causal, windowed, and existing.
 KeyRange VisibleKeys(const SequenceStep& sequence, int32_t row);

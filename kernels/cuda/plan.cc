@@ -47,6 +47,9 @@ absl::Status CheckShape(const AttendBatch& batch) {
       return absl::UnimplementedError(absl::StrCat("kv_len ", sequence.kv_len + sequence.append_len,
                                                    "; at most ", kMaxTokens, " with cuda"));
     }
+    if (sequence.decision.bounded) {
+      return absl::UnimplementedError("bounded errors; the cpu backend has them");
+    }
     if (sequence.decision.policy > Policy::kBudget) {
       return absl::UnimplementedError(
           absl::StrCat("policy ", PolicyName(sequence.decision.policy),

@@ -56,6 +56,10 @@ struct DecisionParams {
                                         // to chunks; 0 = one stage
   float coarse_z = 2.0f;                // two-stage scan: margin in standard deviations
   ThetaModel theta_model;               // kLearned
+  // Deterministic mode: read deeper than the policy (a ladder, scanned in one stage) says until
+  // HeadDecision::error_bound is at most target_relative_error: every stored bit, then the dense
+  // originals (SequenceStep::exact_pages) of the pages that hold the bound up, then of all.
+  bool bounded = false;
 };
 
 // Key reads of a page: `bits` of the leading `chunks` rank chunks. chunks == 0: not read.
@@ -79,6 +83,14 @@ ADAATTN_HD constexpr int32_t KeyDepthIndex(int32_t bits, int32_t chunks) {
 ADAATTN_HD constexpr int32_t KeyDepthBits(int32_t index) { return index / kMaxRankChunks * 2 + 4; }
 ADAATTN_HD constexpr int32_t KeyDepthChunks(int32_t index) { return index % kMaxRankChunks + 1; }
 
+// How deep a bounded step had to read.
+enum class BoundDepth : int32_t {
+  kPolicy = 0,  // as the policy says; also of steps that are not bounded
+  kStoredBits = 1,
+  kExactPages = 2,
+  kUnmet = 3  // all that is kept was read; error_bound exceeds the target
+};
+
 // What was decided and done for one kv head of one sequence in one step. Counts are of pages of
 // this kv head; a page outside every row's window is in no count.
 struct HeadDecision {
@@ -92,6 +104,14 @@ struct HeadDecision {
   int64_t key_bytes;      // loaded, counted by the kernel where it loads; sealed and dense
   int64_t value_bytes;
   int64_t basis_bytes;  // Q and mu, read once per step and kv head
+  // Bounded steps only; 0 in all others. A step that had to read again counts every byte, and pages
+  // by how they were read last.
+  float error_bound;  // on the relative error of each row and q head, rounding of out included;
+                      // infinity: nothing can be said
+  float lse_below;    // nats: every row's true lse lies in [lse - lse_below, lse + lse_above]
+  float lse_above;
+  int32_t exact_pages;  // sealed pages whose originals were read; counted by their scan, too
+  BoundDepth bound_depth;
 };
 
 // The bytes that `decision`'s page counts imply. The kernels count on their own; tests hold the two

@@ -48,7 +48,7 @@ ADAATTN_HD constexpr int32_t LadderKeyBits(int32_t value_bits) {
 // Leading rank chunks that the coarse scan reads; 0: the scan has one stage. Two stages need the
 // threshold policy, a coarse rank below the whole, and leave to skip (no floor under the values).
 ADAATTN_HD constexpr int32_t CoarseChunks(const DecisionParams& params, int32_t head_dim) {
-  if (params.policy != Policy::kThreshold || params.coarse_rank <= 0) return 0;
+  if (params.policy != Policy::kThreshold || params.coarse_rank <= 0 || params.bounded) return 0;
   if (params.floor_value_bits > 0) return 0;
   const int32_t chunks = ChunksForRank(head_dim, params.coarse_rank);
   return chunks < NumRankChunks(head_dim) ? chunks : 0;

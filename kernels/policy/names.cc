@@ -49,6 +49,7 @@ std::string DebugString(const DecisionParams& params) {
   if (params.policy == Policy::kBudget || params.policy == Policy::kLearned) {
     absl::StrAppend(&text, " target_relative_error=", params.target_relative_error);
   }
+  if (params.bounded) absl::StrAppend(&text, " bounded");
   if (params.policy != Policy::kFullDepth) {
     absl::StrAppend(&text, " floor_key_bits=", params.floor_key_bits,
                     " floor_value_bits=", params.floor_value_bits);

@@ -141,7 +141,11 @@ void BackendHarness::SealWith(TestSequence* sequence, int32_t count, PageId basi
       sequence->bases.push_back({0, basis});
     }
     ++sequence->bases.back().num_pages;
-    free_pages_.insert(free_pages_.begin(), task.source);
+    if (sequence->keep_exact) {
+      sequence->exact_pages.push_back(task.source);
+    } else {
+      free_pages_.insert(free_pages_.begin(), task.source);
+    }
   }
 }
 
@@ -161,6 +165,7 @@ SequenceStep BackendHarness::MakeStep(const StepCase& step) const {
   out.num_sealed_pages = sequence.num_sealed_pages;
   out.bases = sequence.bases;
   out.stored_bits = sequence.stored_bits;
+  out.exact_pages = sequence.exact_pages;
   out.softmax_scale = step.softmax_scale > 0
                           ? step.softmax_scale
                           : 1.0f / std::sqrt(static_cast<float>(options_.shape.head_dim));

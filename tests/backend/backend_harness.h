@@ -28,6 +28,8 @@ struct TestSequence {
   int32_t num_sealed_pages = 0;
   std::vector<BasisRun> bases;
   int32_t stored_bits = 8;
+  bool keep_exact = false;  // of what is sealed from here on
+  std::vector<PageId> exact_pages;
   int64_t length = 0;
   std::vector<float> k;  // [length, num_kv_heads, head_dim] rounded to the page type
   std::vector<float> v;

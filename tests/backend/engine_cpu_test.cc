@@ -60,6 +60,7 @@ class EngineCpuTest : public testing::Test {
   EngineCpuTest() : table_(TableOptions(), SystemClock::Get()) {
     BackendOptions backend;
     backend.pool_bytes = int64_t{64} << 20;
+    backend.exact_tier_bytes = int64_t{16} << 20;
     backend.num_threads = 2;
     backend_ = *CreateCpuBackend(backend);
     EngineOptions options;
@@ -80,7 +81,7 @@ class EngineCpuTest : public testing::Test {
     options.instance = "test";
     return options;
   }
-  std::shared_ptr<Session> Open(PageFormat format, bool exact_tier = false) {
+  std::shared_ptr<Session> Open(PageFormat format, ExactTier exact_tier = ExactTier::kNone) {
     SessionConfig config = TestConfig(format);
     config.shape = {kQHeads, kKvHeads, kHeadDim};
     config.exact_tier = exact_tier;
@@ -197,13 +198,65 @@ TEST_F(EngineCpuTest, SealedSessionsStayCloseAndReadLess) {
 
 TEST_F(EngineCpuTest, TheExactTierIsExactBesideSealedPages) {
   const History history(1500, 3);
-  const auto session = Open(PageFormat::kProgressive, /*exact_tier=*/true);
+  const auto session = Open(PageFormat::kProgressive, ExactTier::kPool);
   Step(session, history, 0, 1500);
   engine_->Quiesce();
   EXPECT_GT(observer_.sealed, 0);
   const auto task = Look(session, history, 1500, AttendMode::kExact);
   EXPECT_LT(Error(*task, history, 1500), 2e-2);
   EXPECT_EQ(task->reply.sequences[0].decision.pages_sealed, 0);
+}
+
+TEST_F(EngineCpuTest, BothTiersAnswerExactlyAlike) {
+  const History history(1500, 3);
+  const auto in_pool = Open(PageFormat::kProgressive, ExactTier::kPool);
+  const auto in_host = Open(PageFormat::kProgressive, ExactTier::kHost);
+  const auto dense = Open(PageFormat::kBf16);
+  for (const auto& session : {in_pool, in_host, dense}) {
+    Step(session, history, 0, 1500);
+    engine_->Quiesce();
+  }
+  EXPECT_GT(engine_->page_stats().pages[3], 0);
+  const auto want = Look(dense, history, 1500, AttendMode::kExact);
+  for (const auto& session : {in_pool, in_host}) {
+    const auto task = Look(session, history, 1500, AttendMode::kExact);
+    EXPECT_EQ(std::memcmp(task->reply.buffer->bytes.get(), want->reply.buffer->bytes.get(),
+                          static_cast<size_t>(want->reply.buffer->out_bytes)),
+              0);
+  }
+}
+
+TEST_F(EngineCpuTest, DeterministicKeepsItsPromise) {
+  const History history(1500, 3);
+  const auto session = Open(PageFormat::kProgressive, ExactTier::kHost);
+  const auto dense = Open(PageFormat::kBf16);
+  Step(session, history, 0, 1500);
+  Step(dense, history, 0, 1500);
+  engine_->Quiesce();
+  const auto truth = Look(dense, history, 1500, AttendMode::kExact);
+  const auto* const want = reinterpret_cast<const float*>(truth->reply.buffer->bytes.get());
+  for (const float target : {0.5f, 0.05f}) {
+    AttendOptions options;
+    options.mode = AttendMode::kDeterministic;
+    options.target_relative_error = target;
+    const auto task = Look(session, history, 1500, options);
+    ASSERT_TRUE(task->reply.sequences[0].status.ok()) << task->reply.sequences[0].status;
+    const DecisionSummary& decision = task->reply.sequences[0].decision;
+    EXPECT_GT(decision.error_bound, 0);
+    EXPECT_LE(decision.error_bound, target);
+    EXPECT_EQ(decision.effective_target, target);
+    EXPECT_EQ(decision.predicted_error, 0);
+    EXPECT_GT(decision.lse_above, 0);
+    const auto* const out = reinterpret_cast<const float*>(task->reply.buffer->bytes.get());
+    for (int32_t head = 0; head < kQHeads; ++head) {
+      double error = 0, norm = 0;
+      for (int32_t c = 0; c < kHeadDim; ++c) {
+        error += std::pow(out[head * kHeadDim + c] - want[head * kHeadDim + c], 2);
+        norm += std::pow(want[head * kHeadDim + c], 2);
+      }
+      EXPECT_LE(std::sqrt(error / norm), decision.error_bound) << head;
+    }
+  }
 }
 
 TEST_F(EngineCpuTest, TruncatesIntoSealedPagesAndGoesOn) {

@@ -24,6 +24,7 @@ HarnessOptions BackendOptionsFor(const ProgressiveOptions& options) {
   out.num_pages = options.num_pages;
   out.num_threads = options.num_threads;
   out.seed = options.seed;
+  out.out_type = options.out_type;
   return out;
 }
 
@@ -61,6 +62,7 @@ ProgressiveHarness::ProgressiveHarness(const ProgressiveOptions& options)
     : options_(options), harness_(BackendOptionsFor(options)) {
   if (!harness_.ok()) return;
   sequence_.stored_bits = options.stored_bits;
+  sequence_.keep_exact = options.keep_exact;
   const int32_t heads = options.shape.num_kv_heads;
   // Drawn one after the other: the order of arguments is the compiler's.
   const std::vector<float> values = harness_.RandomRows(options.length, heads);

@@ -22,6 +22,8 @@ struct ProgressiveOptions {
   uint32_t seed = 7;
   int32_t num_threads = 0;
   int32_t num_pages = 64;
+  bool keep_exact = false;
+  DType out_type = DType::kF32;
 };
 
 // One sequence of keys with a mean, decaying channels and pages of their own direction, so that

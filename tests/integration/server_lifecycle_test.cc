@@ -49,8 +49,13 @@ TEST_F(LifecycleTest, InfoSaysWhatTheServerCanAndCannotDo) {
   EXPECT_EQ(info.instance(), server_->sessions()->instance());
   EXPECT_THAT(info.head_dims(), Contains(128));
   EXPECT_THAT(info.page_formats(), Contains(v1::PAGE_FORMAT_PROGRESSIVE));
-  EXPECT_THAT(info.unsupported(), Contains("MODE_DETERMINISTIC"));
-  EXPECT_THAT(info.modes(), ::testing::Not(Contains(v1::MODE_DETERMINISTIC)));
+  const bool bounds = info.backend() == "cpu";
+  EXPECT_EQ(std::count(info.modes().begin(), info.modes().end(), v1::MODE_DETERMINISTIC),
+            bounds ? 1 : 0);
+  EXPECT_EQ(std::count(info.unsupported().begin(), info.unsupported().end(), "MODE_DETERMINISTIC"),
+            bounds ? 0 : 1);
+  EXPECT_EQ(info.exact_tier_bytes(), 0) << "not asked for";
+  EXPECT_THAT(info.unsupported(), Contains("EXACT_TIER_HOST_PAGES"));
   EXPECT_EQ(info.pool_bytes(), int64_t{48} << 20);
   EXPECT_EQ(info.pool_bytes_free(), info.pool_bytes());
 }

@@ -18,7 +18,7 @@ class RecordingObserver final : public EngineObserver {
  public:
   struct Audit {
     bool exact = false;
-    std::vector<float> actual, predicted;
+    std::vector<float> actual, predicted, bounds;
   };
 
   void OnBatch(const BatchReport& report) override {
@@ -38,7 +38,8 @@ class RecordingObserver final : public EngineObserver {
   void OnAudit(const AuditReport& report) override {
     audits.push_back({report.exact_reference,
                       {report.actual.begin(), report.actual.end()},
-                      {report.predicted.begin(), report.predicted.end()}});
+                      {report.predicted.begin(), report.predicted.end()},
+                      {report.bounds.begin(), report.bounds.end()}});
   }
   void OnGauges(const GaugeReport& report) override { gauges = report; }
   void OnSessionEvent(SessionEvent event, int64_t count) override {
@@ -69,6 +70,7 @@ class EngineFixture : public testing::Test {
     engine_->Stop(absl::InfiniteFuture());
     EXPECT_EQ(engine_->page_stats().total_pages(), 0) << "pages leaked";
     EXPECT_EQ(engine_->page_stats().free_bytes, engine_->page_stats().pool_bytes);
+    EXPECT_EQ(engine_->page_stats().exact_tier_free_bytes, engine_->page_stats().exact_tier_bytes);
   }
 
   static SessionTableOptions TableOptions() {
@@ -79,14 +81,14 @@ class EngineFixture : public testing::Test {
 
   Engine& engine() {
     if (engine_ == nullptr) {
-      if (backend_ == nullptr) backend_ = std::make_unique<FakeBackend>(pool_bytes_);
+      if (backend_ == nullptr) backend_ = std::make_unique<FakeBackend>(pool_bytes_, tier_bytes_);
       engine_ = std::make_unique<Engine>(options_, backend_.get(), &table_, &observer_, &clock_);
       EXPECT_TRUE(engine_->Start([this](const absl::Status& status) { lost_.Put(status); }).ok());
     }
     return *engine_;
   }
   FakeBackend& backend() {
-    if (backend_ == nullptr) backend_ = std::make_unique<FakeBackend>(pool_bytes_);
+    if (backend_ == nullptr) backend_ = std::make_unique<FakeBackend>(pool_bytes_, tier_bytes_);
     return *backend_;
   }
 
@@ -140,6 +142,7 @@ class EngineFixture : public testing::Test {
   SessionTable table_;
   EngineOptions options_;
   int64_t pool_bytes_ = int64_t{4} << 20;
+  int64_t tier_bytes_ = 0;
   RecordingObserver observer_;
   TaskMailbox mailbox_;
   Mailbox<absl::Status> lost_;

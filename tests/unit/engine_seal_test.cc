@@ -8,7 +8,7 @@ namespace {
 
 class EngineSealTest : public EngineFixture {
  protected:
-  std::shared_ptr<Session> OpenProgressive(bool exact_tier = false) {
+  std::shared_ptr<Session> OpenProgressive(ExactTier exact_tier = ExactTier::kNone) {
     SessionConfig config = TestConfig(PageFormat::kProgressive);
     config.exact_tier = exact_tier;
     return Open(config);
@@ -190,12 +190,14 @@ TEST_F(EngineSealTest, ExactNeedsTheExactTier) {
 TEST_F(EngineSealTest, TheExactTierAnswersFromBf16Pages) {
   AttendOptions exact;
   exact.mode = AttendMode::kExact;
-  const auto session = OpenProgressive(/*exact_tier=*/true);
+  const auto session = OpenProgressive(ExactTier::kPool);
   EXPECT_EQ(AppendOnes(session, 0, 300), 300);
   engine().Quiesce();
   const SessionFacts facts = Facts();
   EXPECT_EQ(facts.pages_sealed, 3);
-  EXPECT_EQ(facts.pages_dense, 5);
+  EXPECT_EQ(facts.pages_dense, 2);
+  EXPECT_EQ(facts.pages_exact, 3);
+  EXPECT_EQ(facts.exact_tier_bytes, 0) << "in the pool";
   const auto task = Attend(session, 300, exact);
   ASSERT_TRUE(task->reply.sequences[0].status.ok());
   EXPECT_EQ(OutAt(*task, 0), 300);
@@ -284,7 +286,7 @@ TEST_F(EngineSealTest, AuditsAShareOfStatisticalSteps) {
 
 TEST_F(EngineSealTest, AuditsUseTheExactTier) {
   options_.audit_share = 1;
-  const auto session = OpenProgressive(/*exact_tier=*/true);
+  const auto session = OpenProgressive(ExactTier::kPool);
   EXPECT_EQ(AppendOnes(session, 0, 256), 256);
   engine().Quiesce();
   Attend(session, 256, {});

@@ -85,7 +85,7 @@ TEST_F(EngineSessionTest, TruncatingAtAPageEndReopensNothing) {
 
 TEST_F(EngineSessionTest, TheExactTierReopensWithoutDecoding) {
   SessionConfig config = TestConfig(PageFormat::kProgressive);
-  config.exact_tier = true;
+  config.exact_tier = ExactTier::kPool;
   const auto session = Open(config);
   EXPECT_EQ(AppendOnes(session, 0, 320), 320);
   engine().Quiesce();

@@ -25,8 +25,8 @@ namespace adaattn {
 // NaN, so a wrong page table shows. Every call is recorded.
 class FakeBackend final : public Backend {
  public:
-  explicit FakeBackend(int64_t pool_bytes)
-      : pool_(static_cast<size_t>(pool_bytes) / sizeof(float),
+  explicit FakeBackend(int64_t pool_bytes, int64_t exact_tier_bytes = 0)
+      : pool_(static_cast<size_t>(pool_bytes + exact_tier_bytes) / sizeof(float),
               std::numeric_limits<float>::quiet_NaN()) {
     info_.name = "fake";
     info_.head_dims = {64};
@@ -35,6 +35,8 @@ class FakeBackend final : public Backend {
     info_.max_group_size = 16;
     info_.max_q_len = 64;
     info_.pool_bytes = pool_bytes;
+    info_.exact_tier_bytes = exact_tier_bytes;
+    info_.bounds_errors = true;
   }
 
   const std::vector<std::string>& calls() const { return calls_; }
@@ -48,6 +50,8 @@ class FakeBackend final : public Backend {
   void set_drift_ratio(float drift_ratio) { drift_ratio_ = drift_ratio; }
   const std::vector<DecisionParams>& decisions() const { return decisions_; }
   int64_t fit_rows() const { return fit_rows_; }
+  // Originals that the last sequence came with.
+  int64_t exact_pages() const { return exact_pages_; }
 
   const BackendInfo& info() const override { return info_; }
 
@@ -71,6 +75,7 @@ class FakeBackend final : public Backend {
     for (size_t i = 0; i < batch.sequences.size(); ++i) {
       const SequenceStep& sequence = batch.sequences[i];
       decisions_.push_back(sequence.decision);
+      exact_pages_ = static_cast<int64_t>(sequence.exact_pages.size());
       batch.buffers->results()[i] = {};
       Append(batch, sequence, kv_row, &batch.buffers->results()[i]);
       Attend(batch, sequence, i, q_row);
@@ -87,6 +92,10 @@ class FakeBackend final : public Backend {
     for (size_t i = 0; i < tasks.size(); ++i) {
       calls_.push_back("seal");
       std::copy_n(At(tasks[i].source), kPageTokens, At(tasks[i].target));
+      if (tasks[i].exact_copy != kNoPage) {
+        calls_.push_back("keep");
+        std::copy_n(At(tasks[i].source), kPageTokens, At(tasks[i].exact_copy));
+      }
       results[i].drift_ratio = drift_ratio_;
     }
     return run_status_;
@@ -111,6 +120,8 @@ class FakeBackend final : public Backend {
     return run_status_;
   }
   absl::Status ReadTokens(const ReadTask& task) override {
+    calls_.push_back(
+        absl::StrCat("read ", PageFormatName(task.format), " ", task.num_sealed_pages));
     const int64_t row = int64_t{task.shape.num_kv_heads} * task.shape.head_dim;
     for (int64_t token = task.begin; token < task.end; ++token) {
       const float value = *TokenAt(task.pages, token);
@@ -125,7 +136,7 @@ class FakeBackend final : public Backend {
     return run_status_;
   }
   absl::Status ZeroPage(PageId page, int64_t bytes) override {
-    calls_.push_back("zero");
+    calls_.push_back(PageOffset(page) < info_.pool_bytes ? "zero" : "zero tier");
     std::memset(At(page), 0, static_cast<size_t>(bytes));
     return run_status_;
   }
@@ -210,6 +221,7 @@ class FakeBackend final : public Backend {
           static_cast<int32_t>(end - int64_t{sequence.num_sealed_pages} * kPageTokens);
       decision.theta = 0.25f;
       decision.predicted_error = 0.5f;
+      if (sequence.decision.bounded) decision.error_bound = 0.25f;
     }
     std::fill_n(batch.buffers->decisions() + index * batch.shape.num_kv_heads,
                 batch.shape.num_kv_heads, decision);
@@ -224,6 +236,7 @@ class FakeBackend final : public Backend {
   absl::Status run_status_;
   float drift_ratio_ = 1;
   int64_t fit_rows_ = 0;
+  int64_t exact_pages_ = 0;
 };
 
 }  // namespace adaattn

@@ -74,7 +74,7 @@ TEST(PageAllocatorTest, PagesDoNotOverlapWhateverTheirSizes) {
       continue;
     }
     PageRequest request = Dense((1 + random() % 40) * kPageAlignment, 1);
-    request.state = static_cast<PageState>(random() % kNumPageStates);
+    request.state = static_cast<PageState>(random() % 3);
     absl::StatusOr<PageLease> lease = Reserve(&allocator, request);
     if (!lease.ok()) continue;
     held.emplace_back(lease->Take().front(), request.bytes);
@@ -188,6 +188,70 @@ TEST(PageAllocatorTest, OnlySealingTakesTheReserve) {
   sealed.state = PageState::kSealed;
   sealed.may_use_reserve = true;
   EXPECT_TRUE(Reserve(&allocator, sealed).ok());
+}
+
+// A pool and, some way behind it, a tier.
+PageAllocatorOptions WithTier(int64_t pool_slabs, int64_t tier_slabs) {
+  PageAllocatorOptions options = SmallPool(pool_slabs);
+  options.exact_tier_begin = options.pool_bytes + 3 * kPageAlignment;
+  options.exact_tier_bytes = tier_slabs * options.slab_bytes;
+  options.max_tenant_exact_bytes = options.exact_tier_bytes;
+  return options;
+}
+
+PageRequest Exact(int64_t bytes, int32_t count, TenantId tenant = kAlice) {
+  PageRequest request = Dense(bytes, count, tenant);
+  request.state = PageState::kExact;
+  request.may_use_reserve = true;
+  return request;
+}
+
+TEST(PageAllocatorTest, TheTierHasPagesOfItsOwn) {
+  const PageAllocatorOptions options = WithTier(2, 3);
+  PageAllocator allocator(options);
+  const PageLease lease = *allocator.Reserve({Dense(2048, 4), Exact(1024, 12)});
+  for (size_t i = 0; i < 16; ++i) {
+    const int64_t offset = PageOffset(lease.pages()[i]);
+    EXPECT_EQ(offset >= options.exact_tier_begin, i >= 4) << i;
+    EXPECT_LE(offset + (i < 4 ? 2048 : 1024),
+              i < 4 ? options.pool_bytes : options.exact_tier_begin + options.exact_tier_bytes);
+    EXPECT_EQ(allocator.page_bytes(lease.pages()[i]), i < 4 ? 2048 : 1024);
+  }
+  EXPECT_EQ(allocator.tenant_bytes(kAlice), 8192);
+  EXPECT_EQ(allocator.tenant_exact_bytes(kAlice), 12288);
+  EXPECT_EQ(allocator.stats().bytes[3], 12288);
+  EXPECT_EQ(allocator.stats().exact_tier_free_bytes, 0);
+  EXPECT_EQ(allocator.stats().free_bytes, 0);
+}
+
+TEST(PageAllocatorTest, AFullTierTakesNothingOfThePool) {
+  PageAllocator allocator(WithTier(4, 1));
+  const PageLease held = *Reserve(&allocator, Exact(1024, 3));
+  const absl::Status refused = allocator.Reserve({Dense(1024, 2), Exact(1024, 2)}).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(absl::StrContains(refused.message(), "exact tier quota")) << refused;
+  const absl::Status no_room = Reserve(&allocator, Exact(1024, 2, kBob)).status();
+  EXPECT_TRUE(absl::StrContains(no_room.message(), "exact tier: 2048 bytes are needed")) << no_room;
+  EXPECT_EQ(allocator.stats().total_pages(), 3);
+  EXPECT_EQ(allocator.tenant_bytes(kAlice), 0);
+  EXPECT_EQ(allocator.tenant_exact_bytes(kBob), 0);
+}
+
+TEST(PageAllocatorTest, TheTiersQuotaHoldsForSealingToo) {
+  PageAllocatorOptions options = WithTier(4, 4);
+  options.max_tenant_exact_bytes = 2048;
+  PageAllocator allocator(options);
+  const PageLease held = *Reserve(&allocator, Exact(1024, 2));
+  const absl::Status refused = Reserve(&allocator, Exact(1024, 1)).status();
+  EXPECT_TRUE(absl::StrContains(refused.message(), "2048 of 2048")) << refused;
+  EXPECT_TRUE(Reserve(&allocator, Exact(1024, 1, kBob)).ok());
+}
+
+TEST(PageAllocatorTest, AnotherTenantsTierPagesAreToBeZeroed) {
+  PageAllocator allocator(WithTier(1, 1));
+  { const PageLease lease = *Reserve(&allocator, Exact(1024, 4, kAlice)); }
+  const PageLease bobs = *Reserve(&allocator, Exact(2048, 2, kBob));
+  EXPECT_EQ(bobs.pages_to_zero().size(), 2u);
 }
 
 }  // namespace

@@ -61,6 +61,9 @@ class Fallback(enum.IntEnum):
     NO_BASIS = 1
     BUDGET = 2
     PRESSURE = 3
+    STORED_BITS = 4
+    EXACT_PAGES = 5
+    BOUND_UNMET = 6
 
 
 class Error(Exception):
@@ -156,7 +159,10 @@ class Decision:
     theta: float
     entropy: float
     predicted_error: float  # relative, rms over heads; a prediction, not a bound
-    error_bound: float      # DETERMINISTIC only
+    error_bound: float      # DETERMINISTIC only, as are the next three
+    lse_below: float        # the true lse of every row lies in [lse - below, lse + above]
+    lse_above: float
+    exact_pages: int
     bytes_read: int         # of K and V with all metadata
     bytes_bf16: int         # that a BF16 cache would have read for the same rows
     basis_bytes: int        # on top

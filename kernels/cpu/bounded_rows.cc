@@ -1,0 +1,207 @@
+// The bound of each row of a bounded head: from partial results to terms to figures.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "kernels/cpu/bounded.h"
+#include "kernels/cpu/bounded_arithmetic.h"
+#include "kernels/format/hadamard.h"
+
+namespace adaattn {
+namespace {
+
+constexpr double kNegativeInfinity = -std::numeric_limits<double>::infinity();
+constexpr double kTheRest = -1;  // of the mass
+constexpr double kLargestFp16 = 65504;
+
+double Norm(const double* x, int32_t count) {
+  return std::sqrt(std::inner_product(x, x + count, x, 0.0));
+}
+
+// Worst L2 error of rounding an output of norm `norm` to `type`. FP16 saturates beyond its range.
+double OutputRounding(DType type, double norm, int32_t head_dim) {
+  if (type == DType::kF32) return kUnit * norm;
+  if (type == DType::kBf16) return 0x1p-8 * norm;
+  if (norm > kLargestFp16) return std::numeric_limits<double>::infinity();
+  return 0x1p-11 * norm + 0x1p-25 * std::sqrt(head_dim);
+}
+
+// One row of a head's partial results together: o in the model's frame, and its lse.
+double MergedOutput(const HeadJob& head, int32_t row, int32_t head_dim, std::vector<double>* o) {
+  double max = kNegativeInfinity, sum = 0;
+  for (int32_t i = 0; i < head.num_splits; ++i) {
+    max = std::max(max, double{head.splits[i].rows.max[row]});
+  }
+  o->assign(static_cast<size_t>(head_dim), 0.0);
+  if (max == kNegativeInfinity) return max;
+  for (int32_t i = 0; i < head.num_splits; ++i) {
+    const PartialRows& part = head.splits[i].rows;
+    const double weight = std::exp(part.max[row] - max);
+    sum += weight * part.sum[row];
+    for (int32_t c = 0; c < head_dim; ++c) {
+      (*o)[c] += weight * head.splits[i].factor * part.acc[int64_t{row} * head_dim + c];
+    }
+  }
+  for (double& value : *o) value /= sum;
+  return max + std::log(sum);
+}
+
+}  // namespace
+
+BoundTerm BoundedHead::DenseTerm(int32_t row, double mass, const DenseExtent& extent,
+                                 double norm) const {
+  BoundTerm term;
+  term.mass = mass;
+  // At least four lanes share a dot product.
+  term.score_error = head_->sequence->softmax_scale * (head_dim_ / 4 + 24) * kUnit * 1.1 *
+                         query_norms_[row] * extent.key +
+                     SoftmaxError();
+  term.value_error = 2 * kUnit * extent.value;  // FP8: the value scale's product
+  term.distance = extent.value + norm;
+  return term;
+}
+
+void BoundedHead::AddSealedTerms(int32_t row, const double* rotated_o, double norm, double lse,
+                                 std::vector<BoundTerm>* terms, double* rounding) const {
+  for (int32_t page = 0; page < job_->num_pages; ++page) {
+    if (exact(page)) continue;
+    const RowScan& scan = job_->scans[Cell(page, row)];
+    const PageMean mean = JobPageMean(*job_, context_.pool, page);
+    double squares = 0;
+    for (int32_t c = 0; c < head_dim_; ++c) {
+      const double off = double{mean.summary.mean_scale} * mean.mean[c] - rotated_o[c];
+      squares += off * off;
+    }
+    const double to_mean = std::sqrt(squares);
+    const double radius = double{mean.summary.radius} * (1 + kFrameError);
+    BoundTerm& term = terms->emplace_back();
+    term.mass = std::exp(double{scan.log_mass} - lse);
+    term.score_error = score_errors_[Cell(page, row)];
+    term.value_error = kFrameError * (to_mean + radius + norm);
+    if (job_->depths[page].value_bits == 0) {
+      // The page's weights were scaled together.
+      if (term.mass > 0) term.score_error += std::abs(double{scan.log_mass} - scan.lse);
+      term.value_error += radius;
+      term.distance = to_mean;
+      continue;
+    }
+    const SealedPage view = JobPage(*job_, head_dim_, context_.pool, page);
+    const ValueRanges ranges = SumValueRanges(view.value_scales, head_dim_);
+    if (ranges.saturated) term.value_error = std::numeric_limits<double>::infinity();
+    term.value_error += ranges.token * CodeError(job_->depths[page].value_bits);
+    term.distance = to_mean + radius + term.value_error;
+    *rounding += term.mass * ranges.page * kPageTokens * kHalfStep;
+  }
+}
+
+BoundedHead::RowBound BoundedHead::BoundRow(int32_t row, const double* o, double lse,
+                                            double exact_mass) const {
+  const double norm = Norm(o, head_dim_);
+  std::vector<BoundTerm> terms;
+  double rounding = 0, sealed_mass = 0;
+  if (job_ != nullptr) {
+    std::vector<double> rotated(o, o + head_dim_);
+    RotateHadamard(rotated.data(), head_dim_);
+    AddSealedTerms(row, rotated.data(), norm, lse, &terms, &rounding);
+    for (const BoundTerm& term : terms) sealed_mass += term.mass;
+  }
+  double dense_mass = 0;
+  for (int32_t i = 0; i < dense_splits_; ++i) {
+    const PartialRows& part = head_->splits[i].rows;
+    if (part.sum[row] > 0) dense_mass += part.sum[row] * std::exp(double{part.max[row]} - lse);
+  }
+  terms.push_back(DenseTerm(row, dense_mass, dense_, norm));
+  if (exact_mass < 0) exact_mass = std::max(0.0, 1 - dense_mass - sealed_mass);
+  terms.push_back(DenseTerm(row, exact_mass, exact_, norm));
+  double reach = 0;
+  for (const BoundTerm& term : terms) {
+    if (term.mass > 0) reach = std::max(reach, term.distance);
+  }
+  const int64_t pages = job_ == nullptr ? 0 : job_->num_pages;
+  const int64_t dense_pages = (head_->dense_end - head_->dense_begin) / kPageTokens + 1;
+  const int64_t chain = SplitPages(std::max(pages, dense_pages)) * kPageTokens + pages + 256;
+  rounding += static_cast<double>(chain) * kUnit * 1.1 * (reach + 2 * norm);
+  for (BoundTerm& term : terms) term.distance += rounding;
+  const double error =
+      OutputErrorBound(terms) + rounding + OutputRounding(batch_.out_type, norm, head_dim_);
+  RowBound bound;
+  bound.relative = RelativeBound(error, norm);
+  bound.lse = BoundLse(terms);
+  const double lse_rounding = 8 * kUnit * (std::abs(lse) + 1) + kSoftmaxError;
+  bound.lse.below += lse_rounding;
+  bound.lse.above += lse_rounding;
+  return bound;
+}
+
+double BoundedHead::Expected() const {
+  double worst = 0;
+  std::vector<double> o(head_dim_);
+  for (int32_t row = 0; row < rows(); ++row) {
+    if (job_->row_lse[row] == kNegativeInfinity) continue;
+    std::copy_n(job_->estimate + int64_t{row} * head_dim_, head_dim_, o.begin());
+    RotateHadamard(o.data(), head_dim_);
+    worst = std::max(worst, BoundRow(row, o.data(), job_->row_lse[row], kTheRest).relative);
+  }
+  return worst;
+}
+
+double BoundedHead::ExactMass(int32_t row, double lse) const {
+  if (head_->num_splits < dense_splits_ + 2) return 0;
+  const PartialRows& part = head_->splits[dense_splits_ + 1].rows;
+  return part.sum[row] > 0 ? part.sum[row] * std::exp(double{part.max[row]} - lse) : 0;
+}
+
+BoundedHead::RowBound BoundedHead::Measure() const {
+  RowBound worst;
+  std::vector<double> o;
+  for (int32_t row = 0; row < rows(); ++row) {
+    const double lse = MergedOutput(*head_, row, head_dim_, &o);
+    if (lse == kNegativeInfinity) continue;
+    const RowBound bound = BoundRow(row, o.data(), lse, ExactMass(row, lse));
+    worst.relative = std::max(worst.relative, bound.relative);
+    worst.lse.below = std::max(worst.lse.below, bound.lse.below);
+    worst.lse.above = std::max(worst.lse.above, bound.lse.above);
+  }
+  return worst;
+}
+
+bool BoundedHead::Settle(SealedWorker* worker) {
+  const RowBound bound = Measure();
+  const int32_t num_splits = head_->num_splits;
+  const bool met = bound.relative <= head_->sequence->decision.target_relative_error;
+  if (!met && job_ != nullptr) {
+    Restart();
+    if (Deepen(worker)) {
+      Plan(worker);
+      return false;
+    }
+    head_->num_splits = num_splits;
+  }
+  Report(bound, met ? depth_ : BoundDepth::kUnmet);
+  return true;
+}
+
+void BoundedHead::Report(const RowBound& bound, BoundDepth depth) {
+  const auto up = [](double value) {
+    return std::nextafter(static_cast<float>(value), std::numeric_limits<float>::infinity());
+  };
+  HeadDecision* const decision = head_->decision;
+  decision->error_bound = bound.relative == 0 ? 0.0f : up(bound.relative);
+  decision->lse_below = up(bound.lse.below);
+  decision->lse_above = up(bound.lse.above);
+  decision->bound_depth = depth;
+  decision->predicted_error = 0;
+  if (job_ == nullptr) return;
+  std::fill_n(decision->key_pages, kNumKeyDepths, 0);
+  std::fill_n(decision->value_pages, kNumValueDepths, 0);
+  for (int32_t page = 0; page < job_->num_pages; ++page) {
+    ++decision->key_pages[KeyDepthIndex(job_->raw_bits[page], job_->layout.num_chunks)];
+    ++decision->value_pages[exact(page) ? 0 : job_->depths[page].value_bits / 2];
+    decision->exact_pages += exact(page) ? 1 : 0;
+  }
+}
+
+}  // namespace adaattn
