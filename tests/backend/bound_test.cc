@@ -267,7 +267,8 @@ TEST(BoundTest, SaysNothingOfOtherSteps) {
   ProgressiveHarness cache(SmallOptions(/*keep_exact=*/true));
   StepCase step = cache.NewStep(1);
   step.decision.policy = Policy::kBudget;
-  for (const HeadDecision& decision : cache.harness().Run({step})[0].decisions) {
+  const std::vector<StepOutput> outputs = cache.harness().Run({step});
+  for (const HeadDecision& decision : outputs[0].decisions) {
     EXPECT_EQ(decision.error_bound, 0);
     EXPECT_EQ(decision.lse_below, 0);
     EXPECT_EQ(decision.exact_pages, 0);
