@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -47,7 +48,8 @@ class RecordingObserver final : public EngineObserver {
   }
 
   int64_t batches = 0, q_tokens = 0, appended_tokens = 0, pages_sealed = 0;
-  int64_t sealed = 0, fitted = 0, deferred = 0, expired = 0;
+  int64_t sealed = 0, fitted = 0, expired = 0;
+  std::atomic<int64_t> deferred{0};  // grows while nothing else happens
   std::vector<absl::StatusCode> codes;
   std::vector<Audit> audits;
   GaugeReport gauges;

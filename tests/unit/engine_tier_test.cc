@@ -135,7 +135,7 @@ TEST_F(EngineTierTest, AFullTierLeavesPagesUnsealedAndHarmsNobody) {
   const auto other = OpenTiered();
   Fill(other, 64 * 8);  // 7 pages are due, 3 fit
   EXPECT_EQ(tier_pages(), 6);
-  EXPECT_GT(observer_.deferred, 0);
+  EXPECT_GT(observer_.deferred.load(), 0);
   EXPECT_EQ(Attend(other, 512, AttendMode::kExact), 512);
   EXPECT_EQ(Attend(session, 256, AttendMode::kExact), 256);
   EXPECT_EQ(engine().page_stats().pages[1], 6) << "no sealed page without its original";

@@ -12,10 +12,12 @@
 #include <utility>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/attention.h"
 #include "kernels/format/float_types.h"
+#include "kernels/mutex.h"
 
 namespace adaattn {
 
@@ -39,8 +41,9 @@ class FakeBackend final : public Backend {
     info_.bounds_errors = true;
   }
 
-  const std::vector<std::string>& calls() const { return calls_; }
+  // From any thread.
   int64_t CountCalls(const std::string& prefix) const {
+    MutexLock lock(&mutex_);
     return std::count_if(calls_.begin(), calls_.end(),
                          [&](const std::string& call) { return call.rfind(prefix, 0) == 0; });
   }
@@ -68,8 +71,7 @@ class FakeBackend final : public Backend {
   absl::StatusOr<StepTicket> RunAttend(const AttendPlan& /*plan*/,
                                        const AttendBatch& batch) override {
     if (on_run_) on_run_();
-    calls_.push_back(
-        absl::StrCat("run ", PageFormatName(batch.format), " ", batch.sequences.size()));
+    Record(absl::StrCat("run ", PageFormatName(batch.format), " ", batch.sequences.size()));
     if (!run_status_.ok()) return run_status_;
     int64_t q_row = 0, kv_row = 0;
     for (size_t i = 0; i < batch.sequences.size(); ++i) {
@@ -90,10 +92,10 @@ class FakeBackend final : public Backend {
   absl::Status SealPages(absl::Span<const SealTask> tasks,
                          absl::Span<SealResult> results) override {
     for (size_t i = 0; i < tasks.size(); ++i) {
-      calls_.push_back("seal");
+      Record("seal");
       std::copy_n(At(tasks[i].source), kPageTokens, At(tasks[i].target));
       if (tasks[i].exact_copy != kNoPage) {
-        calls_.push_back("keep");
+        Record("keep");
         std::copy_n(At(tasks[i].source), kPageTokens, At(tasks[i].exact_copy));
       }
       results[i].drift_ratio = drift_ratio_;
@@ -102,26 +104,25 @@ class FakeBackend final : public Backend {
   }
   absl::Status ReopenPages(absl::Span<const ReopenTask> tasks) override {
     for (const ReopenTask& task : tasks) {
-      calls_.push_back("reopen");
+      Record("reopen");
       std::copy_n(At(task.source), kPageTokens, At(task.target));
     }
     return run_status_;
   }
   absl::Status FitBasis(const FitBasisTask& task) override {
-    calls_.push_back(absl::StrCat("fit ", task.pages.size()));
+    Record(absl::StrCat("fit ", task.pages.size()));
     fit_rows_ = static_cast<int64_t>(task.query_sample.size()) / task.shape.num_q_heads /
                 task.shape.head_dim;
     *At(task.target) = 0;
     return run_status_;
   }
   absl::Status LoadBasis(const LoadBasisTask& task) override {
-    calls_.push_back("load");
+    Record("load");
     *At(task.target) = 0;
     return run_status_;
   }
   absl::Status ReadTokens(const ReadTask& task) override {
-    calls_.push_back(
-        absl::StrCat("read ", PageFormatName(task.format), " ", task.num_sealed_pages));
+    Record(absl::StrCat("read ", PageFormatName(task.format), " ", task.num_sealed_pages));
     const int64_t row = int64_t{task.shape.num_kv_heads} * task.shape.head_dim;
     for (int64_t token = task.begin; token < task.end; ++token) {
       const float value = *TokenAt(task.pages, token);
@@ -131,17 +132,22 @@ class FakeBackend final : public Backend {
     return run_status_;
   }
   absl::Status CopyPage(PageId source, PageId target, int64_t bytes) override {
-    calls_.push_back("copy");
+    Record("copy");
     std::memmove(At(target), At(source), static_cast<size_t>(bytes));
     return run_status_;
   }
   absl::Status ZeroPage(PageId page, int64_t bytes) override {
-    calls_.push_back(PageOffset(page) < info_.pool_bytes ? "zero" : "zero tier");
+    Record(PageOffset(page) < info_.pool_bytes ? "zero" : "zero tier");
     std::memset(At(page), 0, static_cast<size_t>(bytes));
     return run_status_;
   }
 
  private:
+  void Record(std::string call) {
+    MutexLock lock(&mutex_);
+    calls_.push_back(std::move(call));
+  }
+
   class Plan final : public AttendPlan {
    public:
     std::string DebugString() const override { return "fake"; }
@@ -230,7 +236,8 @@ class FakeBackend final : public Backend {
   BackendInfo info_;
   Plan plan_;
   std::vector<float> pool_;
-  std::vector<std::string> calls_;
+  mutable Mutex mutex_;
+  std::vector<std::string> calls_ ABSL_GUARDED_BY(mutex_);
   std::vector<DecisionParams> decisions_;
   std::function<void()> on_run_;
   absl::Status run_status_;
