@@ -55,6 +55,10 @@ absl::Status CheckShape(const AttendBatch& batch) {
           absl::StrCat("policy ", PolicyName(sequence.decision.policy),
                        "; with cuda full_depth, static, threshold and budget are supported"));
     }
+    if (sequence.num_sealed_pages > kCudaMaxSealedPages) {
+      return absl::UnimplementedError(absl::StrCat(
+          sequence.num_sealed_pages, " sealed pages; at most ", kCudaMaxSealedPages, " with cuda"));
+    }
     if (static_cast<int32_t>(sequence.bases.size()) > kMaxDeviceBasisRuns) {
       return absl::UnimplementedError(absl::StrCat(sequence.bases.size(), " basis runs; at most ",
                                                    kMaxDeviceBasisRuns, " with cuda"));

@@ -20,6 +20,8 @@ namespace adaattn {
 
 inline constexpr int32_t kCudaMaxGroupSize = 16;
 inline constexpr int32_t kCudaMaxQLen = 8;
+// 8.4 million tokens: the merge lists a head's partial outputs in shared memory.
+inline constexpr int32_t kCudaMaxSealedPages = 1 << 17;
 inline constexpr int32_t kCudaHeadDims[] = {64, 80, 96, 128, 256};
 
 // The sealed sequences of one depth of storage: one progressive launch.

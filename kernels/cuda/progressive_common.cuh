@@ -80,7 +80,6 @@ ADAATTN_HD constexpr PackedPage UnpackPage(uint32_t x) {
                     static_cast<int>(x >> 24 & 3u), static_cast<int>(x >> 26 & 7u),
                     static_cast<int>(x >> 29)};
 }
-inline constexpr int32_t kMaxSealedPages = 1 << 21;
 
 // Byte offsets into the workspace. Row-major, outermost first; H kv heads, S sequences, C columns.
 struct ProgressiveWorkspace {

@@ -39,7 +39,7 @@ absl::Status AllowShared(Kernel kernel, size_t bytes) {
                   "cudaFuncSetAttribute");
 }
 
-inline constexpr size_t kMostMergeShared = 200 << 10;  // sequences of 160 million tokens
+inline constexpr size_t kMostMergeShared = 200 << 10;  // kCudaMaxSealedPages need 152 KiB
 
 template <class Traits>
 absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {

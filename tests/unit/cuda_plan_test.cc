@@ -110,6 +110,9 @@ TEST(PlanKeyTest, RefusesWhatHasNoKernelAndSaysWhatHas) {
   EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
   EXPECT_NE(status.message().find("policy entropy"), absl::string_view::npos);
   batch.steps[0].decision.policy = Policy::kBudget;
+  batch.steps[0].num_sealed_pages = kCudaMaxSealedPages + 1;
+  EXPECT_EQ(MakePlanKey(batch.get()).status().code(), absl::StatusCode::kUnimplemented);
+  batch.steps[0].num_sealed_pages = 0;
   batch.steps[0].kv_len = int64_t{1} << 31;
   EXPECT_EQ(MakePlanKey(batch.get()).status().code(), absl::StatusCode::kUnimplemented);
 }
