@@ -79,6 +79,7 @@ absl::Status OpenWorker(Client* client, const BenchConfig& config, uint32_t seed
   options.page_format = config.choice.page_format;
   options.element_type = config.choice.element_type;
   options.stored_bits = config.choice.stored_bits;
+  options.exact_tier = config.choice.exact_tier;
   options.default_options = config.choice.options;
   options.max_tokens = config.kv_len + config.steps + kWarmupSteps;
   absl::StatusOr<std::unique_ptr<Session>> session = client->OpenSession(options);
@@ -250,8 +251,8 @@ absl::StatusOr<int> RunBench(const Args& args) {
 Command BenchCommand() {
   Command command{"bench", "", "closed-loop steps of a synthetic shape over streams", AttendFlags(),
                   RunBench};
-  command.flags.push_back(
-      {"mode", Flag::Type::kString, "default", "exact, full_depth, statistical, static"});
+  command.flags.push_back({"mode", Flag::Type::kString, "default",
+                           "exact, full_depth, statistical, deterministic, static"});
   command.flags.push_back({"q-heads", Flag::Type::kInt, "12", "query heads"});
   command.flags.push_back({"kv-heads", Flag::Type::kInt, "2", "key and value heads"});
   command.flags.push_back({"head-dim", Flag::Type::kInt, "128", "elements of a head"});

@@ -52,6 +52,7 @@ struct AttendChoice {
   PageFormat page_format = PageFormat::kProgressive;
   DType element_type = DType::kUnspecified;
   int32_t stored_bits = 0;
+  ExactTier exact_tier = ExactTier::kNone;
   AttendOptions options;
 };
 absl::StatusOr<AttendChoice> ParseAttendFlags(const Args& args, const std::string& mode);

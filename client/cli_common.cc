@@ -103,12 +103,14 @@ std::vector<Flag> AttendFlags() {
       {"element-type", Flag::Type::kString, "default",
        "progressive: pages not sealed yet, fp16 (the default) or bf16"},
       {"stored-bits", Flag::Type::kInt, "8", "progressive: bits kept of each code: 8, 6, 4"},
+      {"exact-tier", Flag::Type::kString, "none",
+       "progressive: originals kept for exact and deterministic, none, bf16_pages or host_pages"},
       {"policy", Flag::Type::kString, "default",
        "statistical: budget, threshold, entropy or learned"},
       {"theta", Flag::Type::kDouble, "0",
        "threshold, entropy: share below which V is skipped; 0 = .004, .03"},
       {"target", Flag::Type::kDouble, "0",
-       "budget, learned: target relative error; 0 = the server's (.05)"},
+       "budget, learned, deterministic: target relative error; 0 = the server's (.05)"},
       {"coarse-rank", Flag::Type::kInt, "-1",
        "two-stage scan: channels read first; 0 = one stage, -1 = the server's default"},
       {"coarse-z", Flag::Type::kDouble, "-1",
@@ -128,6 +130,9 @@ absl::StatusOr<AttendChoice> ParseAttendFlags(const Args& args, const std::strin
   const auto type = ParseEnum<DType>("element-type", args.String("element-type"), 4, DTypeName);
   if (!type.ok()) return type.status();
   choice.element_type = *type;
+  const auto tier = ParseEnum<ExactTier>("exact-tier", args.String("exact-tier"), 3, ExactTierName);
+  if (!tier.ok()) return tier.status();
+  choice.exact_tier = *tier;
   const auto parsed_mode = ParseEnum<Mode>("mode", mode.empty() ? "default" : mode, 6, ModeName);
   if (!parsed_mode.ok()) return parsed_mode.status();
   choice.options.mode = *parsed_mode;

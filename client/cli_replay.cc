@@ -35,6 +35,7 @@ absl::StatusOr<std::vector<ReplayConfig>> Configs(const Args& args) {
     config.page_format = choice->page_format;
     config.element_type = choice->element_type;
     config.stored_bits = choice->stored_bits;
+    config.exact_tier = choice->exact_tier;
     config.options = choice->options;
     config.concurrency = static_cast<int32_t>(args.Int("concurrency"));
     config.max_rows = static_cast<int32_t>(args.Int("rows"));
@@ -94,7 +95,7 @@ Command ReplayCommand() {
                   RunReplay};
   command.flags.push_back({"mode", Flag::Type::kString, "default",
                            "comma-separated, one session each: exact, full_depth, statistical, "
-                           "static"});
+                           "deterministic, static"});
   command.flags.push_back(
       {"concurrency", Flag::Type::kInt, "1", "sessions that replay the trace at the same time"});
   command.flags.push_back({"rows", Flag::Type::kInt, "0", "captured rows to replay; 0 = all"});

@@ -284,6 +284,18 @@ const char* PageFormatName(PageFormat format) {
   return format == PageFormat::kProgressive ? "progressive" : DTypeName(static_cast<DType>(format));
 }
 
+const char* ExactTierName(ExactTier tier) {
+  switch (tier) {
+    case ExactTier::kNone:
+      return "none";
+    case ExactTier::kBf16Pages:
+      return "bf16_pages";
+    case ExactTier::kHostPages:
+      return "host_pages";
+  }
+  return "unknown";
+}
+
 const char* ModeName(Mode mode) {
   switch (mode) {
     case Mode::kDefault:

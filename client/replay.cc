@@ -135,6 +135,7 @@ absl::Status ReplaySession(Client* client, const WireTrace& wire, const ReplayCo
   options.page_format = config.page_format;
   options.element_type = config.element_type;
   options.stored_bits = config.stored_bits;
+  options.exact_tier = config.exact_tier;
   options.max_tokens = trace.num_tokens;
   options.default_options = config.options;
   absl::StatusOr<std::unique_ptr<Session>> session = client->OpenSession(options);
@@ -190,7 +191,7 @@ void SummarizeDecisions(const std::vector<Decision>& decisions, ReplayReport* re
   report->has_theta = report->theta > 0;
 }
 
-ReplayReport Summarize(std::vector<Samples> sessions) {
+ReplayReport Summarize(const std::vector<Samples>& sessions) {
   Samples all;
   const auto append = [](const auto& from, auto* to) {
     to->insert(to->end(), from.begin(), from.end());
@@ -251,6 +252,7 @@ absl::StatusOr<ReplayReport> Replay(Client* client, const Trace& trace,
   std::vector<Samples> samples(config.concurrency);
   std::vector<absl::Status> statuses(config.concurrency);
   std::vector<std::thread> threads;
+  threads.reserve(config.concurrency);
   for (int32_t i = 0; i < config.concurrency; ++i) {
     threads.emplace_back(
         [&, i] { statuses[i] = ReplaySession(client, wire, config, rows, advance, &samples[i]); });
@@ -259,7 +261,7 @@ absl::StatusOr<ReplayReport> Replay(Client* client, const Trace& trace,
   for (const absl::Status& status : statuses) {
     if (!status.ok()) return status;
   }
-  ReplayReport report = Summarize(std::move(samples));
+  ReplayReport report = Summarize(samples);
   report.trace = trace_name;
   report.mode = config.name;
   return report;

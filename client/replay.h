@@ -21,6 +21,7 @@ struct ReplayConfig {
   PageFormat page_format = PageFormat::kProgressive;
   DType element_type = DType::kUnspecified;
   int32_t stored_bits = 0;  // 0 = the server's default
+  ExactTier exact_tier = ExactTier::kNone;
   AttendOptions options;
   int32_t concurrency = 1;  // sessions that replay the trace at the same time, >= 1
   int32_t max_rows = 0;     // captured rows to replay; 0 = all

@@ -317,6 +317,8 @@ struct ServerInfo {
 const char* PageFormatName(PageFormat format);
 // "fp32", "fp16", "bf16", "fp8_e4m3"; "default" for kUnspecified.
 const char* DTypeName(DType dtype);
+// "none", "bf16_pages", "host_pages".
+const char* ExactTierName(ExactTier tier);
 // "exact", "full_depth", "statistical", "deterministic", "static"; "default".
 const char* ModeName(Mode mode);
 // "threshold", "budget"; "default".

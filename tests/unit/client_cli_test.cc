@@ -71,6 +71,10 @@ TEST(CliArgsTest, AttendFlagsSayHowToAttend) {
   const auto typed = Args::Parse(Strings{"--element-type=bf16"}, AttendFlags());
   ASSERT_TRUE(typed.ok()) << typed.status();
   EXPECT_EQ(ParseAttendFlags(*typed, "")->element_type, DType::kBf16);
+  EXPECT_EQ(choice->exact_tier, ExactTier::kNone);
+  const auto tier = Args::Parse(Strings{"--exact-tier=host_pages"}, AttendFlags());
+  ASSERT_TRUE(tier.ok()) << tier.status();
+  EXPECT_EQ(ParseAttendFlags(*tier, "deterministic")->exact_tier, ExactTier::kHostPages);
   const auto wrong = Args::Parse(Strings{"--element-type=int8"}, AttendFlags());
   ASSERT_TRUE(wrong.ok()) << wrong.status();
   EXPECT_FALSE(ParseAttendFlags(*wrong, "").ok());
