@@ -25,7 +25,7 @@ COMMON = ("--backend=cpu", "--threads=1", "--metrics-listen=127.0.0.1:0")
 
 @pytest.fixture(scope="session")
 def server():
-    with adaattn.LocalServer(stack.SERVER, *COMMON, "--audit-share=0.2") as running:
+    with adaattn.LocalServer(stack.SERVER, *COMMON, "--audit-share=0.2", "--exact-tier-bytes=256MiB") as running:
         yield running
 
 
@@ -53,7 +53,9 @@ def prometheus(server, small, leaving, tmp_path_factory):
 @pytest.fixture(scope="session")
 def load(server, prometheus):
     """The load generator, at work since Prometheus watches."""
-    generator = stack.Load(server.unix, LOAD_SECONDS, "--kv-len=2048", "--concurrency=4", "--steps=200")
+    generator = stack.Load(
+        server.unix, LOAD_SECONDS, ["--kv-len=2048", "--concurrency=4", "--steps=200"],
+        ["--mode=deterministic", "--exact-tier=host_pages", "--kv-len=2048", "--concurrency=2", "--steps=50"])
     generator.start()
     yield generator
     generator.finish()

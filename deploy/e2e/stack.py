@@ -1,6 +1,7 @@
 """What the end to end tests run: a server, a load generator that keeps books, a real Prometheus."""
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -50,21 +51,22 @@ def samples(exposition: str) -> dict[str, float]:
 
 
 class Load(threading.Thread):
-    """Runs `adaattn-cli bench` again and again until `finish`, for `seconds` at least; adds up its books."""
+    """Runs `adaattn-cli bench` with each of the lists of flags in turn until `finish`, for `seconds` at
+    least; adds up its books."""
 
-    def __init__(self, address: str, seconds: float, *flags: str, must_succeed: bool = True):
+    def __init__(self, address: str, seconds: float, *flags: list[str], must_succeed: bool = True):
         super().__init__(daemon=True)
         self.books = {"steps": 0, "bytes_read": 0, "basis_bytes": 0, "bytes_bf16": 0}
         self.failures = 0
         self.error = ""
-        self._command = [CLI, "bench", f"--address={address}", "--json", *flags]
+        self._commands = itertools.cycle([CLI, "bench", f"--address={address}", "--json", *f] for f in flags)
         self._end = time.monotonic() + seconds
         self._must_succeed = must_succeed
         self._finish = threading.Event()
 
     def run(self) -> None:
         while time.monotonic() < self._end or not self._finish.is_set():
-            done = subprocess.run(self._command, capture_output=True, text=True, check=False)
+            done = subprocess.run(next(self._commands), capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 for name, value in json.loads(done.stdout)["books"].items():
                     self.books[name] += value

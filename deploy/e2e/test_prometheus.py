@@ -21,6 +21,8 @@ def warm(server, prometheus, load):
     """Load has run long enough that every window holds two scrapes and an audit."""
     stack.wait_for("a recorded saving", lambda: prometheus.query("adaattn:kv_bandwidth_saved:ratio"), 180)
     stack.wait_for("an audit", lambda: prometheus.query("sum(rate(adaattn_audits_total[15s])) > 0"), 180)
+    stack.wait_for("an audit of a bound", lambda: prometheus.query(
+        'sum(rate(adaattn_audit_ratio_count{kind="bound"}[15s])) > 0'), 180)
     assert load.is_alive() or not load.error, load.error
 
 
@@ -45,7 +47,7 @@ def test_a_healthy_server_fires_nothing(prometheus, warm):
 
 @pytest.mark.after_load
 def test_overload_fires_the_alert_for_it(prometheus, small):
-    load = stack.Load(small.unix, 25, "--kv-len=256", "--concurrency=32", "--steps=50", must_succeed=False)
+    load = stack.Load(small.unix, 25, ["--kv-len=256", "--concurrency=32", "--steps=50"], must_succeed=False)
     load.start()
     fired = stack.wait_for("AdaAttnRefusing", lambda: "AdaAttnRefusing" in prometheus.firing("small")
                            and prometheus.firing("small"), 40)
