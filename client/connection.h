@@ -45,7 +45,7 @@ class Connection {
     while (true) {
       grpc::ClientContext context;
       Prepare(&context, route_key, options_.deadline);
-      const absl::Status status = FromGrpc((NextStub()->*method)(&context, request, response));
+      absl::Status status = FromGrpc((NextStub()->*method)(&context, request, response));
       if (status.ok()) return status;
       const auto wait = retry.Next(status, RetryHint(context));
       if (!wait) return status;

@@ -190,8 +190,8 @@ absl::Status Session::Close() {
   v1::CloseSessionRequest request;
   ToProto(ref_, request.mutable_session());
   v1::CloseSessionResponse response;
-  const absl::Status status = connection_->Call(&v1::Attention::Stub::CloseSession, route_key_,
-                                                RetryRule::kRepeatable, request, &response);
+  absl::Status status = connection_->Call(&v1::Attention::Stub::CloseSession, route_key_,
+                                          RetryRule::kRepeatable, request, &response);
   if (status.ok()) {
     absl::MutexLock lock(&mutex_);
     open_ = false;

@@ -43,7 +43,7 @@ void OnAllThreads(Work work) {
 
 void CopyBandwidth(benchmark::State& state) {
   std::vector<std::vector<char>> buffers(2 * NumThreads(), std::vector<char>(kCopyBytes, 1));
-  for (auto _ : state) {
+  while (state.KeepRunning()) {
     OnAllThreads([&](int i) {
       std::memcpy(buffers[2 * i].data(), buffers[2 * i + 1].data(), kCopyBytes);
       benchmark::DoNotOptimize(buffers[2 * i].data());
@@ -58,7 +58,7 @@ void CopyBandwidth(benchmark::State& state) {
 void FmaRate(benchmark::State& state) {
   std::vector<float> sinks(NumThreads());
   std::vector<int64_t> operations(NumThreads());
-  for (auto _ : state) {
+  while (state.KeepRunning()) {
     OnAllThreads([&](int i) { operations[i] = RunFmaRounds(kFmaIterations, &sinks[i]); });
     benchmark::DoNotOptimize(sinks.data());
   }
@@ -95,7 +95,7 @@ class Decode {
     if (!batch.ok()) return state.SkipWithError("no step buffers");
     const auto plan = backend_->PlanAttend(*batch);
     if (!plan.ok()) return state.SkipWithError("no kernel for this shape");
-    for (auto _ : state) {
+    while (state.KeepRunning()) {
       for (const std::vector<SequenceStep>& step : steps) {
         batch->sequences = step;
         const auto ticket = backend_->RunAttend(**plan, *batch);

@@ -100,7 +100,7 @@ absl::Status TraceCache::ImportTokens() {
     if (!plan.ok()) return plan.status();
     const auto ticket = backend_->RunAttend(**plan, batch);
     if (!ticket.ok()) return ticket.status();
-    const absl::Status status = backend_->Wait(*ticket);
+    absl::Status status = backend_->Wait(*ticket);
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
@@ -123,7 +123,7 @@ absl::Status TraceCache::SealAll() {
     }
   }
   fit.query_sample = sample;
-  const absl::Status status = backend_->FitBasis(fit);
+  absl::Status status = backend_->FitBasis(fit);
   if (!status.ok()) return status;
   std::vector<SealTask> tasks;
   for (size_t page = 0; page < sealed_.size(); ++page) {

@@ -76,8 +76,7 @@ absl::Status FillFormat(const v1::OpenSessionRequest& request, const ValidationC
   if (!v1::ExactTier_IsValid(request.exact_tier()) ||
       (!progressive && request.exact_tier() != v1::EXACT_TIER_NONE)) {
     return InvalidField("exact_tier", absl::StrCat(request.exact_tier()),
-                        "NONE; where page_format is PROGRESSIVE also BF16_PAGES or "
-                        "HOST_PAGES");
+                        "NONE; where page_format is PROGRESSIVE also BF16_PAGES or HOST_PAGES");
   }
   if (request.exact_tier() == v1::EXACT_TIER_HOST_PAGES && context.backend->exact_tier_bytes == 0) {
     return absl::UnimplementedError(

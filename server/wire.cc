@@ -91,7 +91,7 @@ class AttendSplitter {
 
   absl::Status Split() {
     while (reader_.position() < reader_.total()) {
-      const absl::Status status = SplitField();
+      absl::Status status = SplitField();
       if (!status.ok()) return status;
     }
     if (header_.size() > static_cast<size_t>(kMaxLength)) return Malformed("too long");

@@ -56,7 +56,7 @@ BoundTerm BoundedHead::DenseTerm(int32_t row, double mass, const DenseExtent& ex
   BoundTerm term;
   term.mass = mass;
   // At least four lanes share a dot product.
-  term.score_error = head_->sequence->softmax_scale * (head_dim_ / 4 + 24) * kUnit * 1.1 *
+  term.score_error = head_->sequence->softmax_scale * (head_dim_ / 4.0 + 24) * kUnit * 1.1 *
                          query_norms_[row] * extent.key +
                      SoftmaxError();
   term.value_error = 2 * kUnit * extent.value;  // FP8: the value scale's product

@@ -237,6 +237,16 @@ std::vector<StepOutput> BackendHarness::Run(std::vector<StepCase> cases) {
   EXPECT_TRUE(ticket.ok()) << ticket.status();
   EXPECT_TRUE(backend_->Wait(*ticket).ok());
 
+  std::vector<StepOutput> outputs = TakeOutputs(cases, buffers->get());
+  for (size_t i = 0; i < cases.size(); ++i) {
+    if (!outputs[i].result.nonfinite_kv) CountAppended(&cases[i], cases[i].k, cases[i].v);
+  }
+  return outputs;
+}
+
+std::vector<StepOutput> BackendHarness::TakeOutputs(const std::vector<StepCase>& cases,
+                                                    StepBuffers* buffers) const {
+  const AttentionShape& shape = options_.shape;
   std::vector<StepOutput> outputs(cases.size());
   int64_t row = 0;
   for (size_t i = 0; i < cases.size(); ++i) {
@@ -245,13 +255,12 @@ std::vector<StepOutput> BackendHarness::Run(std::vector<StepCase> cases) {
     output.q = cases[i].q;
     for (int64_t e = 0; e < rows * shape.head_dim; ++e) {
       output.out.push_back(
-          ReadElement((*buffers)->out(), options_.out_type, row * shape.head_dim + e));
+          ReadElement(buffers->out(), options_.out_type, row * shape.head_dim + e));
     }
-    output.lse.assign((*buffers)->lse() + row, (*buffers)->lse() + row + rows);
-    output.result = (*buffers)->results()[i];
-    const HeadDecision* decisions = (*buffers)->decisions() + i * shape.num_kv_heads;
+    output.lse.assign(buffers->lse() + row, buffers->lse() + row + rows);
+    output.result = buffers->results()[i];
+    const HeadDecision* decisions = buffers->decisions() + i * shape.num_kv_heads;
     output.decisions.assign(decisions, decisions + shape.num_kv_heads);
-    if (!output.result.nonfinite_kv) CountAppended(&cases[i], cases[i].k, cases[i].v);
     row += rows;
   }
   return outputs;

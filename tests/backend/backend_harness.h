@@ -114,6 +114,9 @@ class BackendHarness {
 
  private:
   void Poison();
+  // What `buffers` hold for each of the steps.
+  std::vector<StepOutput> TakeOutputs(const std::vector<StepCase>& cases,
+                                      StepBuffers* buffers) const;
   void CountAppended(StepCase* step, const std::vector<float>& k, const std::vector<float>& v);
   SequenceStep MakeStep(const StepCase& step) const;
 

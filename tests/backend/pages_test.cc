@@ -78,6 +78,7 @@ TEST(SealTest, DriftIsOneOnTheFittedTokensAndGrowsOnOthers) {
   harness.AppendTokens(&sequence, k, harness.RandomRows(256, 2));
   const PageId basis = harness.FitBasis(sequence, 2);
   std::vector<SealTask> tasks;
+  tasks.reserve(4);
   for (int page = 0; page < 4; ++page) {
     tasks.push_back({harness.options().shape, sequence.pages[page], harness.NewPage(), basis, 8});
   }

@@ -266,8 +266,10 @@ TEST_F(ClientSessionTest, ListsEverySessionAndRenewsLeases) {
 
 TEST_F(ClientSessionTest, SessionsOfOneClientMayStepAtTheSameTime) {
   client_ = MakeClient(/*num_channels=*/3);
+  constexpr int kThreads = 4;
   std::vector<std::thread> threads;
-  for (int i = 0; i < 4; ++i) {
+  threads.reserve(kThreads);
+  for (int i = 0; i < kThreads; ++i) {
     threads.emplace_back([this, i] {
       SessionOptions options;
       options.model = {1, kQHeads, kKvHeads, kHeadDim, 0};

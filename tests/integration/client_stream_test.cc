@@ -23,6 +23,7 @@ class ClientStreamTest : public ClientTest {
 
 TEST_F(ClientStreamTest, AnswersComeInTheOrderOfTheMessages) {
   std::vector<std::unique_ptr<Session>> sessions;
+  sessions.reserve(8);
   for (int i = 0; i < 8; ++i) sessions.push_back(Open());
   auto stream = client_->OpenStream();
   std::vector<uint64_t> ids;
@@ -49,6 +50,7 @@ TEST_F(ClientStreamTest, ALostStreamIsRestoredAndNothingIsAppendedTwice) {
   for (const StatusCode code : {StatusCode::kUnavailable, StatusCode::kCancelled}) {
     for (const bool after_applying : {false, true}) {
       std::vector<std::unique_ptr<Session>> sessions;
+      sessions.reserve(5);
       for (int i = 0; i < 5; ++i) sessions.push_back(Open());
       auto stream = client_->OpenStream();
       fake()->AddFault({code, after_applying, false, 0, /*after=*/2});

@@ -129,7 +129,7 @@ class SealedTest : public ServerFixture {
   static constexpr int64_t kTokens = 1536;
 
   v1::SessionRef OpenSealed() {
-    const v1::SessionRef session = Open(v1::PAGE_FORMAT_PROGRESSIVE);
+    v1::SessionRef session = Open(v1::PAGE_FORMAT_PROGRESSIVE);
     k_ = RandomFloats(kTokens * kKvRow, 1);
     v_ = RandomFloats(kTokens * kKvRow, 2);
     ImportTokens(session, kTokens, k_, v_);

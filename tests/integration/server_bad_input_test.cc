@@ -113,12 +113,12 @@ TEST_F(BadInputTest, FieldsOutOfRangeAreNamed) {
 }
 
 TEST_F(BadInputTest, BudgetsMustMakeSense) {
-  const auto refuse = [this](void (*spoil)(v1::AttendOptions*), std::vector<std::string> parts) {
+  using Options = v1::AttendOptions;
+  const auto refuse = [this](void (*spoil)(Options*), const std::vector<std::string>& parts) {
     v1::AttendRequest request = Good();
     spoil(request.mutable_options());
     ExpectRefused(request, grpc::StatusCode::INVALID_ARGUMENT, parts);
   };
-  using Options = v1::AttendOptions;
   for (const float bad : {-0.1f, 1.5f, std::numeric_limits<float>::quiet_NaN(),
                           std::numeric_limits<float>::infinity()}) {
     v1::AttendRequest request = Good();

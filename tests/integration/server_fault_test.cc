@@ -120,8 +120,9 @@ class LostDeviceTest : public ServerFixture {
 TEST_F(LostDeviceTest, FailsTheQueueAndTurnsHealthOff) {
   HealthWatch health(Channel(server_->addresses().grpc), "adaattn.v1.Attention");
   EXPECT_EQ(health.Next(), HealthWatch::kServing);
-  std::vector<v1::SessionRef> sessions;
   constexpr int kCallers = 3;
+  std::vector<v1::SessionRef> sessions;
+  sessions.reserve(kCallers);
   for (int i = 0; i < kCallers; ++i) sessions.push_back(Open(v1::PAGE_FORMAT_BF16));
   std::vector<std::thread> callers;
   {

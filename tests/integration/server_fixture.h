@@ -150,7 +150,7 @@ class ServerFixture : public ::testing::Test {
   grpc::Status TryOpen(const v1::OpenSessionRequest& request, v1::SessionRef* session) {
     grpc::ClientContext context;
     v1::OpenSessionResponse response;
-    const grpc::Status status = stub_->OpenSession(&context, request, &response);
+    grpc::Status status = stub_->OpenSession(&context, request, &response);
     session->set_session_id(response.session_id());
     session->set_epoch(response.epoch());
     return status;

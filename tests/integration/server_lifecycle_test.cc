@@ -27,7 +27,7 @@ class LifecycleTest : public ServerFixture {
     grpc::ByteBuffer out;
     grpc::ClientContext context;
     const grpc::internal::RpcMethod rpc(method, grpc::internal::RpcMethod::NORMAL_RPC);
-    const grpc::Status status =
+    grpc::Status status =
         grpc::internal::BlockingUnaryCall<grpc::ByteBuffer, grpc::ByteBuffer, grpc::ByteBuffer,
                                           grpc::ByteBuffer>(channel.get(), rpc, &context, in, &out);
     std::vector<grpc::Slice> slices;
@@ -78,6 +78,7 @@ TEST_F(LifecycleTest, SessionIdsEmbedTheRoutingKey) {
 
 TEST_F(LifecycleTest, ListsPagesOfSessionsAndRenewsLeases) {
   std::vector<v1::SessionRef> open;
+  open.reserve(5);
   for (int i = 0; i < 5; ++i) open.push_back(Open(v1::PAGE_FORMAT_BF16));
   v1::SessionRef one_too_many;
   const grpc::Status full = TryOpen(OpenRequest(v1::PAGE_FORMAT_BF16), &one_too_many);

@@ -74,13 +74,13 @@ TEST_F(SmallQueueTest, AFullQueueSaysWhenToComeAgain) {
   std::vector<std::unique_ptr<grpc::ClientAsyncResponseReader<v1::AttendResponse>>> calls;
   for (size_t i = 0; i < requests.size(); ++i) {
     calls.push_back(stub_->AsyncAttend(&contexts[i], requests[i], &queue));
-    calls.back()->Finish(&responses[i], &statuses[i], reinterpret_cast<void*>(i + 1));
+    calls.back()->Finish(&responses[i], &statuses[i], &statuses[i]);
   }
   void* tag = nullptr;
   bool ok = false;
   for (int refused = 0; refused < 4; ++refused) {
     ASSERT_TRUE(queue.Next(&tag, &ok));
-    const size_t i = reinterpret_cast<size_t>(tag) - 1;
+    const auto i = static_cast<grpc::Status*>(tag) - statuses.data();
     EXPECT_EQ(statuses[i].error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED)
         << statuses[i].error_message();
     EXPECT_EQ(contexts[i].GetServerTrailingMetadata().count("adaattn-retry-after-seconds"), 1u);
@@ -88,7 +88,7 @@ TEST_F(SmallQueueTest, AFullQueueSaysWhenToComeAgain) {
   hold.reset();
   for (int answered = 0; answered < 2; ++answered) {
     ASSERT_TRUE(queue.Next(&tag, &ok));
-    const size_t i = reinterpret_cast<size_t>(tag) - 1;
+    const auto i = static_cast<grpc::Status*>(tag) - statuses.data();
     EXPECT_TRUE(statuses[i].ok()) << statuses[i].error_message();
   }
 }

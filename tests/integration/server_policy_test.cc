@@ -39,7 +39,7 @@ class PolicyServerTest : public ServerFixture {
     return options;
   }
 
-  v1::SessionRef OpenSealed(v1::OpenSessionRequest request) {
+  v1::SessionRef OpenSealed(const v1::OpenSessionRequest& request) {
     v1::SessionRef session;
     const grpc::Status status = TryOpen(request, &session);
     EXPECT_TRUE(status.ok()) << status.error_message();

@@ -22,6 +22,7 @@ class Process {
     const char* binary = std::getenv("ADAATTN_TEST_SERVER");
     args.insert(args.begin(), binary == nullptr ? ADAATTN_SERVER_BINARY : binary);
     std::vector<char*> argv;
+    argv.reserve(args.size() + 1);
     for (std::string& arg : args) argv.push_back(arg.data());
     argv.push_back(nullptr);
     const std::string out = dir_.File("stdout"), err = dir_.File("stderr");

@@ -162,6 +162,7 @@ TEST_F(StreamTest, ManyStreamsShareBatchesAndKeepToThemselves) {
   constexpr int kStreams = 6, kSteps = 20;
   std::vector<std::string> last(kStreams);
   std::vector<std::thread> clients;
+  clients.reserve(kStreams);
   for (int i = 0; i < kStreams; ++i) {
     clients.emplace_back([this, i, &last] {
       const v1::SessionRef session = Open(v1::PAGE_FORMAT_FP32);

@@ -132,7 +132,7 @@ TEST_F(EngineSessionTest, AFailedReopenChangesNothing) {
 TEST_F(EngineSessionTest, BranchesShareUntilTheyWrite) {
   const auto session = Open();
   Append(session, 0, 100, 1);
-  const float base = 100 * 101 / 2;
+  const float base = 5050;  // 1 + 2 + ... + 100
   const auto forked = Fork(session, 2);
   ASSERT_TRUE(forked.ok()) << forked.status();
   ASSERT_EQ(forked->size(), 2u);
@@ -164,7 +164,7 @@ TEST_F(EngineSessionTest, ARefusedWriteLeavesTheSharedPage) {
 TEST_F(EngineSessionTest, ABranchTruncatedIntoASharedFullPageCopiesIt) {
   const auto session = Open();
   Append(session, 0, 128, 1);
-  const float base = 128 * 129 / 2;
+  const float base = 8256;  // 1 + 2 + ... + 128
   const auto branch = Fork(session)->front();
   ASSERT_TRUE(Truncate(branch, 100).ok());
   Append(branch, 100, 1, 9999);

@@ -90,8 +90,10 @@ TEST_F(EngineStressTest, StopsWhileClientsStillSend) {
   engine();
   std::atomic<int64_t> answered{0}, scheduled{0};
   std::atomic<bool> stopped{false};
+  constexpr int kClients = 3;
   std::vector<std::thread> clients;
-  for (int i = 0; i < 3; ++i) {
+  clients.reserve(kClients);
+  for (int i = 0; i < kClients; ++i) {
     clients.emplace_back([&] {
       const auto session = Open();
       while (!stopped) {

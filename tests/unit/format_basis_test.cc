@@ -24,8 +24,7 @@ double OrthonormalError(const Basis& basis) {
     for (int32_t b = 0; b < d; ++b) {
       double dot = a == b ? -1.0 : 0.0;
       for (int32_t c = 0; c < d; ++c) {
-        dot += double{basis.rotation[static_cast<size_t>(c * d + a)]} *
-               basis.rotation[static_cast<size_t>(c * d + b)];
+        dot += double{basis.rotation[int64_t{c} * d + a]} * basis.rotation[int64_t{c} * d + b];
       }
       worst = std::max(worst, std::abs(dot));
     }
@@ -47,20 +46,20 @@ TEST_P(FittedBasisTest, DecorrelatesTheKeysAndOrdersThemByEnergy) {
     RotateKey(view, d, keys.data() + int64_t{t} * d, rotated.data());
     for (int32_t a = 0; a < d; ++a) {
       for (int32_t b = 0; b < d; ++b) {
-        moment[static_cast<size_t>(a * d + b)] +=
+        moment[int64_t{a} * d + b] +=
             double{rotated[static_cast<size_t>(a)]} * rotated[static_cast<size_t>(b)] / n;
       }
     }
   }
   for (int32_t a = 0; a < d; ++a) {
-    const double own = moment[static_cast<size_t>(a * d + a)];
+    const double own = moment[int64_t{a} * d + a];
     EXPECT_NEAR(view.energy[a], own, 0.01 * own) << a;
     if (a > 0) {
       EXPECT_GE(view.energy[a - 1], view.energy[a]);
     }
     for (int32_t b = 0; b < a; ++b) {
-      const double other = moment[static_cast<size_t>(b * d + b)];
-      EXPECT_LT(std::abs(moment[static_cast<size_t>(a * d + b)]), 0.05 * std::sqrt(own * other));
+      const double other = moment[int64_t{b} * d + b];
+      EXPECT_LT(std::abs(moment[int64_t{a} * d + b]), 0.05 * std::sqrt(own * other));
     }
   }
 }
@@ -98,7 +97,7 @@ TEST(FitBasisTest, IsOrthonormalHasFixedSignsAndRepeatsItself) {
   for (int32_t r = 0; r < 64; ++r) {
     float largest = 0.0f;
     for (int32_t c = 0; c < 64; ++c) {
-      const float entry = basis.rotation[static_cast<size_t>(c * 64 + r)];
+      const float entry = basis.rotation[int64_t{c} * 64 + r];
       if (std::abs(entry) > std::abs(largest)) largest = entry;
     }
     EXPECT_GT(largest, 0.0f) << r;
@@ -158,7 +157,7 @@ TEST(FitBasisTest, RefusesWhatIsNotKeys) {
 TEST(CheckBasisTest, TakesAnOrthonormalBasisWithUnknownEnergies) {
   std::vector<float> hadamard(64 * 64, 0.0f);
   for (int32_t r = 0; r < 64; ++r) {
-    hadamard[static_cast<size_t>(r * 64 + r)] = 1.0f;
+    hadamard[int64_t{r} * 64 + r] = 1.0f;
     RotateHadamard(hadamard.data() + r * 64, 64);
   }
   const std::vector<float> mean(64, 0.5f);

@@ -108,7 +108,7 @@ TEST_P(SealTest, ValuesDecodeWithinTheStepOfTheirDepth) {
     DecodeRotatedValues(sealed_.head, sealed_.page.data(), bits, decoded.data());
     for (int32_t t = 0; t < kPageTokens; ++t) {
       for (int32_t c = 0; c < d; ++c) {
-        const auto i = static_cast<size_t>(t * d + c);
+        const int64_t i = int64_t{t} * d + c;
         const float range = RangeFromScale(scales[t * groups + c / (d / groups)]);
         ASSERT_LE(std::abs(decoded[i] - exact[i]), range / static_cast<float>(1 << bits) * 1.0001f)
             << "token " << t << " channel " << c << " bits " << bits;
@@ -167,15 +167,15 @@ TEST_P(SealTest, SummaryTellsMeanSpreadAndRadius) {
   DecodeRotatedValues(sealed_.head, sealed_.page.data(), 0, mean.data());
   for (int32_t c = 0; c < d; ++c) {
     double expected = 0.0;
-    for (int32_t t = 0; t < kPageTokens; ++t) expected += exact[static_cast<size_t>(t * d + c)];
+    for (int32_t t = 0; t < kPageTokens; ++t) expected += exact[int64_t{t} * d + c];
     EXPECT_NEAR(mean[static_cast<size_t>(c)], expected / kPageTokens, summary.mean_scale * 0.501);
-    EXPECT_EQ(mean[static_cast<size_t>(c)], mean[static_cast<size_t>(63 * d + c)]);
+    EXPECT_EQ(mean[static_cast<size_t>(c)], mean[int64_t{63} * d + c]);
   }
   double total = 0.0, largest = 0.0;
   for (int32_t t = 0; t < kPageTokens; ++t) {
     double distance2 = 0.0;
     for (int32_t c = 0; c < d; ++c) {
-      const auto i = static_cast<size_t>(t * d + c);
+      const int64_t i = int64_t{t} * d + c;
       distance2 += (double{exact[i]} - mean[i]) * (double{exact[i]} - mean[i]);
     }
     total += distance2;

@@ -111,6 +111,7 @@ std::vector<float> Rows(int64_t rows, const std::vector<double>& scales, uint32_
 
 std::vector<double> Decaying(int32_t dim) {
   std::vector<double> scales;
+  scales.reserve(dim);
   for (int32_t c = 0; c < dim; ++c) scales.push_back(std::exp(-c / 8.0));
   return scales;
 }

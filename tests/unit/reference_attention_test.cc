@@ -46,15 +46,14 @@ TEST(AttentionF64Test, AgreesWithAnswersComputedElsewhere) {
       }
       for (int32_t h = 0; h < shape.num_q_heads; ++h) {
         for (int32_t c = 0; c < d; ++c) {
-          q.push_back(
-              ToFloat(Fp16{trace.q[static_cast<size_t>((h * trace.num_rows + row) * d + c)]}));
+          q.push_back(ToFloat(Fp16{trace.q[(int64_t{h} * trace.num_rows + row) * d + c]}));
         }
       }
       AttentionF64Params params = Params(shape, kv_len, 1, kv_len - 1);
       params.softmax_scale = trace.softmax_scale;
       const AttentionF64Result result = AttentionF64(params, q.data(), k.data(), v.data());
       for (int32_t h = 0; h < shape.num_q_heads; ++h) {
-        const auto head_row = static_cast<size_t>(h * trace.num_rows + row);
+        const int64_t head_row = int64_t{h} * trace.num_rows + row;
         const float* const expected = trace.expected_o.data() + head_row * d;
         EXPECT_LT(RelativeError({result.out.data() + int64_t{h} * d, static_cast<size_t>(d)},
                                 std::vector<double>(expected, expected + d)),

@@ -109,6 +109,7 @@ TEST_F(SessionTableTest, SessionsWithTasksDoNotExpire) {
 
 TEST_F(SessionTableTest, RemembersOnlySoManyExpiries) {
   std::vector<std::string> ids;
+  ids.reserve(3);
   for (int i = 0; i < 3; ++i) ids.push_back((*table_.Open(Config()))->id());
   clock_.Advance(absl::Seconds(61));
   EXPECT_EQ(table_.RemoveExpired().size(), 3u);
