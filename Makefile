@@ -68,7 +68,7 @@ image:  ## Builds the CPU container without a daemon and replays a trace through
 	@scripts/setup image
 	@deploy/image
 
-bound-check: setup build/release/build.ninja  ## Error bounds against float64 on a million random head-steps: minutes
+bound-check: setup build/release/build.ninja  ## Error bounds against float64 on a million random head-steps and all captured ones: minutes
 	@ninja -C build/release -j$(JOBS) adaattn_backend_tests
 	@cd tests && ADAATTN_BOUND_HEAD_STEPS=1000000 ../build/release/tests/adaattn_backend_tests --gtest_filter='BoundTest.*'
 

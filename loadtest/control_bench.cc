@@ -5,8 +5,8 @@
 // Prints, per trace: each estimator of entropy and rank with its cost, its bias and its spread
 // about the exact value; each policy with its error, the share of head-steps above the target and
 // the bytes read; and the share of a decode step that choosing depths takes. With --check the exit
-// status is 1 when a budget misses its target (mean in [.25, .9] of it, at most 8 % above), or when
-// control takes more than 5 % of a step.
+// status is 1 when a budget misses its target (of kv heads or of single q heads: mean in [.25, .9]
+// of it, at most 8 % above), or when control takes more than 5 % of a step.
 
 #include <algorithm>
 #include <cmath>
@@ -29,7 +29,8 @@ namespace adaattn {
 namespace {
 
 constexpr double kMaxControlShare = 0.05;
-constexpr int kTimedSteps = 201;
+constexpr double kMaxAbove = 0.08;
+constexpr int kTimedSteps = 1001;
 
 std::vector<float> Floats(const std::vector<uint16_t>& bits, int64_t begin, int64_t count) {
   std::vector<float> values;
@@ -207,7 +208,11 @@ bool PrintPolicy(HeadStepTrace* steps, const DecisionParams& params) {
               DebugString(params).c_str(), s.mean_error, s.mean_q_error, s.above, s.q_above,
               s.bytes);
   if (params.policy != Policy::kBudget) return true;
-  return s.mean_error >= 0.25 * target && s.mean_error <= 0.9 * target && s.above <= 0.08;
+  // Of kv heads, as audits judge, and of single q heads.
+  const auto within = [target](double mean, double above) {
+    return mean >= 0.25 * target && mean <= 0.9 * target && above <= kMaxAbove;
+  };
+  return within(s.mean_error, s.above) && within(s.mean_q_error, s.q_above);
 }
 
 bool PrintPolicies(HeadStepTrace* steps) {
@@ -242,21 +247,24 @@ double ControlShare(HeadStepTrace* steps, const DecisionParams& params) {
   if (!batch.ok()) return 1;
   const auto plan = cache.backend().PlanAttend(*batch);
   if (!plan.ok()) return 1;
-  // Medians: what else runs on the machine interrupts either now and then.
+  // Medians: what else runs on the machine interrupts either now and then. The share is each step's
+  // own, since the machine's speed changes from one to another.
   std::vector<absl::Duration> control, whole;
+  std::vector<double> shares;
   for (int i = 0; i < kTimedSteps; ++i) {
     const absl::Time start = absl::Now();
     const auto ticket = cache.backend().RunAttend(**plan, *batch);
     if (!ticket.ok() || !cache.backend().Wait(*ticket).ok()) return 1;
     whole.push_back(absl::Now() - start);
     control.push_back(batch->buffers->stage_times()->select);
+    shares.push_back(absl::FDivDuration(control.back(), whole.back()));
   }
-  const auto median = [](std::vector<absl::Duration>* times) {
-    std::nth_element(times->begin(), times->begin() + kTimedSteps / 2, times->end());
-    return (*times)[kTimedSteps / 2];
+  const auto median = [](auto* values) {
+    std::nth_element(values->begin(), values->begin() + kTimedSteps / 2, values->end());
+    return (*values)[kTimedSteps / 2];
   };
   const absl::Duration select = median(&control), step_time = median(&whole);
-  const double share = absl::FDivDuration(select, step_time);
+  const double share = median(&shares);
   std::printf("    %-58s select %7.1f us of %8.1f us: %.3f\n", DebugString(params).c_str(),
               absl::ToDoubleMicroseconds(select), absl::ToDoubleMicroseconds(step_time), share);
   return share;

@@ -39,7 +39,7 @@ BoundedHead::BoundedHead(const CpuContext& context, const AttendBatch& batch, He
     const float* q = head->q + int64_t{row} * head_dim_;
     query_norms_[row] = std::sqrt(std::inner_product(q, q + head_dim_, q, 0.0));
   }
-  if (job_ != nullptr) score_errors_.resize(int64_t{job_->num_pages} * rows());
+  if (job_ != nullptr) score_errors_.resize(int64_t{job_->stride} * rows());
 }
 
 DenseExtent BoundedHead::ExtentOf(absl::Span<const PageId> pages, int64_t begin,
@@ -80,11 +80,11 @@ double BoundedHead::SoftmaxError() const {
 // score_errors_ of one page, as deep as its keys have been read.
 void BoundedHead::BoundScores(int32_t page) {
   const RotatedRows rotated = JobRows(*job_, head_dim_, page);
-  const SealedPage view = JobPage(*job_, head_dim_, context_.pool, page);
+  const SealedPage view = JobPage(*job_, context_.pool, page);
   const double code = CodeError(job_->raw_bits[page]);
   for (int32_t row = 0; row < rows(); ++row) {
     const KeyRanges ranges =
-        SumKeyRanges(rotated.q + int64_t{row} * head_dim_, view.key_scales, head_dim_);
+        SumKeyRanges(rotated.q + int64_t{row} * head_dim_, view.key_scales(), head_dim_);
     // Rotating q and k in FP32, the sums, and q.mu; |k - mu| <= 1.25 norm, and 1.2 covers bases
     // that are orthonormal to their tolerance only.
     const double rounding = (head_dim_ + 16) * kUnit * 1.5 *
@@ -99,18 +99,21 @@ void BoundedHead::BoundScores(int32_t page) {
 void BoundedHead::RefinePage(int32_t page, SealedWorker* worker) {
   const int32_t bits = head_->sequence->stored_bits;
   const RotatedRows rotated = JobRows(*job_, head_dim_, page);
-  const SealedPage view = JobPage(*job_, head_dim_, context_.pool, page);
+  const SealedPage view = JobPage(*job_, context_.pool, page);
   const ScoreParams params{head_->sequence->softmax_scale, head_->sequence->softcap};
-  float* raw = job_->raw + Cell(page, 0) * kPageTokens;
+  float* raw = job_->raw + int64_t{page} * rows() * kPageTokens;
   RefineKeys(view, rotated, bits, job_->layout.num_chunks, &worker->scratch, raw);
   head_->decision->key_bytes += int64_t{head_dim_} * kPageTokens * (bits - kScanBits) / 8;
   job_->raw_bits[page] = static_cast<uint8_t>(bits);
   worker->visible.resize(static_cast<size_t>(rows()));
-  worker->floats.resize(static_cast<size_t>(rows()) * 2);
+  worker->floats.resize(static_cast<size_t>(rows()) * 3);
   LocalRanges(*head_, group_, job_->first_page + page, worker->visible.data());
-  float* lse = worker->floats.data();
-  PageStatistics(rotated, params, worker->visible.data(), raw, lse, lse + rows());
-  for (int32_t row = 0; row < rows(); ++row) job_->scans[Cell(page, row)].lse = lse[row];
+  float* max = worker->floats.data();
+  const PageSums sums{max, max + rows(), max + 2 * rows(), 1};
+  PageStatistics(rotated, params, worker->visible.data(), raw, sums);
+  for (int32_t row = 0; row < rows(); ++row) {
+    job_->scans.lse[Cell(page, row)] = sums.max[row] + std::log(sums.sum[row]);
+  }
   BoundScores(page);
 }
 
@@ -125,8 +128,7 @@ void BoundedHead::RefinePages(SealedWorker* worker) {
     if (depth.value_bits == 0) continue;
     // Attended pages count by their scores; skipped ones by the mass that stands for them.
     for (int32_t row = 0; row < rows(); ++row) {
-      RowScan& scan = job_->scans[Cell(page, row)];
-      scan.log_mass = scan.lse;
+      job_->scans.log_mass[Cell(page, row)] = job_->scans.lse[Cell(page, row)];
     }
   }
   FinishMasses(job_);

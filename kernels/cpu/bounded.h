@@ -44,7 +44,7 @@ class BoundedHead {
   };
 
   int32_t rows() const { return head_->rows; }
-  int64_t Cell(int32_t page, int32_t row) const { return int64_t{page} * rows() + row; }
+  int64_t Cell(int32_t page, int32_t row) const { return int64_t{row} * job_->stride + page; }
   bool exact(int32_t page) const { return job_ != nullptr && job_->exact[page] != 0; }
   bool keeps_exact_pages() const { return !head_->sequence->exact_pages.empty(); }
   bool Deepen(SealedWorker* worker);
@@ -79,7 +79,7 @@ class BoundedHead {
   DenseExtent dense_;
   DenseExtent exact_;                 // of the exact pages read
   std::vector<double> query_norms_;   // [rows]
-  std::vector<double> score_errors_;  // [num_pages, rows] at raw_bits
+  std::vector<double> score_errors_;  // [rows, stride] at raw_bits
   BoundDepth depth_ = BoundDepth::kPolicy;
 };
 

@@ -68,8 +68,9 @@ void BoundedHead::AddSealedTerms(int32_t row, const double* rotated_o, double no
                                  std::vector<BoundTerm>* terms, double* rounding) const {
   for (int32_t page = 0; page < job_->num_pages; ++page) {
     if (exact(page)) continue;
-    const RowScan& scan = job_->scans[Cell(page, row)];
-    const PageMean mean = JobPageMean(*job_, context_.pool, page);
+    const double log_mass = job_->scans.log_mass[Cell(page, row)];
+    const SealedPage view = JobPage(*job_, context_.pool, page);
+    const PageMean mean = ViewPageMean(view);
     double squares = 0;
     for (int32_t c = 0; c < head_dim_; ++c) {
       const double off = double{mean.summary.mean_scale} * mean.mean[c] - rotated_o[c];
@@ -78,18 +79,17 @@ void BoundedHead::AddSealedTerms(int32_t row, const double* rotated_o, double no
     const double to_mean = std::sqrt(squares);
     const double radius = double{mean.summary.radius} * (1 + kFrameError);
     BoundTerm& term = terms->emplace_back();
-    term.mass = std::exp(double{scan.log_mass} - lse);
+    term.mass = std::exp(log_mass - lse);
     term.score_error = score_errors_[Cell(page, row)];
     term.value_error = kFrameError * (to_mean + radius + norm);
     if (job_->depths[page].value_bits == 0) {
       // The page's weights were scaled together.
-      if (term.mass > 0) term.score_error += std::abs(double{scan.log_mass} - scan.lse);
+      if (term.mass > 0) term.score_error += std::abs(log_mass - job_->scans.lse[Cell(page, row)]);
       term.value_error += radius;
       term.distance = to_mean;
       continue;
     }
-    const SealedPage view = JobPage(*job_, head_dim_, context_.pool, page);
-    const ValueRanges ranges = SumValueRanges(view.value_scales, head_dim_);
+    const ValueRanges ranges = SumValueRanges(view.value_scales(), head_dim_);
     if (ranges.saturated) term.value_error = std::numeric_limits<double>::infinity();
     term.value_error += ranges.token * CodeError(job_->depths[page].value_bits);
     term.distance = to_mean + radius + term.value_error;

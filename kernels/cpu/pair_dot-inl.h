@@ -140,15 +140,14 @@ struct Unpack<8> {
   }
 };
 
-// acc[m] += codes . weights[m * stride ..], kPairs pairs.
-template <int kRows, int kPairs>
-HWY_INLINE void MultiplyPairs(const VI16* codes, const int16_t* HWY_RESTRICT weights,
-                              int64_t stride, VI* acc) {
+// acc[m] += codes . weights[m * kStride ..], kPairs pairs.
+template <int kRows, int kPairs, int kStride>
+HWY_INLINE void MultiplyPairs(const VI16* codes, const int16_t* HWY_RESTRICT weights, VI* acc) {
   ADAATTN_UNROLL
   for (int j = 0; j < kPairs; ++j) {
     ADAATTN_UNROLL
     for (int m = 0; m < kRows; ++m) {
-      acc[m] = PairDot(codes[j], BroadcastPair(weights + m * stride + 2 * j), acc[m]);
+      acc[m] = PairDot(codes[j], BroadcastPair(weights + m * kStride + 2 * j), acc[m]);
 #if HWY_COMPILER_GCC && (HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4)
       // Keeps the sums in source order: the compiler would gather all products first and spill.
       asm volatile("" : "+x"(acc[m].raw));

@@ -1,7 +1,6 @@
 #include "kernels/cpu/sealed_kernels.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "kernels/cpu/simd_targets.h"
@@ -66,15 +65,16 @@ void PrepareKeyWeights(const SealedPage& page, const RotatedRows& rows, int32_t 
                        SealedScratch* scratch, const RowEnergy* energy) {
   const F32 d;
   const int32_t head_dim = rows.head_dim;
+  const uint8_t* const scales = page.key_scales();
   HWY_ALIGN float ranges[256];
   HWY_ALIGN float products[256];
   const int32_t needed = energy == nullptr ? end : head_dim;
   for (int32_t c = begin; c < needed; c += kLanes) {
-    hn::Store(LoadRanges(page.key_scales + c), d, ranges + c);
+    hn::Store(LoadRanges(scales + c), d, ranges + c);
   }
   for (int32_t row = 0; row < rows.rows; ++row) {
     const float* q = rows.q + int64_t{row} * head_dim;
-    int16_t* weights = scratch->weights() + int64_t{row} * head_dim;
+    int16_t* weights = scratch->weights() + int64_t{row} * kKeyWeightStride;
     VF max = hn::Zero(d), read = hn::Zero(d), unread = hn::Zero(d);
     for (int32_t c = begin; c < end; c += kLanes) {
       const VF product = hn::Mul(hn::LoadU(d, q + c), hn::Load(d, ranges + c));
@@ -99,27 +99,29 @@ void PrepareKeyWeights(const SealedPage& page, const RotatedRows& rows, int32_t 
 // What a block of rows multiplies: weights and what they are worth.
 struct WeightBlock {
   const int16_t* weights = nullptr;  // of the block's first row
-  int64_t stride = 0;                // from row to row
   const float* steps = nullptr;
   const int32_t* sums = nullptr;
 };
 
+// `next` as ScanKeys says: two of its lines for two of the page's, read in the same order.
 template <int kRows>
-void ScanBlock(const SealedPage& page, const WeightBlock& block, int32_t tile_begin,
-               int32_t tile_end, float* HWY_RESTRICT raw) {
+void ScanBlock(const SealedPage& page, const std::byte* next, const WeightBlock& block,
+               int32_t tile_begin, int32_t tile_end, float* HWY_RESTRICT raw) {
   const F32 d;
+  const int64_t* const tiles = page.at->key_tiles;
   for (int t = 0; t < kPageTokens; t += kLanes) {
     VI acc[kRows];
     for (int m = 0; m < kRows; ++m) acc[m] = hn::Zero(I32());
     for (int32_t tile = tile_begin; tile < tile_end; ++tile) {
-      const std::byte* words = page.key_tiles[tile] + 4 * t;
+      const std::byte* words = page.base + tiles[tile] + 4 * t;
       const int16_t* weights = block.weights + tile * kTileChannels;
+      hwy::Prefetch(next + tiles[tile] + 8 * t);
       // Four pairs at a time: with six sums they still fit the registers.
       VI16 codes[4];
       UnpackNibbles(LoadWords(words), codes[0], codes[1], codes[2], codes[3]);
-      MultiplyPairs<kRows, 4>(codes, weights, block.stride, acc);
+      MultiplyPairs<kRows, 4, kKeyWeightStride>(codes, weights, acc);
       UnpackNibbles(LoadWords(words + 4 * kPageTokens), codes[0], codes[1], codes[2], codes[3]);
-      MultiplyPairs<kRows, 4>(codes, weights + 8, block.stride, acc);
+      MultiplyPairs<kRows, 4, kKeyWeightStride>(codes, weights + 8, acc);
     }
     for (int m = 0; m < kRows; ++m) {
       float* at = raw + m * kPageTokens + t;
@@ -141,10 +143,11 @@ void RefineBlock(const SealedPage& page, const WeightBlock& block, int32_t num_t
     for (int32_t tile = 0; tile < num_tiles; ++tile) {
       const int64_t offset = int64_t{tile} * kPlaneTileBytes + 4 * t;
       VU16 planes[kPlanes];
-      for (int p = 0; p < kPlanes; ++p) planes[p] = LoadWords(page.key_fine[p] + offset);
+      for (int p = 0; p < kPlanes; ++p)
+        planes[p] = LoadWords(page.base + page.at->key_fine[p] + offset);
       VI16 codes[8];
       Unpack<kBits>::Run(planes, codes);
-      MultiplyPairs<kRows, 8>(codes, block.weights + tile * kTileChannels, block.stride, acc);
+      MultiplyPairs<kRows, 8, kKeyWeightStride>(codes, block.weights + tile * kTileChannels, acc);
     }
     for (int m = 0; m < kRows; ++m) {
       float* at = raw + m * kPageTokens + t;
@@ -167,10 +170,11 @@ void ValueTile(const SealedPage& page, const WeightBlock& block, int32_t tile, i
     for (int tokens = 0; tokens < kPageTokens; tokens += 16) {
       const int64_t offset = int64_t{tile} * kPlaneTileBytes + 4 * (tokens + c);
       VU16 planes[kPlanes];
-      for (int p = 0; p < kPlanes; ++p) planes[p] = LoadWords(page.value_plane[p] + offset);
+      for (int p = 0; p < kPlanes; ++p)
+        planes[p] = LoadWords(page.base + page.at->value_plane[p] + offset);
       VI16 codes[8];
       Unpack<kBits>::Run(planes, codes);
-      MultiplyPairs<kRows, 8>(codes, block.weights + tokens, block.stride, acc);
+      MultiplyPairs<kRows, 8, kPageTokens>(codes, block.weights + tokens, acc);
     }
     for (int m = 0; m < kRows; ++m) {
       float* at = out + int64_t{m} * head_dim + tile * kTileChannels + c;
@@ -181,8 +185,8 @@ void ValueTile(const SealedPage& page, const WeightBlock& block, int32_t tile, i
   }
 }
 
-WeightBlock KeyBlock(SealedScratch* scratch, int32_t row, int32_t head_dim) {
-  return {scratch->weights() + int64_t{row} * head_dim, head_dim, scratch->steps() + row,
+WeightBlock KeyBlock(SealedScratch* scratch, int32_t row) {
+  return {scratch->weights() + int64_t{row} * kKeyWeightStride, scratch->steps() + row,
           scratch->sums() + row};
 }
 
@@ -193,7 +197,8 @@ void PrepareValueWeights(const SealedPage& page, int32_t rows, int32_t groups, i
   HWY_ALIGN float ranges[kPageTokens];
   HWY_ALIGN float products[kPageTokens];
   HWY_ALIGN uint8_t scales[kPageTokens];
-  for (int t = 0; t < kPageTokens; ++t) scales[t] = page.value_scales[t * groups + group];
+  const uint8_t* const from = page.value_scales();
+  for (int t = 0; t < kPageTokens; ++t) scales[t] = from[t * groups + group];
   for (int t = 0; t < kPageTokens; t += kLanes) hn::Store(LoadRanges(scales + t), d, ranges + t);
   for (int32_t row = 0; row < rows; ++row) {
     const float* p = scratch->p() + int64_t{row} * kPageTokens;
@@ -219,7 +224,7 @@ void AccumulateSealedValues(const SealedPage& page, int32_t rows, int32_t head_d
   for (int32_t group = 0; group < groups; ++group) {
     PrepareValueWeights(page, rows, groups, group, scratch);
     ForRowBlocks(rows, [&](auto count, int32_t row) HWY_ATTR {
-      const WeightBlock block = {scratch->weights() + int64_t{row} * kPageTokens, kPageTokens,
+      const WeightBlock block = {scratch->weights() + int64_t{row} * kPageTokens,
                                  scratch->steps() + row, scratch->sums() + row};
       for (int32_t tile = group * tiles; tile < (group + 1) * tiles; ++tile) {
         ValueTile<decltype(count)::value, kBits>(page, block, tile, head_dim,
@@ -231,13 +236,18 @@ void AccumulateSealedValues(const SealedPage& page, int32_t rows, int32_t head_d
 
 }  // namespace
 
-void ScanKeysImpl(const SealedPage& page, const RotatedRows& rows, int32_t chunk_begin,
-                  int32_t chunk_end, SealedScratch* scratch, float* raw, const RowEnergy& energy) {
+void ScanKeysImpl(const SealedPage& page, const SealedPage& next, const RotatedRows& rows,
+                  int32_t chunk_begin, int32_t chunk_end, SealedScratch* scratch, float* raw,
+                  const RowEnergy& energy) {
   const int32_t head_dim = rows.head_dim;
   const int32_t begin = ChunkedRank(head_dim, chunk_begin), end = ChunkedRank(head_dim, chunk_end);
+  PrefetchRange(next.key_scales(), head_dim);
+  PrefetchRange(next.base + next.at->value_summary,
+                static_cast<int64_t>(sizeof(ValueSummary)) + head_dim);
   PrepareKeyWeights(page, rows, begin, end, scratch, begin == 0 ? &energy : nullptr);
   ForRowBlocks(rows.rows, [&](auto count, int32_t row) HWY_ATTR {
-    ScanBlock<decltype(count)::value>(page, KeyBlock(scratch, row, head_dim), begin / kTileChannels,
+    ScanBlock<decltype(count)::value>(page, row == 0 ? next.base : page.base,
+                                      KeyBlock(scratch, row), begin / kTileChannels,
                                       end / kTileChannels, raw + int64_t{row} * kPageTokens);
   });
 }
@@ -247,7 +257,7 @@ void RefineKeysImpl(const SealedPage& page, const RotatedRows& rows, int32_t bit
   const int32_t rank = ChunkedRank(rows.head_dim, chunks), tiles = rank / kTileChannels;
   PrepareKeyWeights(page, rows, 0, rank, scratch, nullptr);
   ForRowBlocks(rows.rows, [&](auto count, int32_t row) HWY_ATTR {
-    const WeightBlock block = KeyBlock(scratch, row, rows.head_dim);
+    const WeightBlock block = KeyBlock(scratch, row);
     float* at = raw + int64_t{row} * kPageTokens;
     if (bits == 6) {
       RefineBlock<decltype(count)::value, 1>(page, block, tiles, at);
@@ -264,7 +274,9 @@ void AttendSealedPageImpl(const SealedPage& page, const RotatedRows& rows,
   for (int32_t row = 0; row < rows.rows; ++row) {
     float* p = scratch->p() + int64_t{row} * kPageTokens;
     std::copy_n(raw + int64_t{row} * kPageTokens, kPageTokens, p);
-    MaskOutside(static_cast<int>(visible[row].begin), static_cast<int>(visible[row].end), p);
+    if (visible != nullptr) {
+      MaskOutside(static_cast<int>(visible[row].begin), static_cast<int>(visible[row].end), p);
+    }
     const ScoreMap map{params.softmax_scale, params.softmax_scale * rows.mean[row], params.softcap};
     const float alpha = OnlineSoftmax(map, p, &state.max[row], &state.sum[row], nullptr);
     if (alpha == 1.0f) continue;
@@ -294,73 +306,63 @@ HWY_EXPORT(ScanKeysImpl);
 HWY_EXPORT(RefineKeysImpl);
 HWY_EXPORT(AttendSealedPageImpl);
 
-PageMean ViewPageMean(const PageLayout& layout, int32_t kv_head, const std::byte* page) {
-  const std::byte* section =
-      page + layout.value_summary.offset + kv_head * layout.value_summary.bytes;
-  PageMean mean;
-  std::memcpy(&mean.summary, section, sizeof(mean.summary));
-  mean.mean = reinterpret_cast<const int8_t*>(section + sizeof(ValueSummary));
-  return mean;
-}
-
-SealedPage ViewSealedPage(const PageLayout& layout, int32_t head_dim, int32_t kv_head,
-                          const std::byte* page) {
+SealedSections FindSections(const PageLayout& layout, int32_t head_dim, int32_t kv_head) {
   const auto at = [&](const PageLayout::Section& section) {
-    return page + section.offset + kv_head * section.bytes;
+    return section.offset + kv_head * section.bytes;
   };
-  SealedPage view;
-  view.key_scales = reinterpret_cast<const uint8_t*>(at(layout.key_scales));
+  SealedSections sections;
+  sections.key_scales = at(layout.key_scales);
   const int32_t chunk_tiles = ChunkChannels(head_dim) / kTileChannels;
   for (int32_t tile = 0; tile < head_dim / kTileChannels; ++tile) {
-    view.key_tiles[tile] =
+    sections.key_tiles[tile] =
         at(layout.key_base[tile / chunk_tiles]) + tile % chunk_tiles * int64_t{kKeyTileBytes};
   }
-  for (int32_t p = 0; p < 2; ++p) view.key_fine[p] = at(layout.key_fine[p]);
-  view.value_scales = reinterpret_cast<const uint8_t*>(at(layout.value_scales));
-  for (int32_t p = 0; p < 4; ++p) view.value_plane[p] = at(layout.value_plane[p]);
-  return view;
+  for (int32_t p = 0; p < 2; ++p) sections.key_fine[p] = at(layout.key_fine[p]);
+  sections.value_summary = at(layout.value_summary);
+  sections.value_scales = at(layout.value_scales);
+  for (int32_t p = 0; p < 4; ++p) sections.value_plane[p] = at(layout.value_plane[p]);
+  return sections;
 }
 
-void PrefetchKeys(const SealedPage& page, int32_t head_dim, int32_t chunk_begin,
-                  int32_t chunk_end) {
+void PrefetchAttended(const SealedPage& page, int32_t head_dim, int32_t key_bits,
+                      int32_t value_bits) {
   constexpr int32_t kLineBytes = 64;
-  for (int32_t i = 0; chunk_begin == 0 && i < head_dim; i += kLineBytes) {
-    hwy::Prefetch(page.key_scales + i);
-  }
-  const int32_t end = ChunkedRank(head_dim, chunk_end) / kTileChannels;
-  for (int32_t tile = ChunkedRank(head_dim, chunk_begin) / kTileChannels; tile < end; ++tile) {
-    for (int32_t i = 0; i < kKeyTileBytes; i += kLineBytes) {
-      hwy::Prefetch(page.key_tiles[tile] + i);
-    }
-  }
+  const int64_t plane = int64_t{head_dim} / kTileChannels * kPlaneTileBytes;
+  const auto ask = [&](int64_t section, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += kLineBytes) hwy::Prefetch(page.base + section + i);
+  };
+  for (int32_t p = 0; p < (key_bits - 4) / 2; ++p) ask(page.at->key_fine[p], plane);
+  ask(page.at->value_scales, int64_t{kPageTokens} * ValueGroups(head_dim));
+  for (int32_t p = 0; p < value_bits / 2; ++p) ask(page.at->value_plane[p], plane);
 }
 
-void SealedScratch::Reserve(int32_t rows, int32_t head_dim) {
-  const int64_t size = int64_t{rows} * std::max(head_dim, kPageTokens);
-  if (size <= size_) return;
-  weights_ = hwy::AllocateAligned<int16_t>(static_cast<size_t>(size));
+void SealedScratch::Reserve(int32_t rows) {
+  if (rows <= rows_) return;
+  weights_ = hwy::AllocateAligned<int16_t>(static_cast<size_t>(rows) * kKeyWeightStride);
   p_ = hwy::AllocateAligned<float>(static_cast<size_t>(rows) * kPageTokens);
   floats_.resize(static_cast<size_t>(rows));
   sums_.resize(static_cast<size_t>(rows));
-  size_ = size;
+  rows_ = rows;
 }
 
-void ScanKeys(const SealedPage& page, const RotatedRows& rows, int32_t chunk_begin,
-              int32_t chunk_end, SealedScratch* scratch, float* raw, const RowEnergy& energy) {
-  scratch->Reserve(rows.rows, rows.head_dim);
-  HWY_DYNAMIC_DISPATCH(ScanKeysImpl)(page, rows, chunk_begin, chunk_end, scratch, raw, energy);
+void ScanKeys(const SealedPage& page, const SealedPage& next, const RotatedRows& rows,
+              int32_t chunk_begin, int32_t chunk_end, SealedScratch* scratch, float* raw,
+              const RowEnergy& energy) {
+  scratch->Reserve(rows.rows);
+  HWY_DYNAMIC_DISPATCH(ScanKeysImpl)
+  (page, next, rows, chunk_begin, chunk_end, scratch, raw, energy);
 }
 
 void RefineKeys(const SealedPage& page, const RotatedRows& rows, int32_t bits, int32_t chunks,
                 SealedScratch* scratch, float* raw) {
-  scratch->Reserve(rows.rows, rows.head_dim);
+  scratch->Reserve(rows.rows);
   HWY_DYNAMIC_DISPATCH(RefineKeysImpl)(page, rows, bits, chunks, scratch, raw);
 }
 
 void AttendSealedPage(const SealedPage& page, const RotatedRows& rows, const ScoreParams& params,
                       const KeyRange* visible, const float* raw, int32_t bits,
                       SealedScratch* scratch, const PartialRows& state) {
-  scratch->Reserve(rows.rows, rows.head_dim);
+  scratch->Reserve(rows.rows);
   HWY_DYNAMIC_DISPATCH(AttendSealedPageImpl)
   (page, rows, params, visible, raw, bits, scratch, state);
 }

@@ -19,109 +19,138 @@ namespace adaattn {
 namespace HWY_NAMESPACE {
 namespace {
 
+constexpr int32_t kMeansTogether = 8;
+
 // The row's statistics from 64 raw scores of which none is masked, or all masked ones are -inf.
 template <bool kCapped>
-HWY_INLINE void RowStatistics(const ScoreMap& map, const float* HWY_RESTRICT raw, float* lse,
-                              float* concentration) {
+HWY_INLINE void RowStatistics(const ScoreMap& map, const float* HWY_RESTRICT raw,
+                              const PageSums& out, int64_t at) {
+  constexpr int kVectors = kPageTokens / kLanes;
   const F32 d;
-  HWY_ALIGN float s[kPageTokens];
+  VF s[kVectors];
   VF top = hn::Set(d, -std::numeric_limits<float>::infinity());
-  for (int t = 0; t < kPageTokens; t += kLanes) {
-    const VF x = hn::LoadU(d, raw + t);
+  ADAATTN_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    const VF x = hn::LoadU(d, raw + i * kLanes);
     // The scale is positive: without a cap -inf stays what it is.
-    const VF score =
+    s[i] =
         kCapped ? MapMasked(map, x) : hn::MulAdd(x, hn::Set(d, map.scale), hn::Set(d, map.offset));
-    hn::Store(score, d, s + t);
-    top = hn::Max(top, score);
+    top = hn::Max(top, s[i]);
   }
   const float max = HorizontalMax(top);
-  *lse = -std::numeric_limits<float>::infinity();
-  *concentration = 1.0f;
-  if (max == *lse) return;
+  out.max[at] = max;
+  if (max == -std::numeric_limits<float>::infinity()) {
+    out.sum[at] = out.squares[at] = 1.0f;
+    return;
+  }
+  const VF shift = hn::Set(d, max);
   VF sum = hn::Zero(d), squares = hn::Zero(d);
-  for (int t = 0; t < kPageTokens; t += kLanes) {
-    const VF p = Exp(hn::Sub(hn::Load(d, s + t), hn::Set(d, max)));
+  ADAATTN_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    const VF p = ExpOfGap(hn::Sub(s[i], shift));
     sum = hn::Add(sum, p);
     squares = hn::MulAdd(p, p, squares);
   }
-  const float total = HorizontalSum(sum);
-  *lse = max + std::log(total);
-  *concentration = HorizontalSum(squares) / (total * total);
+  out.sum[at] = HorizontalSum(sum);
+  out.squares[at] = HorizontalSum(squares);
 }
 
 }  // namespace
 
 void PageStatisticsImpl(const RotatedRows& rows, const ScoreParams& params, const KeyRange* visible,
-                        const float* raw, float* lse, float* concentration) {
+                        const float* raw, const PageSums& out) {
   HWY_ALIGN float masked[kPageTokens];
   for (int32_t row = 0; row < rows.rows; ++row) {
     const ScoreMap map{params.softmax_scale, params.softmax_scale * rows.mean[row], params.softcap};
     const float* from = raw + int64_t{row} * kPageTokens;
-    if (visible[row].end - visible[row].begin < kPageTokens) {
+    if (visible != nullptr && visible[row].end - visible[row].begin < kPageTokens) {
       std::copy_n(from, kPageTokens, masked);
       MaskOutside(static_cast<int>(visible[row].begin), static_cast<int>(visible[row].end), masked);
       from = masked;
     }
     if (params.softcap > 0) {
-      RowStatistics<true>(map, from, &lse[row], &concentration[row]);
+      RowStatistics<true>(map, from, out, row * out.stride);
     } else {
-      RowStatistics<false>(map, from, &lse[row], &concentration[row]);
+      RowStatistics<false>(map, from, out, row * out.stride);
     }
   }
 }
 
+// Without the page's scale.
 HWY_INLINE VF LoadMean(const PageMean& page, int32_t c) {
   const F32 d;
   const hn::Rebind<int8_t, I32> narrow;
-  return hn::Mul(hn::ConvertTo(d, hn::PromoteTo(I32(), hn::LoadU(narrow, page.mean + c))),
-                 hn::Set(d, page.summary.mean_scale));
+  return hn::ConvertTo(d, hn::PromoteTo(I32(), hn::LoadU(narrow, page.mean + c)));
 }
 
-// kPages at a time, so that acc is read and written once for them.
-template <int kPages>
+// Eight pages at a time, so that acc is read and written once for them; fewer are filled up with
+// pages of weight 0.
 HWY_INLINE void AddPages(const PageMean* pages, int32_t head_dim, const float* weights,
-                         int32_t rows, float* acc) {
+                         int64_t stride, int32_t rows, float* acc) {
+  constexpr int kHalf = kMeansTogether / 2;
   const F32 d;
   for (int32_t c = 0; c < head_dim; c += kLanes) {
-    VF value[kPages];
-    for (int p = 0; p < kPages; ++p) value[p] = LoadMean(pages[p], c);
+    VF value[kMeansTogether];
+    ADAATTN_UNROLL
+    for (int p = 0; p < kMeansTogether; ++p) {
+      value[p] = hn::Mul(LoadMean(pages[p], c), hn::Set(d, pages[p].summary.mean_scale));
+    }
     for (int32_t row = 0; row < rows; ++row) {
+      const float* weight = weights + row * stride;
       float* at = acc + int64_t{row} * head_dim + c;
-      VF sum = hn::LoadU(d, at);
-      for (int p = 0; p < kPages; ++p) {
-        sum = hn::MulAdd(value[p], hn::Set(d, weights[p * rows + row]), sum);
+      // Two sums: one would wait for itself.
+      VF low = hn::LoadU(d, at), high = hn::Zero(d);
+      ADAATTN_UNROLL
+      for (int p = 0; p < kHalf; ++p) {
+        low = hn::MulAdd(value[p], hn::Set(d, weight[p]), low);
+        high = hn::MulAdd(value[kHalf + p], hn::Set(d, weight[kHalf + p]), high);
       }
-      hn::StoreU(sum, d, at);
+      hn::StoreU(hn::Add(low, high), d, at);
     }
   }
 }
 
 void AddValueMeansImpl(const PageMean* pages, int32_t num_pages, int32_t head_dim,
-                       const float* weights, int32_t rows, float* acc) {
+                       const float* weights, int64_t stride, int32_t rows, float* acc) {
   int32_t page = 0;
-  for (; page + 4 <= num_pages; page += 4) {
-    AddPages<4>(pages + page, head_dim, weights + int64_t{page} * rows, rows, acc);
+  for (; page + kMeansTogether <= num_pages; page += kMeansTogether) {
+    AddPages(pages + page, head_dim, weights + page, stride, rows, acc);
   }
-  for (; page < num_pages; ++page) {
-    AddPages<1>(pages + page, head_dim, weights + int64_t{page} * rows, rows, acc);
+  const int32_t rest = num_pages - page;
+  if (rest == 0) return;
+  PageMean padded[kMeansTogether];
+  std::fill_n(padded, kMeansTogether, pages[page]);
+  std::copy_n(pages + page, rest, padded);
+  for (int32_t row = 0; row < rows; ++row) {
+    HWY_ALIGN float own[kMeansTogether] = {};
+    std::copy_n(weights + row * stride + page, rest, own);
+    AddPages(padded, head_dim, own, 0, 1, acc + int64_t{row} * head_dim);
   }
 }
 
-void ValueMeanDistancesImpl(const PageMean& page, int32_t head_dim, const float* o, int32_t rows,
-                            float* out) {
+// |mean|^2 - 2 mean.o + |o|^2: what rounding adds is of the order of 1e-7 of the squares.
+void ValueMeanDistancesImpl(const PageMean& page, int32_t head_dim, const float* o,
+                            const float* norms, int32_t rows, int64_t stride, float* out) {
   const F32 d;
   ForRowBlocks(rows, [&](auto count, int32_t row) HWY_ATTR {
     constexpr int kRows = decltype(count)::value;
-    VF sum[kRows];
-    for (int m = 0; m < kRows; ++m) sum[m] = hn::Zero(d);
+    VF dot[kRows];
+    VF square = hn::Zero(d);
+    for (int m = 0; m < kRows; ++m) dot[m] = hn::Zero(d);
+    const float* from = o + int64_t{row} * head_dim;
     for (int32_t c = 0; c < head_dim; c += kLanes) {
       const VF value = LoadMean(page, c);
+      square = hn::MulAdd(value, value, square);
       for (int m = 0; m < kRows; ++m) {
-        const VF off = hn::Sub(value, hn::LoadU(d, o + int64_t{row + m} * head_dim + c));
-        sum[m] = hn::MulAdd(off, off, sum[m]);
+        dot[m] = hn::MulAdd(value, hn::LoadU(d, from + m * head_dim + c), dot[m]);
       }
     }
-    for (int m = 0; m < kRows; ++m) out[row + m] = HorizontalSum(sum[m]);
+    const float scale = page.summary.mean_scale;
+    const float norm = scale * scale * HorizontalSum(square);
+    for (int m = 0; m < kRows; ++m) {
+      const float distance = norm - 2.0f * scale * HorizontalSum(dot[m]) + norms[row + m];
+      out[(row + m) * stride] = std::max(distance, 0.0f);
+    }
   });
 }
 
@@ -175,18 +204,18 @@ HWY_EXPORT(ValueMeanDistancesImpl);
 HWY_EXPORT(RotateQueriesImpl);
 
 void PageStatistics(const RotatedRows& rows, const ScoreParams& params, const KeyRange* visible,
-                    const float* raw, float* lse, float* concentration) {
-  HWY_DYNAMIC_DISPATCH(PageStatisticsImpl)(rows, params, visible, raw, lse, concentration);
+                    const float* raw, const PageSums& out) {
+  HWY_DYNAMIC_DISPATCH(PageStatisticsImpl)(rows, params, visible, raw, out);
 }
 
 void AddValueMeans(const PageMean* pages, int32_t num_pages, int32_t head_dim, const float* weights,
-                   int32_t rows, float* acc) {
-  HWY_DYNAMIC_DISPATCH(AddValueMeansImpl)(pages, num_pages, head_dim, weights, rows, acc);
+                   int64_t stride, int32_t rows, float* acc) {
+  HWY_DYNAMIC_DISPATCH(AddValueMeansImpl)(pages, num_pages, head_dim, weights, stride, rows, acc);
 }
 
-void ValueMeanDistances(const PageMean& page, int32_t head_dim, const float* o, int32_t rows,
-                        float* out) {
-  HWY_DYNAMIC_DISPATCH(ValueMeanDistancesImpl)(page, head_dim, o, rows, out);
+void ValueMeanDistances(const PageMean& page, int32_t head_dim, const float* o, const float* norms,
+                        int32_t rows, int64_t stride, float* out) {
+  HWY_DYNAMIC_DISPATCH(ValueMeanDistancesImpl)(page, head_dim, o, norms, rows, stride, out);
 }
 
 void RotateQueries(const uint16_t* query_basis, const float* mean, const float* q, int32_t rows,

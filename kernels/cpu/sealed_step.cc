@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "absl/time/clock.h"
@@ -19,6 +20,39 @@ namespace {
 // Scores kept from scan to attend, of all heads that go through the stages together. More would
 // fall out of the caches between the stages.
 constexpr int64_t kWaveScoreBytes = int64_t{16} << 20;
+
+constexpr int32_t kMeansAtOnce = 16;
+constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
+
+// Whether a second stage scans what the first leaves.
+bool TwoStage(const SealedJob& job) {
+  return job.ladder && job.first_chunks < job.layout.num_chunks;
+}
+
+RowScans NewScans(int64_t cells, Arena* arena) {
+  RowScans scans;
+  for (float** part : {&scans.lse, &scans.concentration, &scans.variance, &scans.log_mass}) {
+    *part = arena->Get<float>(cells);
+  }
+  for (float** part : {&scans.read, &scans.total}) *part = arena->GetZeroed<float>(cells);
+  for (float** part : {&scans.max, &scans.sum, &scans.squares}) {
+    *part = arena->Get<float>(cells);
+    std::fill_n(*part, cells, part == &scans.max ? kNegativeInfinity : 1.0f);
+  }
+  return scans;
+}
+
+// Pages of the job of which every row sees every token.
+PageRange WholePages(const HeadJob& head, PageRange pages) {
+  int64_t begin = 0, end = std::numeric_limits<int64_t>::max();
+  for (int32_t i = 0; i < head.sequence->q_len; ++i) {
+    begin = std::max(begin, head.ranges[i].begin);
+    end = std::min(end, head.ranges[i].end);
+  }
+  const auto first = static_cast<int32_t>((begin + kPageTokens - 1) / kPageTokens);
+  const auto last = static_cast<int32_t>(std::min<int64_t>(end / kPageTokens, pages.end));
+  return PageRange{first - pages.first, last - pages.first};
+}
 
 struct SplitItem {
   SealedJob* job = nullptr;
@@ -52,20 +86,26 @@ class Wave {
   template <class Stage>
   void ForJobs(Stage stage) {
     context_.workers->ParallelFor(static_cast<int64_t>(jobs_.size()), false,
-                                  [&](int64_t item, int32_t) { stage(&jobs_[item]); });
+                                  [&](int64_t item, int32_t worker) {
+                                    stage(&jobs_[item], &(*context_.sealed_scratch)[worker].arena);
+                                  });
   }
 
   void ScanPages(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker);
   void ScanRest(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker);
-  void ScanPage(SealedJob* job, int32_t page, int32_t chunk_begin, KeyDepth depth, int32_t worker,
-                int64_t* bytes);
+  void ScanPage(SealedJob* job, int32_t page, int32_t next, int32_t chunk_begin, KeyDepth depth,
+                int32_t worker, int64_t* bytes);
   void AttendPages(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker);
   void AttendPage(SealedJob* job, int32_t split, int32_t page, int32_t worker);
   void Finish(SealedJob* job);
   std::vector<std::unique_ptr<BoundedHead>> PlanBounded();
   bool SettleAll(const std::vector<std::unique_ptr<BoundedHead>>& bounded);
 
-  KeyRange* Visible(const SealedJob& job, int32_t page, int32_t worker);
+  void AttendMeans(SealedJob* job, int32_t split, const int32_t* pages, int32_t count,
+                   int32_t worker);
+  void PrefetchPage(const SealedJob& job, int32_t page) const;
+  // What the rows see of the page; null: all of it.
+  const KeyRange* Visible(const SealedJob& job, int32_t page, int32_t worker);
   int32_t all_chunks() const { return NumRankChunks(head_dim_); }
 
   const CpuContext context_;
@@ -85,6 +125,7 @@ void Wave::Add(HeadJob* head, PageRange pages) {
   SealedJob job;
   job.head = head;
   job.layout = MakePageLayout(shape_, sequence.stored_bits);
+  job.sections = FindSections(job.layout, head_dim_, head->kv_head);
   job.first_page = pages.first;
   job.num_pages = pages.end - pages.first;
   job.ladder = UsesLadder(params.policy);
@@ -94,11 +135,16 @@ void Wave::Add(HeadJob* head, PageRange pages) {
   const int32_t coarse = job.ladder ? CoarseChunks(params, head_dim_) : 0;
   job.first_chunks = coarse > 0 ? coarse : all_chunks();
   two_stage_ |= coarse > 0;
-  const int64_t cells = int64_t{job.num_pages} * head->rows;
-  job.raw = arena->Get<float>(cells * kPageTokens);
-  job.scans = arena->Get<RowScan>(cells);
+  job.stride = WholeVectors(job.num_pages);
+  job.whole = WholePages(*head, pages);
+  const int64_t cells = int64_t{job.stride} * head->rows;
+  job.raw = arena->Get<float>(int64_t{job.num_pages} * head->rows * kPageTokens);
+  job.scans = NewScans(cells, arena);
   job.masses = arena->Get<float>(cells);
   job.facts = arena->Get<PageFacts>(job.num_pages);
+  job.means = arena->Get<PageMean>(job.num_pages);
+  job.spreads = arena->GetZeroed<float>(job.stride);
+  job.scale_rms = arena->GetZeroed<float>(job.stride);
   job.depths = arena->Get<PageDepth>(job.num_pages);
   job.row_lse = arena->Get<float>(head->rows);
   job.row_max = arena->Get<float>(head->rows);
@@ -129,16 +175,17 @@ void Wave::Run(StageTimes* times) {
   const absl::Time start = absl::Now();
   ForSplits(&Wave::ScanPages);
   if (two_stage_) {
-    ForJobs([](SealedJob* job) {
+    ForJobs([](SealedJob* job, Arena* arena) {
+      if (!TwoStage(*job)) return;
       FinishMasses(job);
-      if (job->first_chunks < job->layout.num_chunks && job->ladder) OpenPages(job);
+      OpenPages(job, arena);
     });
     ForSplits(&Wave::ScanRest);
   }
   const absl::Time scanned = absl::Now();
-  ForJobs([this](SealedJob* job) {
+  ForJobs([this](SealedJob* job, Arena* arena) {
     FinishMasses(job);
-    SelectDepths(job, shape_, context_.pool);
+    SelectDepths(job, shape_, context_.pool, arena);
   });
   const std::vector<std::unique_ptr<BoundedHead>> bounded = PlanBounded();
   const absl::Time selected = absl::Now();
@@ -153,6 +200,9 @@ void Wave::Run(StageTimes* times) {
 // Of each job; null where it is not bounded.
 std::vector<std::unique_ptr<BoundedHead>> Wave::PlanBounded() {
   std::vector<std::unique_ptr<BoundedHead>> bounded(jobs_.size());
+  const bool any = std::any_of(jobs_.begin(), jobs_.end(),
+                               [](const SealedJob& job) { return job.exact != nullptr; });
+  if (!any) return bounded;
   context_.workers->ParallelFor(
       static_cast<int64_t>(jobs_.size()), false, [&](int64_t item, int32_t worker) {
         SealedJob& job = jobs_[item];
@@ -179,31 +229,29 @@ bool Wave::SettleAll(const std::vector<std::unique_ptr<BoundedHead>>& bounded) {
   return std::all_of(jobs_.begin(), jobs_.end(), [](const SealedJob& job) { return job.done; });
 }
 
-KeyRange* Wave::Visible(const SealedJob& job, int32_t page, int32_t worker) {
+const KeyRange* Wave::Visible(const SealedJob& job, int32_t page, int32_t worker) {
+  if (page >= job.whole.first && page < job.whole.end) return nullptr;
   std::vector<KeyRange>& visible = (*context_.sealed_scratch)[worker].visible;
   visible.resize(static_cast<size_t>(job.head->rows));
   LocalRanges(*job.head, group_, job.first_page + page, visible.data());
   return visible.data();
 }
 
-// Reads `depth` of the page from `chunk_begin` on and brings its scans up to date.
-void Wave::ScanPage(SealedJob* job, int32_t page, int32_t chunk_begin, KeyDepth depth,
+// Reads `depth` of the page from `chunk_begin` on and brings its scans up to date; page `next` is
+// to follow.
+void Wave::ScanPage(SealedJob* job, int32_t page, int32_t next, int32_t chunk_begin, KeyDepth depth,
                     int32_t worker, int64_t* bytes) {
   SealedWorker& own = (*context_.sealed_scratch)[worker];
   const SequenceStep& sequence = *job->head->sequence;
   const RotatedRows rows = JobRows(*job, head_dim_, page);
-  const SealedPage view = JobPage(*job, head_dim_, context_.pool, page);
+  const SealedPage view = JobPage(*job, context_.pool, page);
   const ScoreParams params{sequence.softmax_scale, sequence.softcap};
-  const int64_t first_cell = int64_t{page} * rows.rows;
-  float* raw = job->raw + first_cell * kPageTokens;
-  RowScan* scans = job->scans + first_cell;
-  own.floats.resize(static_cast<size_t>(4) * rows.rows);
-  float* read = own.floats.data();
-  float* total = read + rows.rows;
-  float* lse = total + rows.rows;
-  float* concentration = lse + rows.rows;
+  float* raw = job->raw + int64_t{page} * rows.rows * kPageTokens;
+  own.floats.resize(static_cast<size_t>(2) * rows.rows);
+  const RowEnergy energy{own.floats.data(), own.floats.data() + rows.rows};
 
-  ScanKeys(view, rows, chunk_begin, depth.chunks, &own.scratch, raw, RowEnergy{read, total});
+  ScanKeys(view, JobPage(*job, context_.pool, next), rows, chunk_begin, depth.chunks, &own.scratch,
+           raw, energy);
   if (chunk_begin == 0) *bytes += head_dim_;  // the scales
   *bytes += int64_t{ChunkedRank(head_dim_, depth.chunks) - ChunkedRank(head_dim_, chunk_begin)} *
             kPageTokens / 2;
@@ -211,21 +259,14 @@ void Wave::ScanPage(SealedJob* job, int32_t page, int32_t chunk_begin, KeyDepth 
     RefineKeys(view, rows, depth.bits, depth.chunks, &own.scratch, raw);
     *bytes += int64_t{ChunkedRank(head_dim_, depth.chunks)} * kPageTokens * (depth.bits - 4) / 8;
   }
-  const KeyRange* visible = Visible(*job, page, worker);
-  PageStatistics(rows, params, visible, raw, lse, concentration);
-  const float scale2 = sequence.softmax_scale * sequence.softmax_scale;
+  const RowScans& scans = job->scans;
+  PageStatistics(rows, params, Visible(*job, page, worker), raw,
+                 PageSums{scans.max + page, scans.sum + page, scans.squares + page, job->stride});
   for (int32_t row = 0; row < rows.rows; ++row) {
-    RowScan& scan = scans[row];
-    if (chunk_begin == 0) {
-      scan.energy = total[row];
-    } else {
-      read[row] = total[row] = scan.energy;  // The second stage reads what the first left.
-    }
-    scan.lse = lse[row];
-    scan.concentration = concentration[row];
-    scan.variance = scale2 * (read[row] * CodeVariance(1.0f, depth.bits) +
-                              (total[row] - read[row]) * UnreadVariance(1.0f));
-    scan.log_mass = job->ladder ? PageLogMass(scan.lse, scan.variance) : scan.lse;
+    const int64_t at = int64_t{row} * job->stride + page;
+    if (chunk_begin == 0) scans.total[at] = energy.total[row];
+    // The second stage reads what the first left.
+    scans.read[at] = chunk_begin == 0 ? energy.read[row] : scans.total[at];
   }
 }
 
@@ -233,28 +274,44 @@ void Wave::ScanPages(SealedJob* job, int32_t split, int32_t first, int32_t end, 
   KeyDepth depth = job->fixed.key;
   if (job->ladder) depth = KeyDepth{kScanBits, static_cast<uint8_t>(job->first_chunks)};
   for (int32_t page = first; page < end; ++page) {
-    if (page + 1 < end) {
-      PrefetchKeys(JobPage(*job, head_dim_, context_.pool, page + 1), head_dim_, 0, depth.chunks);
-    }
-    ScanPage(job, page, 0, depth, worker, &job->split_key_bytes[split]);
+    ScanPage(job, page, std::min(page + 1, end - 1), 0, depth, worker,
+             &job->split_key_bytes[split]);
     PageFacts& facts = job->facts[page];
     facts = PageFacts();
     facts.sink = job->first_page + page == 0;
-    const KeyRange* visible = (*context_.sealed_scratch)[worker].visible.data();
-    for (int32_t row = 0; row < job->head->rows; ++row) {
+    // It will be read at full depth, its first value already while depths are chosen.
+    const int32_t stored_bits = job->head->sequence->stored_bits;
+    if (facts.sink) {
+      PrefetchAttended(JobPage(*job, context_.pool, page), head_dim_, 0, stored_bits);
+    }
+    const KeyRange* visible = Visible(*job, page, worker);
+    for (int32_t row = 0; visible != nullptr && row < job->head->rows; ++row) {
       const int64_t count = visible[row].end - visible[row].begin;
       facts.cut |= count > 0 && count < kPageTokens;
     }
+    job->means[page] = ViewPageMean(JobPage(*job, context_.pool, page));
+    job->spreads[page] = job->means[page].summary.spread;
+    job->scale_rms[page] = job->means[page].summary.scale_rms;
   }
+  FinishScans(job, first, end);
+  if (!TwoStage(*job)) SumMeans(job, head_dim_, split, first, end);
 }
 
 void Wave::ScanRest(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker) {
-  if (!job->ladder || job->first_chunks == all_chunks()) return;
+  if (!TwoStage(*job)) return;
   const KeyDepth depth{kScanBits, static_cast<uint8_t>(all_chunks())};
-  for (int32_t page = first; page < end; ++page) {
-    if (!job->facts[page].opened) continue;
-    ScanPage(job, page, job->first_chunks, depth, worker, &job->split_key_bytes[split]);
+  const auto next_opened = [&](int32_t page) {
+    while (page < end && !job->facts[page].opened) ++page;
+    return page;
+  };
+  for (int32_t page = next_opened(first); page < end;) {
+    const int32_t next = next_opened(page + 1);
+    ScanPage(job, page, next < end ? next : page, job->first_chunks, depth, worker,
+             &job->split_key_bytes[split]);
+    page = next;
   }
+  FinishScans(job, first, end);
+  SumMeans(job, head_dim_, split, first, end);
 }
 
 void Wave::AttendPages(SealedJob* job, int32_t split, int32_t first, int32_t end, int32_t worker) {
@@ -262,12 +319,58 @@ void Wave::AttendPages(SealedJob* job, int32_t split, int32_t first, int32_t end
   const int32_t rows = job->head->rows;
   const PartialRows& state = job->splits[split];
   // The estimate of the global LSE is as good a reference as the maximum, and known to all splits.
+  // The scan's sum of means cannot be kept and attended pages taken out of it: where keys read
+  // deeper move a page's mass by orders of magnitude, what is left would be rounding.
   std::copy_n(job->row_lse, rows, state.max);
   std::fill_n(state.sum, rows, 0.0f);
   std::fill_n(state.acc, int64_t{rows} * head_dim_, 0.0f);
+  int32_t skipped[kMeansAtOnce], count = 0, last = -1;
+  // Each page is attended once its successor has been asked for.
   for (int32_t page = first; page < end; ++page) {
-    if (job->exact == nullptr || job->exact[page] == 0) AttendPage(job, split, page, worker);
+    if (job->exact != nullptr && job->exact[page] != 0) continue;
+    if (job->depths[page].value_bits == 0) {
+      skipped[count++] = page;
+      if (count == kMeansAtOnce) {
+        AttendMeans(job, split, skipped, std::exchange(count, 0), worker);
+      }
+      continue;
+    }
+    PrefetchPage(*job, page);
+    if (last >= 0) AttendPage(job, split, last, worker);
+    last = page;
   }
+  if (last >= 0) AttendPage(job, split, last, worker);
+  AttendMeans(job, split, skipped, count, worker);
+}
+
+void Wave::PrefetchPage(const SealedJob& job, int32_t page) const {
+  const PageDepth& depth = job.depths[page];
+  const bool refine = job.ladder && job.raw_bits == nullptr;
+  PrefetchAttended(JobPage(job, context_.pool, page), head_dim_, refine ? depth.key.bits : 0,
+                   depth.value_bits);
+}
+
+// Some pages by their means, at the masses that the scan found.
+void Wave::AttendMeans(SealedJob* job, int32_t split, const int32_t* pages, int32_t count,
+                       int32_t worker) {
+  if (count == 0) return;
+  SealedWorker& own = (*context_.sealed_scratch)[worker];
+  const PartialRows& state = job->splits[split];
+  const int32_t rows = job->head->rows;
+  PageMean means[kMeansAtOnce];
+  for (int32_t i = 0; i < count; ++i) means[i] = job->means[pages[i]];
+  own.floats.resize(static_cast<size_t>(rows) * kMeansAtOnce);
+  for (int32_t row = 0; row < rows; ++row) {
+    float* weights = own.floats.data() + int64_t{row} * kMeansAtOnce;
+    // A row that sees nothing of a page may have no maximum either.
+    const bool sees = job->row_max[row] > kNegativeInfinity;
+    const float scale = sees ? std::exp(job->row_max[row] - state.max[row]) : 0.0f;
+    for (int32_t i = 0; i < count; ++i) {
+      weights[i] = scale * job->masses[int64_t{row} * job->stride + pages[i]];
+      state.sum[row] += weights[i];
+    }
+  }
+  AddValueMeans(means, count, head_dim_, own.floats.data(), kMeansAtOnce, rows, state.acc);
 }
 
 void Wave::AttendPage(SealedJob* job, int32_t split, int32_t page, int32_t worker) {
@@ -275,23 +378,9 @@ void Wave::AttendPage(SealedJob* job, int32_t split, int32_t page, int32_t worke
   const SequenceStep& sequence = *job->head->sequence;
   const PageDepth& depth = job->depths[page];
   const PartialRows& state = job->splits[split];
-  const int32_t rows = job->head->rows;
-  if (depth.value_bits == 0) {
-    own.floats.resize(static_cast<size_t>(rows));
-    for (int32_t row = 0; row < rows; ++row) {
-      const float log_mass = job->scans[int64_t{page} * rows + row].log_mass;
-      // A row that sees nothing of the page may have no maximum either.
-      const bool sees = log_mass > -std::numeric_limits<float>::infinity();
-      own.floats[row] = sees ? std::exp(log_mass - state.max[row]) : 0.0f;
-      state.sum[row] += own.floats[row];
-    }
-    const PageMean mean = JobPageMean(*job, context_.pool, page);
-    AddValueMeans(&mean, 1, head_dim_, own.floats.data(), rows, state.acc);
-    return;
-  }
-  const SealedPage view = JobPage(*job, head_dim_, context_.pool, page);
+  const SealedPage view = JobPage(*job, context_.pool, page);
   const RotatedRows rotated = JobRows(*job, head_dim_, page);
-  float* raw = job->raw + int64_t{page} * rows * kPageTokens;
+  float* raw = job->raw + int64_t{page} * rotated.rows * kPageTokens;
   if (job->ladder && depth.key.bits > kScanBits && job->raw_bits == nullptr) {
     RefineKeys(view, rotated, depth.key.bits, depth.key.chunks, &own.scratch, raw);
     job->split_key_bytes[split] +=
@@ -314,7 +403,7 @@ void Wave::Finish(SealedJob* job) {
   PartialRows& sum = target.rows;
   sum.moment = nullptr;
   for (int32_t row = 0; row < rows; ++row) {
-    sum.max[row] = -std::numeric_limits<float>::infinity();
+    sum.max[row] = kNegativeInfinity;
     for (int32_t split = 0; split < job->num_splits; ++split) {
       sum.max[row] = std::max(sum.max[row], job->splits[split].max[row]);
     }
@@ -328,7 +417,7 @@ void Wave::Finish(SealedJob* job) {
       sum.sum[row] += weight * part.sum[row];
       AddScaled(part.acc + int64_t{row} * head_dim_, weight, head_dim_, acc);
     }
-    if (sum.sum[row] == 0) sum.max[row] = -std::numeric_limits<float>::infinity();
+    if (sum.sum[row] == 0) sum.max[row] = kNegativeInfinity;
     RotateHadamard(acc, head_dim_);
   }
   for (int32_t split = 0; split < job->num_splits; ++split) {

@@ -117,6 +117,50 @@ HWY_INLINE VF Exp(VF x) {
   return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -87.0f)), result);
 }
 
+// exp(x) for x <= 0 to about 3e-7 of it, in two thirds of Exp's instructions. Below -86 it is
+// exp(-86): next to an item of weight 1 as good as nothing.
+HWY_INLINE VF ExpOfGap(VF x) {
+  const F32 d;
+  const I32 di;
+  const VF clamped = hn::Max(x, hn::Set(d, -86.0f));
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the lowest bits.
+  const VF magic = hn::Set(d, 12582912.0f);
+  const VF shifted = hn::MulAdd(clamped, hn::Set(d, 1.44269504088896341f), magic);
+  const VF r = hn::NegMulAdd(hn::Sub(shifted, magic), hn::Set(d, 0.693147182464599609f), clamped);
+  VF p = hn::Set(d, 1.3981999507e-3f);
+  p = hn::MulAdd(p, r, hn::Set(d, 8.3334519073e-3f));
+  p = hn::MulAdd(p, r, hn::Set(d, 4.1665795894e-2f));
+  p = hn::MulAdd(p, r, hn::Set(d, 1.6666665459e-1f));
+  p = hn::MulAdd(p, r, hn::Set(d, 5.0000001201e-1f));
+  p = hn::MulAdd(p, r, hn::Set(d, 1.0f));
+  p = hn::MulAdd(p, r, hn::Set(d, 1.0f));
+  const VI power = hn::ShiftLeft<23>(hn::BitCast(di, shifted));
+  return hn::BitCast(d, hn::Add(hn::BitCast(di, p), power));
+}
+
+// ln(x) to about 1e-7 absolute and relative, for normal positive x.
+HWY_INLINE VF Log(VF x) {
+  const F32 d;
+  const I32 di;
+  const VI bits = hn::BitCast(di, x);
+  // Octaves from the square root of a half, so that m - 1 stays small on both sides.
+  const VI octave = hn::ShiftRight<23>(hn::Sub(bits, hn::Set(di, 0x3f3504f3)));
+  const VF m = hn::Sub(hn::BitCast(d, hn::Sub(bits, hn::ShiftLeft<23>(octave))), hn::Set(d, 1.0f));
+  const VF n = hn::ConvertTo(d, octave);
+  VF p = hn::Set(d, 7.0376836292e-2f);
+  p = hn::MulAdd(p, m, hn::Set(d, -1.1514610310e-1f));
+  p = hn::MulAdd(p, m, hn::Set(d, 1.1676998740e-1f));
+  p = hn::MulAdd(p, m, hn::Set(d, -1.2420140846e-1f));
+  p = hn::MulAdd(p, m, hn::Set(d, 1.4249322787e-1f));
+  p = hn::MulAdd(p, m, hn::Set(d, -1.6668057665e-1f));
+  p = hn::MulAdd(p, m, hn::Set(d, 2.0000714765e-1f));
+  p = hn::MulAdd(p, m, hn::Set(d, -2.4999993993e-1f));
+  p = hn::MulAdd(p, m, hn::Set(d, 3.3333331174e-1f));
+  const VF square = hn::Mul(m, m);
+  p = hn::MulAdd(hn::Mul(p, m), square, hn::NegMulAdd(square, hn::Set(d, 0.5f), m));
+  return hn::MulAdd(n, hn::Set(d, 0.693147180559945309f), p);
+}
+
 // cap * tanh(s / cap). The absolute error is a few ulps of cap, which is what a score needs.
 HWY_INLINE VF SoftCap(VF s, float cap) {
   const F32 d;

@@ -286,7 +286,8 @@ KeyRange VisibleKeys(const SequenceStep& sequence, int32_t row) {
 }
 
 int64_t SplitPages(int64_t num_pages) {
-  return std::max(kMinSplitPages, (num_pages + kMaxSplits - 1) / kMaxSplits);
+  const int64_t pages = std::max(kMinSplitPages, (num_pages + kMaxSplits - 1) / kMaxSplits);
+  return (pages + kPagesInVector - 1) / kPagesInVector * kPagesInVector;
 }
 
 void RunStep(const CpuContext& context, const AttendBatch& batch) {

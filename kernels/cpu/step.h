@@ -20,6 +20,7 @@ struct SealedWorker {
   SealedScratch scratch;
   std::vector<KeyRange> visible;
   std::vector<float> floats;
+  Arena arena;  // of what selects one head's depths
 };
 
 // What the backend owns and lends to each step.
@@ -67,7 +68,9 @@ KeyRange VisibleKeys(const SequenceStep& sequence, int32_t row);
 
 // Pages of one split. Splits are independent of threads and of the rest of the batch, so that a
 // sequence alone gives the bits that it gives in a batch. At least 16 pages (1024 tokens: below, a
-// split costs more to merge than it spreads), at most 64 splits: 8192 tokens give 8 splits.
+// split costs more to merge than it spreads), at most 64 splits: 8192 tokens give 8 splits. Splits
+// begin at whole vectors of pages.
+inline constexpr int32_t kPagesInVector = 8;  // of the widest vectors
 int64_t SplitPages(int64_t num_pages);
 
 // Runs `batch` to the end and measures its stages.

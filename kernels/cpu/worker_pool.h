@@ -12,7 +12,9 @@
 namespace adaattn {
 
 // A fixed set of threads that share the items of one loop at a time. The calling thread works too,
-// so a pool of one thread starts none. Threads: ParallelFor comes from one thread at a time.
+// so a pool of one thread starts none. Between loops that follow each other closely, as those of a
+// step do, threads spin for a moment: sleeping and waking would take as long as a short loop.
+// Threads: ParallelFor comes from one thread at a time.
 class WorkerPool {
  public:
   // num_threads >= 1, the caller's included.
@@ -36,14 +38,15 @@ class WorkerPool {
   void TakeItems(int32_t worker, const Run& run, int64_t num_items);
 
   std::atomic<int64_t> next_item_{0};
+  // Written under mutex_, and read without it by threads that spin.
+  std::atomic<int64_t> loop_{0};
+  std::atomic<int32_t> num_busy_{0};  // of the started threads
 
   Mutex mutex_;
   CondVar start_;
   CondVar done_;
-  const Run* run_ ABSL_GUARDED_BY(mutex_) = nullptr;
+  const Run* run_ ABSL_GUARDED_BY(mutex_) = nullptr;  // null: the loop takes nobody in any more
   int64_t num_items_ ABSL_GUARDED_BY(mutex_) = 0;
-  int64_t loop_ ABSL_GUARDED_BY(mutex_) = 0;
-  int32_t num_busy_ ABSL_GUARDED_BY(mutex_) = 0;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
 
   std::vector<std::thread> threads_;

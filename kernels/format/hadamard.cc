@@ -5,9 +5,31 @@
 namespace adaattn {
 namespace {
 
+// The butterflies of distance 1, 2 and 4 of eight neighbours: as loops they would be all overhead.
+template <typename T>
+void RotateEight(T* x) {
+  const T a0 = x[0] + x[1], a1 = x[0] - x[1], a2 = x[2] + x[3], a3 = x[2] - x[3];
+  const T a4 = x[4] + x[5], a5 = x[4] - x[5], a6 = x[6] + x[7], a7 = x[6] - x[7];
+  const T b0 = a0 + a2, b1 = a1 + a3, b2 = a0 - a2, b3 = a1 - a3;
+  const T b4 = a4 + a6, b5 = a5 + a7, b6 = a4 - a6, b7 = a5 - a7;
+  x[0] = b0 + b4;
+  x[1] = b1 + b5;
+  x[2] = b2 + b6;
+  x[3] = b3 + b7;
+  x[4] = b0 - b4;
+  x[5] = b1 - b5;
+  x[6] = b2 - b6;
+  x[7] = b3 - b7;
+}
+
 template <typename T>
 void RotateBlock(T* block, int32_t size) {
-  for (int32_t half = 1; half < size; half *= 2) {
+  int32_t first = 1;
+  if (size % 8 == 0) {
+    for (int32_t start = 0; start < size; start += 8) RotateEight(block + start);
+    first = 8;
+  }
+  for (int32_t half = first; half < size; half *= 2) {
     for (int32_t start = 0; start < size; start += 2 * half) {
       for (int32_t i = start; i < start + half; ++i) {
         const T a = block[i], b = block[i + half];

@@ -185,15 +185,22 @@ void DecodeValueToken(const SealedHead& head, const std::byte* page, int32_t tok
                       float* out) {
   const int32_t d = head.head_dim, groups = ValueGroups(d), width = d / groups;
   const uint8_t* const scales = ValueScales(head, page) + token * groups;
-  for (int32_t c = 0; c < d; ++c) {
-    const BitPosition at = ValuePlanePosition(head.order, token, c % kTileChannels);
-    uint32_t prefix = 0;
-    for (int32_t p = 0; p < bits / 2; ++p) {
-      const std::byte* const plane =
-          At(head, head.layout.value_plane[p], page) + PlaneTileOffset(c);
-      prefix = prefix << 2 | GetBits(plane, at, 3u);
+  const std::byte* planes[4];
+  for (int32_t p = 0; p < bits / 2; ++p) planes[p] = At(head, head.layout.value_plane[p], page);
+  BitPosition positions[kTileChannels];
+  for (int32_t c = 0; c < kTileChannels; ++c) {
+    positions[c] = ValuePlanePosition(head.order, token, c);
+  }
+  for (int32_t begin = 0; begin < d; begin += width) {
+    const float range = RangeFromScale(scales[begin / width]);
+    for (int32_t c = begin; c < begin + width; ++c) {
+      const BitPosition at = positions[c % kTileChannels];
+      uint32_t prefix = 0;
+      for (int32_t p = 0; p < bits / 2; ++p) {
+        prefix = prefix << 2 | GetBits(planes[p] + PlaneTileOffset(c), at, 3u);
+      }
+      out[c] = DecodeNested(prefix, bits, range);
     }
-    out[c] = DecodeNested(prefix, bits, RangeFromScale(scales[c / width]));
   }
 }
 }  // namespace

@@ -5,7 +5,7 @@
 //
 // The scan gives each page's share; the error model gives what each depth of it would cost. Both
 // are per row and q head; a kv head's error is their root mean square, relative to |o|. Theta comes
-// from a grid of half octaves, and the prediction is aimed at kBudgetMargin of the target: the
+// from a grid of half octaves, and the prediction is aimed below the target (BudgetLimit2): the
 // actual error of a head spreads about its prediction (log-normally, sigma .3 to .5), so aiming at
 // the target itself would exceed it in half of the steps.
 //
@@ -26,6 +26,18 @@ namespace adaattn {
 
 inline constexpr int32_t kNumBudgetThetas = 29;  // 2^-16, 2^-15.5, ..., 2^-2
 inline constexpr float kBudgetMargin = 0.7f;
+
+// Relative error that no depth takes away from some q heads: even at full depth 2 to 5 % of them
+// err by more than .02 (tests/data and a 32k trace), twice to four times the mean that is predicted
+// for their kv head. It matters for small targets only; this much of it leaves at most 8 % of q
+// heads above .02.
+inline constexpr float kBudgetFloor = 0.0085f;
+
+// The mean square relative error to aim at; negative where the floor alone exceeds the target.
+ADAATTN_HD constexpr float BudgetLimit2(float target_relative_error) {
+  const float aim = kBudgetMargin * target_relative_error;
+  return aim * aim - kBudgetFloor * kBudgetFloor;
+}
 
 // Grid value `index` in [0, kNumBudgetThetas), ascending.
 ADAATTN_HD constexpr float BudgetTheta(int32_t index) {
@@ -72,6 +84,22 @@ ADAATTN_HD int32_t NumThetasBelow(float share) {
   return below < kNumBudgetThetas + 12 ? below : kNumBudgetThetas + 12;
 }
 
+// Whether the mean square relative error of `terms` is low enough for the target.
+ADAATTN_HD constexpr bool FitsBudget(const ErrorTerms& terms, float target_relative_error) {
+  return ErrorSquare(terms) <= BudgetLimit2(target_relative_error);
+}
+
+// The largest of thetas [0, begin] of the grid whose predicted error, sum_of(theta) over all pages,
+// fits; 0: none. Error need not fall with theta everywhere (2 bits of a value may miss it by more
+// than the mean), so they are gone through one by one.
+template <class SumOf>
+float LargestTheta(int32_t begin, float target_relative_error, const SumOf& sum_of) {
+  for (int32_t i = begin; i >= 0; --i) {
+    if (FitsBudget(sum_of(BudgetTheta(i)), target_relative_error)) return BudgetTheta(i);
+  }
+  return 0;
+}
+
 struct BudgetChoice {
   float theta = 0;            // 0: no theta of the grid fits, every page at full depth
   float predicted_error = 0;  // relative, root mean square, of the depths that theta gives
@@ -86,15 +114,12 @@ BudgetChoice ChooseTheta(const DecisionParams& params, absl::Span<const PageBudg
 // theta 0; the part of ChooseTheta that a device reduction ends with.
 ADAATTN_HD BudgetChoice ChooseThetaFromTerms(const ErrorTerms* sums, const ErrorTerms& full_depth,
                                              float target_relative_error) {
-  const float limit = kBudgetMargin * target_relative_error;
   BudgetChoice choice;
   for (int32_t i = kNumBudgetThetas - 1; i >= 0; --i) {
-    const float square = ErrorSquare(sums[i]);
-    if (square <= limit * limit) {
-      choice.theta = BudgetTheta(i);
-      choice.predicted_error = sqrtf(square);
-      return choice;
-    }
+    if (!FitsBudget(sums[i], target_relative_error)) continue;
+    choice.theta = BudgetTheta(i);
+    choice.predicted_error = sqrtf(ErrorSquare(sums[i]));
+    return choice;
   }
   choice.predicted_error = sqrtf(ErrorSquare(full_depth));
   choice.fallback = true;

@@ -65,8 +65,13 @@ ProgressiveHarness::ProgressiveHarness(const ProgressiveOptions& options)
   sequence_.keep_exact = options.keep_exact;
   const int32_t heads = options.shape.num_kv_heads;
   // Drawn one after the other: the order of arguments is the compiler's.
-  const std::vector<float> values = harness_.RandomRows(options.length, heads);
-  const std::vector<float> keys = StructuredRows(options.length, heads, true);
+  std::vector<float> values = harness_.RandomRows(options.length, heads);
+  std::vector<float> keys = StructuredRows(options.length, heads, true);
+  const int32_t d = options.shape.head_dim;
+  for (int64_t i = 0; i < options.length * heads; ++i) {
+    values[i * d + d / 3] *= options.outlier;
+    keys[i * d + d / 2] *= options.outlier;
+  }
   harness_.AppendTokens(&sequence_, keys, values);
   const int32_t sealed = static_cast<int32_t>(options.length / kPageTokens) - 1;
   for (int32_t run = 0; run < options.num_bases; ++run) {

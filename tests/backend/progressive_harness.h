@@ -24,6 +24,9 @@ struct ProgressiveOptions {
   int32_t num_pages = 64;
   bool keep_exact = false;
   DType out_type = DType::kF32;
+  // What one channel of keys and of values is multiplied by. Such a channel takes a code's range
+  // for itself: bases are orthogonal, so it stays where it is among the keys' ranks.
+  float outlier = 1;
 };
 
 // One sequence of keys with a mean, decaying channels and pages of their own direction, so that

@@ -154,6 +154,15 @@ TEST(BudgetTest, ErrorsFallWithDepth) {
   }
 }
 
+TEST(BudgetTest, TheFloorMattersToSmallTargetsOnly) {
+  EXPECT_LT(BudgetLimit2(0.01f), 0.0f);
+  EXPECT_NEAR(std::sqrt(BudgetLimit2(0.02f)) / 0.02, 0.56, 0.01);
+  EXPECT_NEAR(std::sqrt(BudgetLimit2(0.1f)) / 0.1, kBudgetMargin, 0.006);
+  const BudgetChoice choice = ChooseTheta(BudgetParams(0.01f), Budgets({0.1f, 0.01f}), kDim, 8);
+  EXPECT_TRUE(choice.fallback);
+  EXPECT_EQ(choice.theta, 0.0f);
+}
+
 TEST(BudgetTest, TakesTheLargestThetaThatFits) {
   const std::vector<float> shares = {0.3f, 0.1f, 0.05f, 0.02f, 0.01f, 0.002f, 0.0005f};
   float last = 0.0f;
@@ -163,10 +172,12 @@ TEST(BudgetTest, TakesTheLargestThetaThatFits) {
     const BudgetChoice choice = ChooseTheta(params, pages, kDim, 8);
     ASSERT_FALSE(choice.fallback) << target;
     EXPECT_GE(choice.theta, last) << "a wider budget never reads more";
-    EXPECT_LE(choice.predicted_error, kBudgetMargin * target);
+    const double limit = std::sqrt(BudgetLimit2(target));
+    EXPECT_LT(limit, kBudgetMargin * target);
+    EXPECT_LE(choice.predicted_error, limit);
     EXPECT_NEAR(choice.predicted_error, ErrorAt(params, pages, choice.theta), 1e-6);
     if (choice.theta < 0.25f) {
-      EXPECT_GT(ErrorAt(params, pages, choice.theta * 1.41421356f), kBudgetMargin * target)
+      EXPECT_GT(ErrorAt(params, pages, choice.theta * 1.41421356f), limit)
           << "the next theta would not fit";
     }
     last = choice.theta;
