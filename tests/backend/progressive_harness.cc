@@ -194,7 +194,8 @@ void ProgressiveHarness::CompareHead(const StepCase& step, const StepOutput& out
   // Entropy and learned theta come from sums of exponentials; the others are of a grid.
   const float theta = any_page ? expected.decision.theta : 0.0f;
   EXPECT_NEAR(actual.theta, theta, (step.decision.policy > Policy::kBudget ? 1e-3 : 1e-6) * theta);
-  EXPECT_NEAR(actual.entropy, expected.decision.entropy, 1e-3);
+  // A backend may keep scores as FP16, which moves shares by up to 5e-3.
+  EXPECT_NEAR(actual.entropy, expected.decision.entropy, 1e-2);
   EXPECT_NEAR(actual.predicted_error, expected.decision.predicted_error,
               (moved == 0 ? 0.01 : 0.5) * expected.decision.predicted_error + 1e-6);
   const ReadBytes recount = RecountBytes(actual, options_.shape.head_dim, DType::kBf16);
