@@ -59,6 +59,28 @@ __device__ __forceinline__ void BulkCopy(uint32_t target, const void* source, ui
       : "memory");
 }
 
+// Of what is read once: L2 gives up such lines first.
+__device__ __forceinline__ uint64_t EvictFirstPolicy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// As above, under an L2 policy.
+__device__ __forceinline__ void BulkCopy(uint32_t target, const void* source, uint32_t bytes,
+                                         uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1], %2, [%3], %4;" ::"r"(target),
+      "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// Brings `bytes` (a multiple of 16, as the address) to L2.
+__device__ __forceinline__ void PrefetchBulk(const void* source, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
+
 // kWords 32-bit words; the address is aligned to their size. asm volatile keeps the loads between
 // the barrier wait before and the refill after.
 template <int kWords>

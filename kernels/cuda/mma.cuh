@@ -61,6 +61,37 @@ __device__ __forceinline__ uint32_t PackPair<__half>(float low, float high) {
   return out;
 }
 
+template <typename T>
+__device__ __forceinline__ float2 UnpackPair(uint32_t pair);
+
+template <>
+__device__ __forceinline__ float2 UnpackPair<__nv_bfloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+template <>
+__device__ __forceinline__ float2 UnpackPair<__half>(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
+// Four 8x8 tiles of 16-bit values in shared memory, whose row r of tile i the lane 8 i + r names,
+// as (g, 2t), (g, 2t + 1); transposed: (2t, g), (2t + 1, g).
+template <bool kTransposed>
+__device__ __forceinline__ void LoadMatrices(uint32_t (&tile)[4], const void* row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(tile[0]), "=r"(tile[1]), "=r"(tile[2]), "=r"(tile[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(tile[0]), "=r"(tile[1]), "=r"(tile[2]), "=r"(tile[3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
 // Two e4m3 values to two halves, exactly; the lower byte becomes the lower half.
 __device__ __forceinline__ uint32_t HalvesFromE4m3(uint32_t low_16_bits) {
   uint32_t out;

@@ -153,7 +153,7 @@ std::string CudaPlan::DebugString() const {
     if (group.num_sequences == 0) continue;
     const ProgressiveParams params = GroupParams(i);
     absl::StrAppend(&text, "; ", SealedGroupBits(i), " bits: ", group.num_sequences,
-                    " sequences of up to ", group.max_sealed, " pages, scan in ", params.scan_share,
+                    " sequences of up to ", group.max_sealed, " pages, scan in ", params.scan_ctas,
                     " runs");
   }
   return text;

@@ -11,10 +11,8 @@ void PlanProgressive(int32_t num_sms, ProgressiveParams* params) {
   params->num_sms = num_sms;
   const int32_t head_groups = CeilDiv(params->shape.num_kv_heads, kScanWarps);
   const int32_t tiles = CeilDiv(params->shape.group_size() * params->max_q_len, kTileColumns);
-  const int32_t dense = params->num_sequences * params->shape.num_kv_heads * tiles;
-  int32_t ctas = ScanCtasPerSm(params->shape.head_dim) * num_sms;
-  if (8 * dense <= ctas) ctas -= dense;
-  params->scan_share = std::max(ctas / (head_groups * tiles), 1);
+  const int32_t ctas = ScanCtasPerSm(params->shape.head_dim) * num_sms;
+  params->scan_ctas = std::max(ctas / (head_groups * tiles), 1);
 }
 
 void ScheduleScan(const ProgressiveParams& params, absl::Span<ProgressiveSequence> sequences,
@@ -32,18 +30,25 @@ void ScheduleScan(const ProgressiveParams& params, absl::Span<ProgressiveSequenc
     total += pages.page_end - pages.page_begin;
   }
   // A CTA takes several pages at once where it has few heads.
-  const int32_t heads = std::min(params.shape.num_kv_heads, kScanWarps);
-  const int32_t at_once = kScanWarps / heads;
-  const auto share = static_cast<int32_t>((total + params.scan_share - 1) / params.scan_share);
-  const int32_t length = std::max(CeilDiv(share, at_once), 1) * at_once;
+  const int32_t at_once = ScanPlaces(params.shape.num_kv_heads);
+  const auto whole = [at_once](int64_t pages, int64_t among) {  // the length of a run
+    const auto share = static_cast<int32_t>((pages + among - 1) / among);
+    return std::max(CeilDiv(share, at_once), 1) * at_once;
+  };
+  const int32_t ctas = params.scan_ctas;
+  const int32_t long_run = whole(total * 3 / 4, ctas);
+  const int32_t short_run =
+      whole(std::max<int64_t>(total - int64_t{long_run} * ctas, 1), int64_t{kShortScanRuns} * ctas);
   int32_t next = 0;
   for (size_t i = 0; i < sequences.size(); ++i) {
     ScanRun pages = visible(sequences[i]);
     sequences[i].scan_begin = next;
-    for (; pages.page_begin < pages.page_end; pages.page_begin += length) {
+    while (pages.page_begin < pages.page_end) {
+      const int32_t length = next < ctas ? long_run : short_run;
       runs[next] = pages;
       runs[next].sequence = static_cast<int32_t>(i);
       runs[next].page_end = std::min(pages.page_begin + length, pages.page_end);
+      pages.page_begin = runs[next].page_end;
       ++next;
     }
     sequences[i].num_scan_runs = next - sequences[i].scan_begin;

@@ -3,12 +3,12 @@
 
 // Progressive decode on the device: what backend.cc fills in and calls. A step is
 //
-//   rotate   q to the rank frame of each basis, in MMA fragment order; q.mu; counters cleared
-//   scan     4 bits of every sealed page's keys -> scores, page log mass; the dense tail exactly
+//   prepare  q to the rank frame of each basis, in MMA fragment order; q.mu; the dense tail exactly
+//   scan     4 bits of every sealed page's keys -> page log mass, scores where they may be wanted
 //   refine   two-stage sequences only: the rest of the rank where the coarse page log mass asks
 //   budget   kBudget sequences only: theta per kv head from the predicted error
-//   select   depths from the global LSE; one list of what to read for all heads; means of the rest
-//   attend   finer key planes and value planes of what is listed
+//   select   depths from the global LSE; lists of what to read; means of the rest
+//   attend   finer key planes and value planes of what is listed, shared out evenly
 //   merge    partial results -> out, lse, decision
 //
 // Each is one launch with a grid that depends on shapes only, so a captured graph stays valid while
@@ -48,7 +48,7 @@ struct ProgressiveSequence {
   DecisionParams decision;
 };
 
-// Neighbouring sealed pages of one sequence, scanned by the same CTAs.
+// Neighbouring sealed pages of one sequence, scanned by the same CTA.
 struct ScanRun {
   int32_t sequence = -1;  // -1: no run
   int32_t page_begin = 0;
@@ -66,7 +66,7 @@ struct ProgressiveParams {
   bool softcap = false;    // some sequence has a soft cap
   bool budget = false;     // some sequence's policy is kBudget
   int32_t num_sms = 0;
-  int32_t scan_share = 0;  // runs among which ScheduleScan shares out the pages
+  int32_t scan_ctas = 0;  // that a head group and tile of columns may count on
   DType in_type = DType::kBf16;
   DType out_type = DType::kBf16;
   DType page_type = DType::kBf16;  // of the dense pages: kBf16 or kF16
@@ -82,19 +82,21 @@ struct ProgressiveParams {
   std::byte* workspace = nullptr;
 };
 
-// Fills num_sms and scan_share for a device with `num_sms` multiprocessors: one wave of scan CTAs,
-// less those that the dense tails take where these are few (many end long before the others do).
+// Fills num_sms and scan_ctas for a device with `num_sms` multiprocessors: one wave.
 void PlanProgressive(int32_t num_sms, ProgressiveParams* params);
+
+// Short runs that a scan CTA takes, on average, after its long one.
+inline constexpr int32_t kShortScanRuns = 2;
 
 // An upper bound on the runs of a step: every sequence may end inside one.
 ADAATTN_HD constexpr int32_t NumScanRuns(const ProgressiveParams& params) {
-  return params.scan_share + params.num_sequences;
+  return params.scan_ctas * (1 + kShortScanRuns) + params.num_sequences;
 }
 
-// Cuts the visible sealed pages of `sequences` into runs of equal length, about params.scan_share
-// of them, and tells each sequence which are its own; what is left of `runs`
-// [NumScanRuns(params)] becomes empty. So long and short sequences of a batch share the device by
-// their pages.
+// Cuts the visible sealed pages of `sequences` into runs and tells each sequence which are its own;
+// what is left of `runs` [NumScanRuns(params)] becomes empty. The first params.scan_ctas of them
+// hold three quarters of the pages; the rest are short, so that CTAs, which take runs in turn, end
+// together. Long and short sequences of a batch share the device by their pages.
 void ScheduleScan(const ProgressiveParams& params, absl::Span<ProgressiveSequence> sequences,
                   ScanRun* runs);
 

@@ -26,11 +26,16 @@ inline constexpr int32_t kTileColumns = 8;   // columns of one MMA
 inline constexpr int32_t kMaxColumns = 128;  // group size 16, q_len 8
 
 // Shapes of the CTAs, which the plan has to know.
-inline constexpr int32_t kScanWarps = 8;     // and one that fetches
-inline constexpr int32_t kSelectPages = 64;  // of one select CTA; four threads decide each
-inline constexpr int32_t kUnitPages = 4;     // attended pages that one warp takes at a time
-inline constexpr int32_t kSelectUnits = kSelectPages / kUnitPages;
+inline constexpr int32_t kScanWarps = 8;    // and one that fetches
+inline constexpr int32_t kChunkPages = 64;  // of one select CTA; four threads decide each
+inline constexpr int32_t kAttendWarps = 8;
+inline constexpr int32_t kAttendCtasPerSm = 2;
 ADAATTN_HD constexpr int32_t ScanCtasPerSm(int32_t head_dim) { return head_dim <= 128 ? 2 : 1; }
+
+// Pages that a scan CTA takes at a time: its warps hold one kv head each.
+ADAATTN_HD constexpr int32_t ScanPlaces(int32_t num_kv_heads) {
+  return num_kv_heads >= kScanWarps ? 1 : kScanWarps / num_kv_heads;
+}
 
 // Log mass of one page for one column, as far as its keys have been read.
 struct PageStats {
@@ -41,30 +46,25 @@ struct PageStats {
 };
 static_assert(sizeof(PageStats) == 16, "stored with one instruction");
 
-// One select CTA's sums for one column, beside the weighted sum of its skipped pages' means. The
-// error terms are those of policy/error_model.h with o left open: E|do|^2 = mean_squares
-// - 2 o.weighted_mean + |o|^2 weight + rest, where weighted_mean is the vector that follows, and
-// what skipping loses together, kCoherence amplitude^2.
-struct SelectState {
-  float mass;          // of the skipped pages, relative to the estimated LSE
+// A chunk's sums for one column, beside its vectors. The error terms are those of
+// policy/error_model.h with o left open: E|do|^2 = mean_squares - 2 o.weighted_mean + |o|^2 weight
+// + rest, where weighted_mean is a vector, and what skipping loses together, kCoherence
+// amplitude^2.
+struct ChunkState {
+  float mass;          // of skipped pages, relative to the estimated LSE
   float entropy;       // -sum share log share, nats
   float weight;        // sum of w^2 var_s
   float mean_squares;  // sum of w^2 var_s |mean|^2
   float rest;          // sum of w^2 c
   float amplitude;     // sum of skipped pages' amplitudes
 };
-
-// Up to kUnitPages attended pages of one head, for one CTA; 64 bytes.
-struct AttendUnit {
-  int32_t head_index;
-  int32_t slot;     // of its partial output
-  int32_t count;    // pages
-  int32_t columns;  // of the sequence
-  uint32_t page_id[kUnitPages];
-  uint32_t page[kUnitPages];  // as PackPage
-  uint32_t unused[4];
+// The vectors of a chunk and column, in the Hadamard frame, relative to the estimated LSE.
+enum ChunkVector : int {
+  kSkipped = 0,       // shares times means of skipped pages
+  kWeightedMean = 1,  // sum of w^2 var_s mean
+  kAttended = 2,      // shares times means of attended pages: with kSkipped the error model's o
+  kNumChunkVectors = 3
 };
-static_assert(sizeof(AttendUnit) == 64, "read with one instruction a warp");
 
 // An attended page: its number, what of it is read, its basis.
 struct PackedPage {
@@ -81,6 +81,15 @@ ADAATTN_HD constexpr PackedPage UnpackPage(uint32_t x) {
                     static_cast<int>(x >> 29)};
 }
 
+// What select says of it to attend.
+struct ListedPage {
+  uint32_t id;
+  uint32_t packed;  // PackPage
+  int32_t head_index;
+  int32_t columns;  // of the sequence
+};
+static_assert(sizeof(ListedPage) == 16, "moved with one instruction");
+
 // Byte offsets into the workspace. Row-major, outermost first; H kv heads, S sequences, C columns.
 struct ProgressiveWorkspace {
   int64_t query = 0;       // uint2 [S, H, bases, C / 8, tiles, 32]: q / unit, B fragments of halves
@@ -88,7 +97,7 @@ struct ProgressiveWorkspace {
   int64_t query_mean = 0;  // float [S, H, bases, C]: q.mu
   int64_t stats = 0;       // PageStats [S, H, pages, C]
   int64_t scores = 0;      // uint4 [S, H, pages, C / 8, 2, 32]: half2 scores minus max, B fragments
-  int64_t scan_lse = 0;    // float [scan runs, H, C]: estimated log mass
+  int64_t scan_lse = 0;    // float [scan runs, places, H, C]: estimated log mass
   int64_t refined_lse = 0;  // likewise, after the second stage
   int64_t dense_lse = 0;    // float [S, H, C]
   int64_t dense_out = 0;    // float [S, H, C, D]
@@ -96,18 +105,20 @@ struct ProgressiveWorkspace {
   int64_t theta = 0;        // float [S, H]
   int64_t budget = 0;       // PageBudget [S, H, pages]
   int64_t global_lse = 0;   // float [S, H, C]: what all sums are relative to
-  int64_t means = 0;        // float [S, H, chunks, C, 2, D]: of skipped pages; weighted mean
-  int64_t state = 0;        // SelectState [S, H, chunks, C]
-  int64_t num_units = 0;    // int32_t: AttendUnits of the step; [S, H, chunks]: of each select CTA
-  int64_t units = 0;        // AttendUnit [S, H, chunks, kSelectUnits], in no order
-  int64_t partial = 0;      // float4 [S, H, chunks, kSelectUnits, C / 8, tiles, 32]: accumulators
-  int64_t mass = 0;         // float [S, H, chunks, kSelectUnits, C]: of attended pages
+  int64_t vectors = 0;      // float [S, H, chunks, C, kNumChunkVectors, D]
+  int64_t state = 0;        // ChunkState [S, H, chunks, C]
+  int64_t counts = 0;       // int32_t [S, H, chunks]: attended pages
+  int64_t lists = 0;        // ListedPage [S, H, chunks, kChunkPages], in order of the pages
+  int64_t partial = 0;      // float [attend CTAs + S H, C, D]: of attended pages
+  int64_t mass = 0;         // float [attend CTAs + S H, C]: likewise
   int64_t figures = 0;      // float2 [S, H, C]: predicted square relative error, entropy
-  int64_t merged = 0;       // int32_t [S, H]: merge CTAs that are done
+  int64_t merged = 0;       // int32_t [S, H]: columns that are done
+  int64_t taken = 0;        // int32_t: items of the scan taken beyond each CTA's first
   int64_t bytes = 0;
   int32_t columns = 0;
   int32_t scan_runs = 0;
-  int32_t chunks = 0;  // of kSelectPages
+  int32_t chunks = 0;  // of the longest sequence
+  int32_t attend_ctas = 0;
 };
 
 ADAATTN_HD constexpr int32_t CeilDiv(int32_t a, int32_t b) { return (a + b - 1) / b; }
@@ -117,7 +128,8 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   const int32_t d = p.shape.head_dim;
   w.columns = CeilDiv(p.shape.group_size() * p.max_q_len, kTileColumns) * kTileColumns;
   w.scan_runs = NumScanRuns(p);
-  w.chunks = CeilDiv(p.max_sealed, kSelectPages);
+  w.chunks = CeilDiv(p.max_sealed, kChunkPages);
+  w.attend_ctas = kAttendCtasPerSm * p.num_sms;
   const int64_t heads = static_cast<int64_t>(p.num_sequences) * p.shape.num_kv_heads;
   int64_t end = 0;
   auto add = [&end](int64_t bytes) {
@@ -130,7 +142,8 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   w.query_mean = add(heads * kMaxDeviceBasisRuns * w.columns * 4);
   w.stats = add(heads * p.max_sealed * w.columns * static_cast<int64_t>(sizeof(PageStats)));
   w.scores = add(heads * p.max_sealed * w.columns * kPageTokens * 2);
-  const int64_t masses = int64_t{w.scan_runs} * p.shape.num_kv_heads * w.columns * 4;
+  const int64_t masses = int64_t{w.scan_runs} * ScanPlaces(p.shape.num_kv_heads) *
+                         p.shape.num_kv_heads * w.columns * 4;
   w.scan_lse = add(masses);
   w.refined_lse = add(p.two_stage ? masses : 0);
   w.dense_lse = add(heads * w.columns * 4);
@@ -139,15 +152,16 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   w.theta = add(heads * 4);
   w.budget = add(p.budget ? heads * p.max_sealed * static_cast<int64_t>(sizeof(PageBudget)) : 0);
   w.global_lse = add(heads * w.columns * 4);
-  const int64_t chunks = heads * w.chunks, units = chunks * kSelectUnits;
-  w.means = add(chunks * w.columns * 2 * d * 4);
-  w.state = add(chunks * w.columns * static_cast<int64_t>(sizeof(SelectState)));
-  w.num_units = add((chunks + 1) * 4);
-  w.units = add(units * static_cast<int64_t>(sizeof(AttendUnit)));
-  w.partial = add(units * w.columns * d * 4);
-  w.mass = add(units * w.columns * 4);
+  const int64_t chunks = heads * w.chunks, slots = w.attend_ctas + heads;
+  w.vectors = add(chunks * w.columns * kNumChunkVectors * d * 4);
+  w.state = add(chunks * w.columns * static_cast<int64_t>(sizeof(ChunkState)));
+  w.counts = add(chunks * 4);
+  w.lists = add(chunks * kChunkPages * static_cast<int64_t>(sizeof(ListedPage)));
+  w.partial = add(slots * w.columns * d * 4);
+  w.mass = add(slots * w.columns * 4);
   w.figures = add(heads * w.columns * 8);
   w.merged = add(heads * 4);
+  w.taken = add(4);
   w.bytes = end;
   return w;
 }
@@ -336,15 +350,16 @@ __device__ __forceinline__ int ScanChunks(const ProgressiveArgs& p,
   return chunks;
 }
 
-// The scan's masses of a sequence's runs for one head, as the last stage that ran left them: run
-// i's column n at [i * MassStride(p) + n].
+// The scan's masses of a sequence's runs for one head, as the last stage that ran left them: entry
+// i's column n at [i * MassStride(p) + n], ScanPlaces entries a run.
 __device__ __forceinline__ int64_t MassStride(const ProgressiveArgs& p) {
   return int64_t{p.shape.num_kv_heads} * p.work.columns;
 }
 __device__ __forceinline__ const float* RunMasses(const ProgressiveArgs& p, int64_t masses,
                                                   int scan_begin, int head) {
   return reinterpret_cast<const float*>(p.workspace + masses) +
-         (int64_t{scan_begin} * p.shape.num_kv_heads + head) * p.work.columns;
+         (int64_t{scan_begin} * ScanPlaces(p.shape.num_kv_heads) * p.shape.num_kv_heads + head) *
+             p.work.columns;
 }
 __device__ __forceinline__ const float4* PageStatsOf(const ProgressiveArgs& p, int64_t head_index,
                                                      int page) {
@@ -352,7 +367,7 @@ __device__ __forceinline__ const float4* PageStatsOf(const ProgressiveArgs& p, i
          (head_index * p.max_sealed + page) * p.work.columns;
 }
 
-// A head's queries for one basis and column tile, as the rotate kernel left them.
+// A head's queries for one basis and column tile, as the prepare kernel left them.
 template <class Traits>
 struct QueryFragments {
   const uint2* halves;  // [tiles, 32]
@@ -403,6 +418,8 @@ __device__ __forceinline__ float SpreadKeyRanges(const std::byte* scales, __half
   }
   return RangeOf(top);
 }
+
+inline constexpr uint32_t kOneHalves = 0x3c003c00u;  // 1, 1
 
 __device__ __forceinline__ uint32_t FmaHalves(uint32_t a, uint32_t b, uint32_t c) {
   const __half2 d =

@@ -8,8 +8,8 @@
 #include "kernels/cuda/progressive_budget.cuh"
 #include "kernels/cuda/progressive_inst.h"
 #include "kernels/cuda/progressive_merge.cuh"
+#include "kernels/cuda/progressive_prepare.cuh"
 #include "kernels/cuda/progressive_refine.cuh"
-#include "kernels/cuda/progressive_rotate.cuh"
 #include "kernels/cuda/status.h"
 
 namespace adaattn {
@@ -32,44 +32,49 @@ absl::Status LaunchProgressive(Kernel kernel, dim3 grid, int threads, size_t sha
   return FromCuda(cudaLaunchKernelEx(&config, kernel, args), name);
 }
 
+// All kernels of a step want the largest shared memory: a multiprocessor that has to change the
+// size must run dry first.
 template <typename Kernel>
 absl::Status AllowShared(Kernel kernel, size_t bytes) {
+  ADAATTN_RETURN_IF_ERROR(
+      FromCuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
+               "cudaFuncSetAttribute"));
   return FromCuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        static_cast<int>(bytes)),
                   "cudaFuncSetAttribute");
 }
 
-inline constexpr size_t kMostMergeShared = 200 << 10;  // kCudaMaxSealedPages need 152 KiB
-
 template <class Traits>
 absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
-  constexpr size_t kRotateShared = sizeof(RotateShared<Traits>);
-  constexpr size_t kScanShared = std::max(sizeof(ScanShared<Traits>), sizeof(DenseShared<Traits>));
+  constexpr size_t kPrepareShared = sizeof(PrepareShared<Traits>);
+  constexpr size_t kScanShared = sizeof(ScanShared<Traits>);
   constexpr size_t kRefineShared = sizeof(RefineShared<Traits>);
   constexpr size_t kBudgetShared = sizeof(BudgetShared<Traits>);
   constexpr size_t kSelectShared = sizeof(SelectShared<Traits>);
   constexpr size_t kAttendShared = sizeof(AttendShared<Traits>);
-  const size_t merge_shared = MergeSharedBytes<Traits>(p);
+  constexpr size_t kMergeShared = sizeof(MergeShared<Traits>);
   static const absl::Status allowed = [] {
-    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveRotateKernel<Traits>, kRotateShared));
+    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressivePrepareKernel<Traits>, kPrepareShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveScanKernel<Traits>, kScanShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveRefineKernel<Traits>, kRefineShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveBudgetKernel<Traits>, kBudgetShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveSelectKernel<Traits>, kSelectShared));
-    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveMergeKernel<Traits>, kMostMergeShared));
-    return AllowShared(ProgressiveAttendKernel<Traits>, kAttendShared);
+    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveAttendKernel<Traits>, kAttendShared));
+    return AllowShared(ProgressiveMergeKernel<Traits>, kMergeShared);
   }();
   ADAATTN_RETURN_IF_ERROR(allowed);
   const auto heads = static_cast<unsigned>(p.shape.num_kv_heads);
   const auto sequences = static_cast<unsigned>(p.num_sequences);
   const auto tiles = static_cast<unsigned>(p.work.columns / kTileColumns);
-  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(
-      ProgressiveRotateKernel<Traits>, dim3(heads * kRotateSplits<Traits>, sequences, tiles),
-      kRotateThreads, kRotateShared, false, p, stream, "rotate"));
+  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressivePrepareKernel<Traits>,
+                                            dim3(heads, sequences, tiles), kPrepareThreads,
+                                            kPrepareShared, false, p, stream, "prepare"));
   const auto head_groups = static_cast<unsigned>(CeilDiv(p.shape.num_kv_heads, kScanWarps));
   const unsigned runs = static_cast<unsigned>(p.work.scan_runs) * head_groups;
+  const auto scan_ctas = static_cast<unsigned>(ScanCtasPerSm(Traits::kHeadDim) * p.num_sms);
   ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveScanKernel<Traits>,
-                                            dim3((runs + heads * sequences) * tiles), kScanThreads,
+                                            dim3(std::min(scan_ctas, runs * tiles)), kScanThreads,
                                             kScanShared, true, p, stream, "scan"));
   if (p.two_stage) {
     ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveRefineKernel<Traits>, dim3(runs),
@@ -85,13 +90,13 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
       LaunchProgressive(ProgressiveSelectKernel<Traits>,
                         dim3(static_cast<unsigned>(p.work.chunks) * tiles, heads, sequences),
                         kSelectThreads, kSelectShared, true, p, stream, "select"));
-  const auto attend_ctas = static_cast<unsigned>(AttendCtasPerSm(Traits::kHeadDim) * p.num_sms);
-  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveAttendKernel<Traits>, dim3(attend_ctas),
-                                            kAttendThreads, kAttendShared, true, p, stream,
-                                            "attend"));
-  const auto pairs = static_cast<unsigned>(CeilDiv(p.shape.group_size() * p.max_q_len, 2));
-  return LaunchProgressive(ProgressiveMergeKernel<Traits>, dim3(pairs, heads, sequences),
-                           MergeTraits<Traits>::kThreads, merge_shared, true, p, stream, "merge");
+  const auto attend_ctas = static_cast<unsigned>(p.work.attend_ctas);
+  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveAttendKernel<Traits>,
+                                            dim3(attend_ctas, tiles), kAttendThreads, kAttendShared,
+                                            true, p, stream, "attend"));
+  const auto columns = static_cast<unsigned>(p.shape.group_size() * p.max_q_len);
+  return LaunchProgressive(ProgressiveMergeKernel<Traits>, dim3(columns, heads, sequences),
+                           kMergeThreads, kMergeShared, true, p, stream, "merge");
 }
 
 template <int kHeadDim>

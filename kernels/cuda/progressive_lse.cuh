@@ -20,17 +20,17 @@ __device__ __forceinline__ void GlobalLse(const ProgressiveArgs& p, const Progre
   const float* dense =
       reinterpret_cast<const float*>(p.workspace + w.dense_lse) + head_index * w.columns;
   const int64_t stride = MassStride(p);
-  const int num_runs = from.num_scan_runs;
+  const int entries = from.num_scan_runs * ScanPlaces(p.shape.num_kv_heads);
   for (int tile = 0; tile < w.columns; tile += kTileColumns) {
     const int column = tile + lane % kTileColumns;
     constexpr int kStep = 4 * kWarps, kAtOnce = 4;
     float high = -INFINITY, sum = 0;
-    for (int first = 4 * warp + lane / kTileColumns; first < num_runs; first += kAtOnce * kStep) {
+    for (int first = 4 * warp + lane / kTileColumns; first < entries; first += kAtOnce * kStep) {
       float x[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int run = first + i * kStep;
-        x[i] = run < num_runs ? runs[run * stride + column] : -INFINITY;
+        const int entry = first + i * kStep;
+        x[i] = entry < entries ? runs[entry * stride + column] : -INFINITY;
       }
       float next = high;
 #pragma unroll

@@ -11,7 +11,7 @@
 // need brought through a ring of its own. grid: runs x head groups. One tile of columns only: more
 // would have to agree on what is open (RunProgressive scans those in one stage).
 
-#include "kernels/cuda/progressive_select.cuh"
+#include "kernels/cuda/progressive_scan.cuh"
 
 namespace adaattn {
 
@@ -34,7 +34,6 @@ struct RefineShared {
   };
   Warp warps[kScanWarps];
   float lse[kScanWarps * kTileColumns];
-  float run_mass[kScanWarps][kTileColumns];
 };
 
 // The head's LSE of every column from the coarse masses, by one warp, to lse [8].
@@ -43,8 +42,9 @@ __device__ __forceinline__ void CoarseLse(const ProgressiveArgs& p, const Progre
   const float* runs = RunMasses(p, p.work.scan_lse, from.scan_begin, head) + lane % kTileColumns;
   const int64_t stride = MassStride(p);
   RunningMass sum;
+  const int entries = from.num_scan_runs * ScanPlaces(p.shape.num_kv_heads);
 #pragma unroll 8
-  for (int i = lane / kTileColumns; i < from.num_scan_runs; i += 4) {
+  for (int i = lane / kTileColumns; i < entries; i += 4) {
     sum.Add(make_float2(runs[i * stride], -INFINITY));
   }
   float total = sum.Log2Sum().x;
@@ -141,7 +141,7 @@ struct PageRefiner {
         p.pool + static_cast<int64_t>(p.table[from.table_begin + page]) * kPageAlignment;
     const int64_t index = head_index * p.max_sealed + page;
     const std::byte* scores = p.workspace + p.work.scores + index * (p.work.columns * 128);
-    if (sinks.has_scores) {
+    if (sinks.HasScores(lane)) {
       CopyAsync16(stage.scores + lane * 16, scores + lane * 16);
       CopyAsync16(stage.scores + 512 + lane * 16, scores + 512 + lane * 16);
     }
@@ -184,7 +184,7 @@ struct PageRefiner {
                            (kLn2 * kLn2 / 768) * scale * scale;
     uint4 low = make_uint4(0, 0, 0, 0), up = low;
     float max = -INFINITY;
-    if (sinks.has_scores) {
+    if (sinks.HasScores(lane)) {
       low = reinterpret_cast<const uint4*>(stage.scores)[lane];
       up = reinterpret_cast<const uint4*>(stage.scores)[32 + lane];
       max = stage.stats[lane / 4].x;
@@ -194,9 +194,13 @@ struct PageRefiner {
     for (int i = 0; i < 8; ++i) packed[i] = words[i];
     const float offset[2] = {-0.9375f * scale * ones[0], -0.9375f * scale * ones[1]};
     AddScores(sums, 2097152.0f * scale, offset, max, lane, packed, high);
-    const float2 masses = StorePage<Traits>(sinks, p.work.columns, s.softcap, page, lane, packed,
-                                            high, variance, true);
-    if (lane < 4) mass.Add(masses);  // once for each column
+    PageStats stats[2];
+    TakeStats<Traits>(packed, high, variance, s.softcap, lane, stats);
+    StoreStats(p, sinks, page, stats, true, lane);
+    StoreScores(p, sinks, page, packed, lane);
+    if (lane < 4) {  // once for each column
+      mass.Add(make_float2(EstimatedLog2Mass(stats[0]), EstimatedLog2Mass(stats[1])));
+    }
     ++pages_read;
   }
 
@@ -267,7 +271,8 @@ __global__ void __launch_bounds__(kScanWarps * 32, Traits::kHeadDim <= 128 ? 2 :
   const int64_t head_index = first_head + head;
   WaitForDependencies();
   LaunchDependents();
-  const PageSinks sinks = MakePageSinks<Traits>(p, s, head_index, 0, lane);
+  const PageSinks sinks =
+      MakePageSinks<Traits>(p, p.shape.group_size() * s.q_len, head_index, 0, lane);
   PageRefiner<Traits> refiner{p,
                               from,
                               s,
@@ -278,18 +283,16 @@ __global__ void __launch_bounds__(kScanWarps * 32, Traits::kHeadDim <= 128 ? 2 :
                               CoarseStage<Traits>(p, from.decision),
                               p.shape.group_size() * s.q_len,
                               lane};
-  if (place < group.pages) {
-    CoarseLse(p, from, head_index, head, lane, shared.lse + warp * kTileColumns);
-    refiner.Run(run, place, group.pages, shared.lse + warp * kTileColumns);
-    if (lane == 0 && refiner.pages_read > 0) {
-      const int64_t whole =
-          KeyReadBytes(Traits::kHeadDim, kScanBits, NumRankChunks(Traits::kHeadDim));
-      const int64_t coarse = KeyReadBytes(Traits::kHeadDim, kScanBits, refiner.chunk_begin);
-      AddBytes(&p.decisions[head_index].key_bytes, refiner.pages_read * (whole - coarse));
-    }
+  if (place >= group.pages) return;
+  CoarseLse(p, from, head_index, head, lane, shared.lse + warp * kTileColumns);
+  refiner.Run(run, place, group.pages, shared.lse + warp * kTileColumns);
+  StoreRunMass(p, p.work.refined_lse, run_index, place, head, 0, refiner.mass.Log2Sum());
+  if (lane == 0 && refiner.pages_read > 0) {
+    const int64_t whole =
+        KeyReadBytes(Traits::kHeadDim, kScanBits, NumRankChunks(Traits::kHeadDim));
+    const int64_t coarse = KeyReadBytes(Traits::kHeadDim, kScanBits, refiner.chunk_begin);
+    AddBytes(&p.decisions[head_index].key_bytes, refiner.pages_read * (whole - coarse));
   }
-  StoreRunMass<Traits>(p, group, run_index, 0, refiner.mass.Log2Sum(), p.work.refined_lse,
-                       shared.run_mass);
 }
 
 }  // namespace adaattn

@@ -2,64 +2,48 @@
 #define ADAATTN_KERNELS_CUDA_PROGRESSIVE_SELECT_CUH_
 
 // Select: what every page's share of the global LSE earns it (policy/ladder.h).
-//   skipped pages   sum of share * mean, here
-//   attended pages  one list for the whole step, in units of a CTA's work: the attend kernel's
-//                   CTAs take it in turn, so heads with much to read do not keep others waiting
+//   attended pages  a list for each chunk; what will be read of them is sent to L2 at once
+//   skipped pages   sum of share * mean
 //   error terms     policy/error_model.h, with o left open
-// A CTA takes kSelectPages pages of one head, four threads a page, and then adds the means by an
-// MMA over pages. Sums keep an order of their own in every CTA: they do not depend on timing.
+// A CTA takes kChunkPages pages of one head, four threads a page, and then adds the means by an MMA
+// over pages. Sums keep an order of their own in every CTA: they do not depend on timing.
 // grid (chunks x column tiles, num_kv_heads, num_sequences); decisions come from all columns, so
 // every tile makes the same, and the first one lists them.
 
+#include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/progressive_lse.cuh"
-#include "kernels/cuda/progressive_scan.cuh"
-#include "kernels/policy/error_model.h"
+#include "kernels/cuda/progressive_terms.cuh"
 
 namespace adaattn {
 
-inline constexpr int kSelectThreads = 4 * kSelectPages;
+inline constexpr int kSelectThreads = 4 * kChunkPages;
 inline constexpr int kSelectWarps = kSelectThreads / 32;
-inline constexpr int kSelectFigures = 6;
+inline constexpr int kWeightRows = kNumChunkVectors * kTileColumns;
+inline constexpr int kChunkFigures = 6;
 
 template <class Traits>
 struct SelectShared {
   static constexpr int kD = Traits::kHeadDim;
   static constexpr int kSummaryBytes = static_cast<int>(sizeof(ValueSummary)) + kD;
-  alignas(16) std::byte summaries[kSelectPages][kSummaryBytes];
-  float lse[kMaxColumns];  // L
-  float2 lse_parts[kSelectWarps][kMaxColumns];
-  uint32_t base[kSelectPages];    // page ids, by position in the chunk
-  uint32_t packed[kSelectPages];  // PackedPage, likewise
-  // What the means are weighted with, by page: rows 0..7 the share of a skipped page (else 0), rows
-  // 8..15 w^2 var_s, of the tile's columns; then as halves relative to the row's largest.
-  float weights[2 * kTileColumns][kSelectPages];
-  alignas(16) __half scaled[2 * kTileColumns][kSelectPages + 8];
-  float row_scale[2 * kTileColumns];
+  alignas(16) std::byte summaries[kChunkPages][kSummaryBytes];
+  union {
+    float2 lse_parts[kSelectWarps][kMaxColumns];
+    // What the means are weighted with, by page; rows ChunkVector * 8 + column of the tile.
+    float weights[kWeightRows][kChunkPages];
+  };
+  // As halves relative to the row's largest; the last 8 rows make an MMA whole.
+  alignas(16) __half scaled[kWeightRows + kTileColumns][kChunkPages + 8];
+  float row_scale[kWeightRows];
+  float lse[kMaxColumns];      // L
+  uint32_t base[kChunkPages];  // page ids, by position in the chunk
   // mass, entropy, rest, mean squares, weight, amplitude
-  float warp_figures[kSelectWarps][kTileColumns][kSelectFigures];
-  int list[kSelectPages];  // attended pages, in order
-  int warp_count[kSelectWarps];
-  int unit_begin;
+  float warp_figures[kSelectWarps][kTileColumns][kChunkFigures];
+  int warp_count[kSelectWarps];  // of attended pages
   int key_pages[kNumKeyDepths], value_pages[kNumValueDepths];
+  // Of the sequence's first token: what the sink page's summary becomes where it stands for it.
+  alignas(16) int8_t first_mean[kD];
+  ValueSummary first_summary;
 };
-
-// What one column of a page contributes to the decision's figures.
-struct ColumnTerms {
-  float share = 0, entropy = 0;
-};
-
-__device__ __forceinline__ ColumnTerms TermsOf(const PageStats& stats, float lse) {
-  ColumnTerms terms;
-  const float mass = EstimatedLog2Mass(stats);
-  if (mass == -INFINITY) return terms;
-  terms.share = Exp2(mass - lse);
-  terms.entropy = terms.share * kLn2 * (lse - mass);
-  return terms;
-}
-__device__ __forceinline__ PageStats LoadStats(const float4* stats, int column) {
-  const float4 x = stats[column];
-  return PageStats{x.x, x.y, x.z, x.w};
-}
 
 // The depth of one page whose largest share over the columns is `share`.
 template <class Traits>
@@ -75,12 +59,13 @@ __device__ __forceinline__ PageDepth DecidePage(const ProgressiveArgs& p,
                      p.stored_bits);
 }
 
-// Weights as halves relative to the largest of their row; an eighth of the rows per warp.
+// Weights as halves relative to the largest of their row; rows are shared out among the warps.
 template <class Traits>
 __device__ __forceinline__ void ScaleWeights(SelectShared<Traits>& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  static_assert(kSelectPages == 64, "two pages a lane");
-  for (int row = warp; row < 2 * kTileColumns; row += kSelectWarps) {
+  static_assert(kChunkPages == 64, "two pages a lane");
+#pragma unroll
+  for (int row = warp; row < kWeightRows; row += kSelectWarps) {
     const float2 x = *reinterpret_cast<const float2*>(&shared.weights[row][2 * lane]);
     float high = fmaxf(x.x, x.y);
 #pragma unroll
@@ -94,80 +79,16 @@ __device__ __forceinline__ void ScaleWeights(SelectShared<Traits>& shared) {
   }
 }
 
-// |mean|^2 of a page's values, a quarter of the channels per thread of a quad.
+// What the sequence's first token would make of its page's summary, to shared memory.
 template <class Traits>
-__device__ __forceinline__ float MeanSquare(const std::byte* summary, int quarter) {
-  constexpr int kWords = Traits::kHeadDim / 16;
-  const auto* words =
-      reinterpret_cast<const int*>(summary + sizeof(ValueSummary)) + quarter * kWords;
-  int sum = 0;
-#pragma unroll 4
-  for (int i = 0; i < kWords; ++i) sum = __dp4a(words[i], words[i], sum);
-  const float scale = reinterpret_cast<const ValueSummary*>(summary)->mean_scale;
-  return QuadSum(static_cast<float>(sum) * scale * scale);
-}
-
-// The sum of squares of a page's probabilities, relative to the square of its share.
-template <class Traits>
-__device__ __forceinline__ float Concentration(const PageStats& stats, float softcap) {
-  if (stats.max == -INFINITY) return 0;
-  return fminf(fabsf(stats.squares) * Exp2(2 * (SoftCap<Traits>(stats.max, softcap) - stats.lse)),
-               1.0f);
-}
-
-// One column's weights and figures of a page whose depth is decided.
-struct ColumnWeights {
-  float skipped = 0, weight = 0, mass = 0, entropy = 0, rest = 0, amplitude = 0;
-};
-template <class Traits>
-__device__ __forceinline__ ColumnWeights WeighColumn(const SequenceView& s, const PageStats& stats,
-                                                     const ValueSummary& summary, float lse,
-                                                     PageDepth depth) {
-  ColumnWeights out;
-  const ColumnTerms terms = TermsOf(stats, lse);
-  PageErrorInputs inputs;
-  inputs.share = terms.share;
-  inputs.concentration = Concentration<Traits>(stats, s.softcap);
-  inputs.score_variance = stats.variance;
-  inputs.spread = summary.spread;
-  inputs.scale_rms = summary.scale_rms;
-  // With mean_distance2 open, `score` is what goes with the spread: weight * (spread^2 + |mean -
-  // o|^2).
-  const PageErrorParts parts = ErrorParts(inputs, Traits::kHeadDim);
-  const ErrorTerms error = TermsOf(parts, ScoreVarianceAt(1.0f, depth.key.bits), depth.value_bits);
-  out.entropy = terms.entropy;
-  out.rest = error.square;
-  out.amplitude = error.amplitude;
-  if (depth.value_bits == 0) {
-    out.skipped = out.mass = terms.share;
-  } else {
-    const float away = 1.0f - inputs.share * inputs.concentration;
-    out.weight = inputs.share * inputs.share * inputs.concentration * away * away *
-                 ScoreVarianceAt(stats.variance, depth.key.bits);
-  }
-  return out;
-}
-
-// Where most of the sink page's mass lies on its first token, that token's value stands for the
-// page's mean in the error terms (policy/error_model.h): it replaces the mean in the CTA's copy of
-// the summary, which nothing else uses, since the sink is never skipped.
-template <class Traits>
-__device__ __forceinline__ void SubstituteSink(const ProgressiveArgs& p, const SequenceView& s,
-                                               int64_t head_index, SelectShared<Traits>& shared) {
+__device__ __forceinline__ void LoadSink(const ProgressiveArgs& p, int head,
+                                         SelectShared<Traits>& shared) {
   constexpr int kD = Traits::kHeadDim, kGroups = Traits::kValueGroups;
-  const int head = static_cast<int>(head_index % p.shape.num_kv_heads);
-  bool concentrated = false;
-  const int columns = p.shape.group_size() * s.q_len;
-  if (static_cast<int>(threadIdx.x) < columns) {
-    const PageStats stats = LoadStats(PageStatsOf(p, head_index, 0), threadIdx.x);
-    concentrated = TokenVisible(s, 0, threadIdx.x / p.shape.group_size()) &&
-                   FirstTokenStandsForPage(true, true, Concentration<Traits>(stats, s.softcap));
-  }
-  if (__syncthreads_or(concentrated) == 0) return;
   const std::byte* page = p.pool + static_cast<int64_t>(shared.base[0]) * kPageAlignment;
   const auto* scales = reinterpret_cast<const uint8_t*>(page + p.layout.value_scales.offset +
                                                         head * p.layout.value_scales.bytes);
   float top = 0, squares = 0;
+#pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     const float range = RangeOf(scales[g]);
     top = fmaxf(top, range);
@@ -177,162 +98,195 @@ __device__ __forceinline__ void SubstituteSink(const ProgressiveArgs& p, const S
   for (int c = threadIdx.x; c < kD; c += kSelectThreads) {
     const float x =
         FirstValue<Traits>(p.layout, page, head, c) * RangeOf(scales[c / (kD / kGroups)]) / step;
-    shared.summaries[0][sizeof(ValueSummary) + c] =
-        static_cast<std::byte>(static_cast<int8_t>(__float2int_rn(x)));
+    shared.first_mean[c] = static_cast<int8_t>(__float2int_rn(x));
   }
   if (threadIdx.x == 0) {
-    auto& summary = *reinterpret_cast<ValueSummary*>(shared.summaries[0]);
-    summary.mean_scale = step;
-    summary.spread = 0;
-    summary.scale_rms = sqrtf(squares / kGroups);
+    shared.first_summary.mean_scale = step;
+    shared.first_summary.spread = shared.first_summary.radius = 0;
+    shared.first_summary.scale_rms = sqrtf(squares / kGroups);
   }
-  __syncthreads();
 }
 
-// The largest share of a page over all columns, by a quad; and whether any column opened it.
-struct QuadShare {
-  float share;
-  bool opened;
-};
-__device__ __forceinline__ QuadShare ShareOfPage(const float4* stats, const float* lse, int columns,
-                                                 int quarter, bool visible, bool opened) {
-  float share = 0;
-  if (visible) {
-    for (int n = quarter; n < columns; n += 4) {
-      const PageStats page_stats = LoadStats(stats, n);
-      opened |= page_stats.squares < 0;
-      share = fmaxf(share, TermsOf(page_stats, lse[n]).share);
-    }
-  }
-  const int quads = static_cast<int>(__ballot_sync(0xffffffffu, opened));
-  return QuadShare{QuadMax(share), (quads >> (threadIdx.x % 32 / 4 * 4) & 15) != 0};
-}
-
-// Decides the chunk's pages, four threads a page: depth, weights, list of attended pages, counts,
-// and the sums that go beside the means.
+// Where most of the sink page's mass lies on its first token, that token's value stands for the
+// page's mean in the error terms (policy/error_model.h): it replaces the mean in the CTA's copy of
+// the summary, which nothing else uses, since the sink is never skipped.
 template <class Traits>
-__device__ __forceinline__ int DecidePages(const ProgressiveArgs& p, const DecisionParams& decision,
-                                           const SequenceView& s, int64_t head_index, int64_t slot,
-                                           int column_begin, float theta, int begin, int end,
-                                           SelectShared<Traits>& shared) {
-  constexpr int kEach = kTileColumns / 4;
-  const int local = threadIdx.x / 4, quarter = threadIdx.x % 4, page = begin + local;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+__device__ __forceinline__ void SubstituteSink(const ProgressiveArgs& p, const SequenceView& s,
+                                               int64_t head_index, SelectShared<Traits>& shared) {
+  bool concentrated = false;
   const int columns = p.shape.group_size() * s.q_len;
-  Visibility visibility = Visibility::kNone;
-  if (page < end) visibility = PageVisibility(s, page);
-  const bool visible = visibility != Visibility::kNone;
-  const std::byte* summary_bytes = shared.summaries[visible ? local : 0];
-  const float mean2 = MeanSquare<Traits>(summary_bytes, quarter);
-  const float4* stats = PageStatsOf(p, head_index, page);
-  const QuadShare quad = ShareOfPage(stats, shared.lse, columns, quarter, visible,
-                                     CoarseStage<Traits>(p, decision) == 0);
-  PageDepth depth;
-  if (visible) {
-    depth = DecidePage<Traits>(p, decision, theta, quad.share, quad.opened, page, visibility);
-    if (quarter == 0) {
-      shared.packed[local] =
-          PackPage(PackedPage{page, depth.value_bits / 2, (depth.key.bits - kScanBits) / 2,
-                              depth.key.chunks, BasisOfPage(s, page)});
-      atomicAdd(&shared.key_pages[KeyDepthIndex(depth.key.bits, depth.key.chunks)], 1);
-      atomicAdd(&shared.value_pages[depth.value_bits / 2], 1);
-    }
+  if (static_cast<int>(threadIdx.x) < columns) {
+    const PageStats stats = LoadStats(PageStatsOf(p, head_index, 0), threadIdx.x);
+    concentrated = TokenVisible(s, 0, threadIdx.x / p.shape.group_size()) &&
+                   FirstTokenStandsForPage(true, true, Concentration<Traits>(stats, s.softcap));
   }
-  // Attended pages in order, whatever the thread timing.
-  const uint32_t attended = __ballot_sync(0xffffffffu, depth.value_bits > 0) & 0x11111111u;
-  if (lane == 0) shared.warp_count[warp] = __popc(attended);
-  const auto summary = *reinterpret_cast<const ValueSummary*>(summary_bytes);
-  float figures[kEach][kSelectFigures];  // as warp_figures
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int n = quarter * kEach + i;
-    ColumnWeights column;
-    if (visible && column_begin + n < columns) {
-      column = WeighColumn<Traits>(s, LoadStats(stats, column_begin + n), summary,
-                                   shared.lse[column_begin + n], depth);
-    }
-    shared.weights[n][local] = column.skipped * summary.mean_scale;
-    shared.weights[kTileColumns + n][local] = column.weight * summary.mean_scale;
-    figures[i][0] = column.mass;
-    figures[i][1] = column.entropy;
-    figures[i][2] = column.rest;
-    figures[i][3] = column.weight * mean2;
-    figures[i][4] = column.weight;
-    figures[i][5] = column.amplitude;
+  if (__syncthreads_or(concentrated) == 0) return;
+  for (int c = threadIdx.x; c < Traits::kHeadDim; c += kSelectThreads) {
+    shared.summaries[0][sizeof(ValueSummary) + c] = static_cast<std::byte>(shared.first_mean[c]);
   }
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-#pragma unroll
-    for (int j = 0; j < kSelectFigures; ++j) {
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) {
-        figures[i][j] += __shfl_xor_sync(0xffffffffu, figures[i][j], step);
-      }
-      if (lane / 4 == 0) shared.warp_figures[warp][quarter * kEach + i][j] = figures[i][j];
-    }
+  if (threadIdx.x == 0) {
+    *reinterpret_cast<ValueSummary*>(shared.summaries[0]) = shared.first_summary;
   }
   __syncthreads();
-  int count = 0, before = 0;
-#pragma unroll
-  for (int i = 0; i < kSelectWarps; ++i) {
-    if (i == warp) before = count;
-    count += shared.warp_count[i];
-  }
-  if (depth.value_bits > 0 && quarter == 0) {
-    shared.list[before + __popc(attended & ((1u << lane) - 1))] = local;
-  }
-  if (threadIdx.x < kTileColumns) {
-    float sums[kSelectFigures] = {};
-    for (int i = 0; i < kSelectWarps; ++i) {
-#pragma unroll
-      for (int j = 0; j < kSelectFigures; ++j) sums[j] += shared.warp_figures[i][threadIdx.x][j];
-    }
-    SelectState state;
-    state.mass = sums[0];
-    state.entropy = sums[1];
-    state.rest = sums[2];
-    state.mean_squares = sums[3];
-    state.weight = sums[4];
-    state.amplitude = sums[5];
-    reinterpret_cast<SelectState*>(p.workspace + p.work.state)[slot + threadIdx.x] = state;
-  }
-  ScaleWeights<Traits>(shared);
-  __syncthreads();
-  return count;
 }
 
-// Puts the `count` attended pages of the chunk on the step's list. The list's order depends on
-// timing; a unit's slot does not.
+// Brings what will be read of an attended page to L2: a thread of the page's quad a part of it.
 template <class Traits>
-__device__ __forceinline__ void ListUnits(const ProgressiveArgs& p, int64_t head_index,
-                                          int64_t chunk_index, int count, int columns,
-                                          SelectShared<Traits>& shared) {
-  const int units = CeilDiv(count, kUnitPages);
-  auto* num_units = reinterpret_cast<int32_t*>(p.workspace + p.work.num_units);
-  if (threadIdx.x == 0) {
-    num_units[1 + chunk_index] = units;
-    shared.unit_begin = units > 0 ? atomicAdd(num_units, units) : 0;
+__device__ __forceinline__ void PrefetchPage(const ProgressiveArgs& p, uint32_t id, int head,
+                                             const PageDepth& depth, int quarter) {
+  const std::byte* page = p.pool + static_cast<int64_t>(id) * kPageAlignment;
+  const auto bring = [page, head](const PageLayout::Section& section, int64_t bytes) {
+    PrefetchBulk(page + section.offset + head * section.bytes, static_cast<uint32_t>(bytes));
+  };
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i == quarter && i < depth.value_bits / 2) {
+      bring(p.layout.value_plane[i], p.layout.value_plane[i].bytes);
+    }
   }
-  __syncthreads();
-  constexpr int kWords = sizeof(AttendUnit) / 4;
-  auto* words =
-      reinterpret_cast<uint32_t*>(p.workspace + p.work.units) + int64_t{shared.unit_begin} * kWords;
-  for (int i = threadIdx.x; i < units * kWords; i += kSelectThreads) {
-    const int unit = i / kWords, word = i % kWords, first = unit * kUnitPages;
-    uint32_t value = 0;
-    if (word == 0) value = static_cast<uint32_t>(head_index);
-    if (word == 1) value = static_cast<uint32_t>(chunk_index * kSelectUnits + unit);
-    if (word == 2) value = static_cast<uint32_t>(min(kUnitPages, count - first));
-    if (word == 3) value = static_cast<uint32_t>(columns);
-    if (word >= 4 && word < 4 + 2 * kUnitPages) {
-      const int at = first + word % kUnitPages;
-      if (at < count) {
-        const int local = shared.list[at];
-        value = word < 4 + kUnitPages ? shared.base[local] : shared.packed[local];
+  const int fine = (depth.key.bits - kScanBits) / 2;
+  const int64_t key_bytes =
+      min(depth.key.chunks * Traits::kChunkTiles, Traits::kTiles) * kPlaneTileBytes;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (quarter == 2 + i && i < fine) bring(p.layout.key_fine[i], key_bytes);
+  }
+  if (quarter == 0) bring(p.layout.value_scales, p.layout.value_scales.bytes);
+  if (quarter == 1 && fine > 0) bring(p.layout.key_scales, p.layout.key_scales.bytes);
+}
+
+// A quad decides a page.
+template <class Traits>
+struct PageDecider {
+  static constexpr int kEach = kTileColumns / 4;
+  const ProgressiveArgs& p;
+  const DecisionParams& decision;
+  const SequenceView& s;
+  int64_t head_index;
+  int head, column_begin, columns, page, local, quarter;
+  Visibility visibility;
+  PageStats mine[kEach];  // of the tile's columns quarter + 4 i
+  PageDepth depth;
+
+  __device__ __forceinline__ bool visible() const { return visibility != Visibility::kNone; }
+  __device__ __forceinline__ bool attended() const { return depth.value_bits > 0; }
+
+  __device__ __forceinline__ void Load() {
+    const float4* stats = PageStatsOf(p, head_index, page);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int n = column_begin + quarter + 4 * i;
+      if (visible() && n < columns) mine[i] = LoadStats(stats, n);
+    }
+  }
+
+  // The largest share of the page over all columns; whether one of them opened it.
+  __device__ __forceinline__ float LargestShare(const float* lse, bool* opened) const {
+    float share = 0;
+    if (visible()) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int n = column_begin + quarter + 4 * i;
+        if (n >= columns) continue;
+        *opened |= mine[i].squares < 0;
+        share = fmaxf(share, TermsOf(mine[i], lse[n]).share);
+      }
+      for (int n = quarter; columns > kTileColumns && n < columns; n += 4) {  // other tiles too
+        const PageStats other = LoadStats(PageStatsOf(p, head_index, page), n);
+        *opened |= other.squares < 0;
+        share = fmaxf(share, TermsOf(other, lse[n]).share);
       }
     }
-    words[i] = value;
+    const uint32_t quads = __ballot_sync(0xffffffffu, *opened);
+    *opened = (quads >> (threadIdx.x % 32 / 4 * 4) & 15u) != 0;
+    return QuadMax(share);
   }
+
+  __device__ __forceinline__ void Decide(float theta, SelectShared<Traits>& shared) {
+    bool opened = CoarseStage<Traits>(p, decision) == 0;
+    const float share = LargestShare(shared.lse, &opened);
+    if (!visible()) return;
+    depth = DecidePage<Traits>(p, decision, theta, share, opened, page, visibility);
+    if (attended()) PrefetchPage<Traits>(p, shared.base[local], head, depth, quarter);
+    if (quarter != 0) return;
+    atomicAdd(&shared.key_pages[KeyDepthIndex(depth.key.bits, depth.key.chunks)], 1);
+    atomicAdd(&shared.value_pages[depth.value_bits / 2], 1);
+  }
+
+  // The page's weights, and the warp's sums of figures.
+  __device__ __forceinline__ void Weigh(SelectShared<Traits>& shared) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const std::byte* summary_bytes = shared.summaries[visible() ? local : 0];
+    const float mean2 = MeanSquare<Traits>(summary_bytes, quarter);
+    const auto summary = *reinterpret_cast<const ValueSummary*>(summary_bytes);
+    float figures[kEach][kChunkFigures];  // as warp_figures
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int n = quarter + 4 * i;
+      ColumnWeights column;
+      if (visible() && column_begin + n < columns) {
+        column = WeighColumn<Traits>(s, mine[i], summary, shared.lse[column_begin + n], depth);
+      }
+      const float share = column.share * summary.mean_scale;
+      shared.weights[kSkipped * kTileColumns + n][local] = attended() ? 0.0f : share;
+      shared.weights[kWeightedMean * kTileColumns + n][local] = column.weight * summary.mean_scale;
+      shared.weights[kAttended * kTileColumns + n][local] = attended() ? share : 0.0f;
+      figures[i][0] = column.mass;
+      figures[i][1] = column.entropy;
+      figures[i][2] = column.rest;
+      figures[i][3] = column.weight * mean2;
+      figures[i][4] = column.weight;
+      figures[i][5] = column.amplitude;
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+#pragma unroll
+      for (int j = 0; j < kChunkFigures; ++j) {
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) {
+          figures[i][j] += __shfl_xor_sync(0xffffffffu, figures[i][j], step);
+        }
+        if (lane / 4 == 0) shared.warp_figures[warp][quarter + 4 * i][j] = figures[i][j];
+      }
+    }
+  }
+
+  // Lists the chunk's attended pages in order.
+  __device__ __forceinline__ void List(int64_t chunk_index, const SelectShared<Traits>& shared,
+                                       uint32_t quads) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int count = 0, before = 0;
+#pragma unroll
+    for (int i = 0; i < kSelectWarps; ++i) {
+      if (i == warp) before = count;
+      count += shared.warp_count[i];
+    }
+    if (threadIdx.x == 0) {
+      reinterpret_cast<int32_t*>(p.workspace + p.work.counts)[chunk_index] = count;
+    }
+    if (!attended() || quarter != 0) return;
+    const uint32_t packed =
+        PackPage(PackedPage{page, depth.value_bits / 2, (depth.key.bits - kScanBits) / 2,
+                            depth.key.chunks, BasisOfPage(s, page)});
+    reinterpret_cast<uint4*>(
+        p.workspace +
+        p.work.lists)[chunk_index * kChunkPages + before + __popc(quads & ((1u << lane) - 1))] =
+        make_uint4(shared.base[local], packed, static_cast<uint32_t>(head_index),
+                   static_cast<uint32_t>(columns));
+  }
+};
+
+// The warps' figures to the chunk's states of the tile's columns.
+template <class Traits>
+__device__ __forceinline__ void StoreStates(const SelectShared<Traits>& shared,
+                                            ChunkState* states) {
+  if (threadIdx.x >= kTileColumns) return;
+  float sums[kChunkFigures] = {};
+  for (int i = 0; i < kSelectWarps; ++i) {
+#pragma unroll
+    for (int j = 0; j < kChunkFigures; ++j) sums[j] += shared.warp_figures[i][threadIdx.x][j];
+  }
+  states[threadIdx.x] = ChunkState{sums[0], sums[1], sums[4], sums[3], sums[2], sums[5]};
 }
 
 // Starts the copies of the chunk's value summaries, which depend on no earlier kernel.
@@ -370,37 +324,61 @@ __device__ __forceinline__ uint32_t HalvesFromBytes(uint32_t bytes, uint32_t sel
   return FmaHalves(biased, kOneHalves, 0xe480e480u);                                // - 1152
 }
 
-// The weighted sums of the chunk's means, for `columns` columns of the tile, to target [8][2][D].
-//   sum[n][c] = sum_page weight[n][page] mean[page][c]: weights are the A of the MMA, rows of the
-// means its B, two channels at a time (a transposed load pairs the bytes of two pages).
+// The weighted sums of the chunk's means, for `columns` columns of the tile, to target
+// [8][kNumChunkVectors][D].
+//   sum[row][c] = sum_page weight[row][page] mean[page][c]: weights are the A of the MMA, rows of
+// the means its B, two channels at a time (a transposed load pairs the bytes of two pages).
 template <class Traits>
-__device__ __forceinline__ void AddMeans(int pages, int columns, SelectShared<Traits>& shared,
+__device__ __forceinline__ void AddMeans(int pages, int columns, const SelectShared<Traits>& shared,
                                          float* target) {
-  constexpr int kD = Traits::kHeadDim;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const float scale[2] = {shared.row_scale[g], shared.row_scale[kTileColumns + g]};
-  for (int tile = warp; tile < Traits::kTiles; tile += kSelectWarps) {
-    float even[4] = {}, odd[4] = {};
-    for (int first = 0; first < pages; first += 16) {
-      uint32_t a[4], bytes[2];
+  float scale[kNumChunkVectors];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a[i] = *reinterpret_cast<const uint32_t*>(
-            &shared.scaled[g + i % 2 * 8][first + 2 * t + i / 2 * 8]);
-      }
+  for (int i = 0; i < kNumChunkVectors; ++i) scale[i] = shared.row_scale[i * kTileColumns + g];
+  for (int tile = warp; tile < Traits::kTiles; tile += kSelectWarps) {
+    float even[2][4] = {}, odd[2][4] = {};
+#pragma unroll 1
+    for (int first = 0; first < pages; first += 16) {
+      uint32_t bytes[2];
       LoadTransposed(bytes, shared.summaries[first + lane % 16] + sizeof(ValueSummary) + tile * 16);
-      Mma16x8x16<__half>(even, a, HalvesFromBytes(bytes[0], 0x4240u),
-                         HalvesFromBytes(bytes[1], 0x4240u));
-      Mma16x8x16<__half>(odd, a, HalvesFromBytes(bytes[0], 0x4341u),
-                         HalvesFromBytes(bytes[1], 0x4341u));
+      const uint32_t low[2] = {HalvesFromBytes(bytes[0], 0x4240u),
+                               HalvesFromBytes(bytes[1], 0x4240u)};
+      const uint32_t high[2] = {HalvesFromBytes(bytes[0], 0x4341u),
+                                HalvesFromBytes(bytes[1], 0x4341u)};
+#pragma unroll
+      for (int rows = 0; rows < 2; ++rows) {
+        uint32_t a[4];
+        LoadMatrices<false>(a, &shared.scaled[16 * rows + lane % 16][first + lane / 16 * 8]);
+        Mma16x8x16<__half>(even[rows], a, low[0], low[1]);
+        Mma16x8x16<__half>(odd[rows], a, high[0], high[1]);
+      }
     }
     if (g >= columns) continue;
     // Column j of an accumulator is channel 16 tile + 2 j (+ 1): the lane has four in a row.
-    float* row = target + 2 * g * kD + tile * 16 + 4 * t;
-    *reinterpret_cast<float4*>(row) =
-        make_float4(even[0] * scale[0], odd[0] * scale[0], even[1] * scale[0], odd[1] * scale[0]);
-    *reinterpret_cast<float4*>(row + kD) =
-        make_float4(even[2] * scale[1], odd[2] * scale[1], even[3] * scale[1], odd[3] * scale[1]);
+    float* row = target + g * kNumChunkVectors * Traits::kHeadDim + tile * 16 + 4 * t;
+#pragma unroll
+    for (int i = 0; i < kNumChunkVectors; ++i) {
+      const int e = i % 2 * 2;
+      const float(&x)[4] = even[i / 2];
+      const float(&y)[4] = odd[i / 2];
+      *reinterpret_cast<float4*>(row + i * Traits::kHeadDim) =
+          make_float4(x[e] * scale[i], y[e] * scale[i], x[e + 1] * scale[i], y[e + 1] * scale[i]);
+    }
+  }
+}
+
+// Adds the chunk's counts of pages to the head's decision.
+template <class Traits>
+__device__ __forceinline__ void CountPages(HeadDecision* decision,
+                                           const SelectShared<Traits>& shared) {
+  const int i = threadIdx.x;
+  if (i < kNumKeyDepths && shared.key_pages[i] > 0) {
+    atomicAdd(&decision->key_pages[i], shared.key_pages[i]);
+  }
+  if (i < kNumValueDepths && shared.value_pages[i] > 0) {
+    atomicAdd(&decision->value_pages[i], shared.value_pages[i]);
+    AddBytes(&decision->value_bytes,
+             int64_t{shared.value_pages[i]} * SelectShared<Traits>::kSummaryBytes);
   }
 }
 
@@ -413,15 +391,34 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   const int tiles = w.columns / kTileColumns;
   const int chunk = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int head = blockIdx.y, sequence = blockIdx.z;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const ProgressiveSequence& from = p.sequences[sequence];
   const SequenceView s(from);
   const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
-  const int begin = chunk * kSelectPages, end = min(begin + kSelectPages, from.num_sealed);
+  const int64_t chunk_index = head_index * w.chunks + chunk;
+  const int begin = chunk * kChunkPages, end = min(begin + kChunkPages, from.num_sealed);
   const int pages = max(end - begin, 0);
   FetchSummaries<Traits>(p, from, head, begin, pages, shared);
+  if (begin == 0 && pages > 0) LoadSink<Traits>(p, head, shared);
+  const int column_begin = tile * kTileColumns, local = threadIdx.x / 4;
+  PageDecider<Traits> decider{p,
+                              from.decision,
+                              s,
+                              head_index,
+                              head,
+                              column_begin,
+                              p.shape.group_size() * s.q_len,
+                              begin + local,
+                              local,
+                              static_cast<int>(threadIdx.x) % 4};
+  decider.visibility = local < pages ? PageVisibility(s, begin + local) : Visibility::kNone;
   WaitForDependencies();
   LaunchDependents();
-  if (pages == 0) return;  // The merge knows how many chunks there are.
+  if (pages == 0) {
+    if (threadIdx.x == 0) reinterpret_cast<int32_t*>(p.workspace + w.counts)[chunk_index] = 0;
+    return;
+  }
+  decider.Load();
   GlobalLse<kSelectWarps>(p, from, head_index, shared.lse, shared.lse_parts);
   if (blockIdx.x == 0 && threadIdx.x < w.columns) {
     reinterpret_cast<float*>(p.workspace + w.global_lse)[head_index * w.columns + threadIdx.x] =
@@ -430,27 +427,23 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   const float theta = from.decision.policy == Policy::kBudget
                           ? reinterpret_cast<const float*>(p.workspace + w.theta)[head_index]
                           : from.decision.theta;
+  decider.Decide(theta, shared);
+  const uint32_t quads = __ballot_sync(0xffffffffu, decider.attended()) & 0x11111111u;
+  if (lane == 0) shared.warp_count[warp] = __popc(quads);
   WaitCopies<0>();
   __syncthreads();
   if (begin == 0) SubstituteSink<Traits>(p, s, head_index, shared);
-  const int64_t chunk_index = head_index * w.chunks + chunk;
-  const int64_t slot = chunk_index * w.columns + tile * kTileColumns;
-  const int count = DecidePages<Traits>(p, from.decision, s, head_index, slot, tile * kTileColumns,
-                                        theta, begin, end, shared);
-  AddMeans<Traits>(pages, p.shape.group_size() * s.q_len - tile * kTileColumns, shared,
-                   reinterpret_cast<float*>(p.workspace + w.means) + slot * 2 * Traits::kHeadDim);
-  if (tile > 0) return;
-  ListUnits<Traits>(p, head_index, chunk_index, count, p.shape.group_size() * s.q_len, shared);
-  HeadDecision& decision = p.decisions[head_index];
-  const int i = threadIdx.x;
-  if (i < kNumKeyDepths && shared.key_pages[i] > 0) {
-    atomicAdd(&decision.key_pages[i], shared.key_pages[i]);
-  }
-  if (i < kNumValueDepths && shared.value_pages[i] > 0) {
-    atomicAdd(&decision.value_pages[i], shared.value_pages[i]);
-    AddBytes(&decision.value_bytes,
-             int64_t{shared.value_pages[i]} * SelectShared<Traits>::kSummaryBytes);
-  }
+  if (tile == 0) decider.List(chunk_index, shared, quads);
+  decider.Weigh(shared);
+  __syncthreads();
+  const int64_t slot = chunk_index * w.columns + column_begin;
+  StoreStates<Traits>(shared, reinterpret_cast<ChunkState*>(p.workspace + w.state) + slot);
+  ScaleWeights<Traits>(shared);
+  __syncthreads();
+  AddMeans<Traits>(pages, decider.columns - column_begin, shared,
+                   reinterpret_cast<float*>(p.workspace + w.vectors) +
+                       slot * kNumChunkVectors * Traits::kHeadDim);
+  if (tile == 0) CountPages<Traits>(p.decisions + head_index, shared);
 }
 
 }  // namespace adaattn
