@@ -27,6 +27,7 @@ void AddHeadTotals(const HeadDecision& head, const HeadSums& sums, LiveTotals* t
     totals->key_pages[static_cast<size_t>(KeyDepthBits(i) / 2 - 2)] += head.key_pages[i];
   }
   for (size_t i = 0; i < kNumValueDepths; ++i) totals->value_pages[i] += head.value_pages[i];
+  totals->value_pages[0] -= head.exact_pages;  // not skipped: their originals were read
   totals->dense_tokens += head.dense_tokens;
   totals->key_bytes += head.key_bytes;
   totals->value_bytes += head.value_bytes;
