@@ -4,9 +4,9 @@
 // The arithmetic of one scanned page and where its results go.
 //   s[t] = sum_c q_c r_c (n_tc - 7.5) / 8 + q.mu     n: nibbles; r: the page's channel ranges
 // Tokens are the M of the MMA, columns the N. Nibbles enter the MMA as FP16 subnormals (n 2^-24, or
-// 16 n 2^-24 for the upper nibble, which only ever holds rows 8..15 of a tile), so that unpacking is
-// one AND; products are exact and the sums FP32. The offset 7.5 is one more MMA, with ones; so are
-// the page's sums. Queries and ranges are halves relative to their largest: nothing overflows,
+// 16 n 2^-24 for the upper nibble, which only ever holds rows 8..15 of a tile), so that unpacking
+// is one AND; products are exact and the sums FP32. The offset 7.5 is one more MMA, with ones; so
+// are the page's sums. Queries and ranges are halves relative to their largest: nothing overflows,
 // whatever the keys.
 
 #include "kernels/cuda/async_copy.cuh"
