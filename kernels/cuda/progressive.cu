@@ -71,6 +71,12 @@ absl::Status RunProgressive(const ProgressiveParams& params, cudaStream_t stream
   args.two_stage = params.two_stage && params.shape.group_size() * params.max_q_len <= kTileColumns;
   args.layout = MakePageLayout(params.shape, params.stored_bits);
   args.work = MakeProgressiveWorkspace(args);
+  if (args.work.bytes > kMaxProgressiveWorkspace) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("progressive decode: ", params.num_sequences, " sequences of up to ",
+                     params.max_sealed, " sealed pages need ", args.work.bytes,
+                     " bytes of workspace; at most ", kMaxProgressiveWorkspace));
+  }
   switch (params.shape.head_dim) {
     case 64:
       return RunProgressiveD64(args, stream);

@@ -103,7 +103,11 @@ void ScheduleScan(const ProgressiveParams& params, absl::Span<ProgressiveSequenc
 // Bytes of workspace that params' shapes need.
 int64_t ProgressiveWorkspaceBytes(const ProgressiveParams& params);
 
-// Enqueues a step. kUnimplemented for a shape without a kernel.
+// Workspace that 32-bit indices of 16 bytes reach.
+inline constexpr int64_t kMaxProgressiveWorkspace = int64_t{64} << 30;
+
+// Enqueues a step. Errors, before anything is enqueued: kUnimplemented for a shape without a
+// kernel, kResourceExhausted where the workspace would exceed kMaxProgressiveWorkspace.
 absl::Status RunProgressive(const ProgressiveParams& params, cudaStream_t stream);
 
 // Re-encodes dense pages; all pointers device memory. drift [num_tasks, num_kv_heads] receives each

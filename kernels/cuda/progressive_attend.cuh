@@ -129,12 +129,7 @@ struct PageAttender {
         shared.page[threadIdx.x] = page;
         bytes = AttendLayout<Traits>{UnpackPage(page.packed), ColumnsOf(page)}.bytes();
       }
-      before = bytes;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, before, step);
-        if (lane >= step) before += other;
-      }
+      before = WarpPrefix(bytes, lane);
       if (threadIdx.x == 31) shared.first_bytes = before;
     }
     __syncthreads();
@@ -271,7 +266,7 @@ struct PageAttender {
     const float base = SoftCap<Traits>(max, softcap);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      float2 y = HalvesToFloats(scores[j]);
+      float2 y = UnpackPair<__half>(scores[j]);
       if constexpr (Traits::kSoftCap) {
         if (softcap != 0) {
           y.x = SoftCap<Traits>(y.x + max, softcap) - base;

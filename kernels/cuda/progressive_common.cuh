@@ -263,9 +263,6 @@ __device__ __forceinline__ float QuadMax(float x) {
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-__device__ __forceinline__ float2 HalvesToFloats(uint32_t pair) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
 __device__ __forceinline__ uint32_t MultiplyHalves(uint32_t a, uint32_t b) {
   const __half2 c =
       __hmul2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
@@ -431,6 +428,16 @@ __device__ __forceinline__ uint32_t Exp2Halves(uint32_t x) {
   uint32_t out;
   asm("ex2.approx.f16x2 %0, %1;" : "=r"(out) : "r"(x));
   return out;
+}
+
+// The sum of x over this lane and those before it.
+__device__ __forceinline__ int WarpPrefix(int x, int lane) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int before = __shfl_up_sync(0xffffffffu, x, step);
+    if (lane >= step) x += before;
+  }
+  return x;
 }
 
 __device__ __forceinline__ float WarpSum(float x) {

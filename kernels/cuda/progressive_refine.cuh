@@ -74,7 +74,7 @@ __device__ __forceinline__ void AddScores(const float (&sums)[4][4], float unit,
                                         fmaf(sums[t][2 * half + 1], units[half], offset[1])));
       uint32_t& word = packed[2 * t + half];
       word = FmaHalves(kOneHalves, rest, word);
-      const float2 y = HalvesToFloats(word);
+      const float2 y = UnpackPair<__half>(word);
       top = fmaxf(top, fmaxf(y.x, y.y));
     }
   }
@@ -82,7 +82,7 @@ __device__ __forceinline__ void AddScores(const float (&sums)[4][4], float unit,
   const float shift = top == -INFINITY ? 0.0f : top;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const float2 y = HalvesToFloats(packed[i]);
+    const float2 y = UnpackPair<__half>(packed[i]);
     packed[i] = PackPair<__half>(y.x - shift, y.y - shift);
   }
   const float next = max == -INFINITY ? max : max + shift;  // of column lane / 4

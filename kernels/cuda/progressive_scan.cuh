@@ -26,7 +26,6 @@ struct StageWork {
   int first_page;
   uint32_t visible;  // bit i: page first_page + i is; bit 16 + i: in part
 };
-static_assert(sizeof(StageWork) == 16, "read with one instruction");
 
 template <class Traits>
 struct ScanShared {
@@ -36,7 +35,7 @@ struct ScanShared {
   alignas(16) __half ranges[kScanWarps][Traits::kHeadDim];
   float2 mean[kScanWarps][4];  // q.mu, of each lane's columns
   alignas(8) uint64_t full[kScanStages], empty[kScanStages];
-  alignas(16) StageWork work[kScanStages];
+  StageWork work[kScanStages];
 };
 
 // How the warps of a CTA share a group of kv heads: several pages at a time where there are few.

@@ -80,7 +80,7 @@ __device__ __forceinline__ uint32_t UnreadSquares(const __half* ranges,
   return squares;
 }
 __device__ __forceinline__ float SumHalves(uint32_t pair) {
-  const float2 x = HalvesToFloats(pair);
+  const float2 x = UnpackPair<__half>(pair);
   return x.x + x.y;
 }
 
@@ -138,7 +138,7 @@ __device__ __forceinline__ void SumPage(const uint32_t (&packed)[8], const float
     const float max = lane / 4 % 2 == 0 ? even : odd, top = SoftCap<Traits>(max, cap);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float2 y = HalvesToFloats(packed[i]);
+      const float2 y = UnpackPair<__half>(packed[i]);
       weight[i] = PackPair<__half>(Exp2(SoftCap<Traits>(y.x + max, cap) - top),
                                    Exp2(SoftCap<Traits>(y.y + max, cap) - top));
     }

@@ -310,7 +310,7 @@ __device__ __forceinline__ void FetchSummaries(const ProgressiveArgs& p,
   CommitCopies();
 }
 
-// Four 8x8 tiles of 16-bit units, transposed: register i holds (2t, 2t + 1; g) of tile i, whose row
+// Two 8x8 tiles of 16-bit units, transposed: register i holds (2t, 2t + 1; g) of tile i, whose row
 // r the lane 8 i + r names.
 __device__ __forceinline__ void LoadTransposed(uint32_t (&tile)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"

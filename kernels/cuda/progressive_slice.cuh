@@ -37,12 +37,7 @@ struct SliceFinder {
     int mine = 0;
 #pragma unroll 4
     for (int i = 0; i < each; ++i) mine += first + i < chunks ? counts[first + i] : 0;
-    int sum = mine;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += other;
-    }
+    const int sum = WarpPrefix(mine, lane);
     if (lane == 31) shared.warp_sum[warp] = sum;
     __syncthreads();
     int base = 0, all = 0;

@@ -216,6 +216,17 @@ struct Scan {
   std::vector<ScanRun> runs;
 };
 
+TEST(RunProgressiveTest, RefusesAWorkspaceBeyondItsIndices) {
+  ProgressiveParams params;
+  params.shape = {32, 8, 128};
+  params.num_sequences = 512;
+  params.max_sealed = kCudaMaxSealedPages;
+  PlanProgressive(kNumSms, &params);
+  ASSERT_GT(ProgressiveWorkspaceBytes(params), kMaxProgressiveWorkspace);
+  const absl::Status status = RunProgressive(params, nullptr);
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+}
+
 TEST(ScheduleScanTest, CoversEveryPageOnce) {
   for (const std::vector<int32_t>& sealed :
        std::vector<std::vector<int32_t>>{{1}, {510}, {126, 126, 126}, {510, 1, 30, 7}}) {
