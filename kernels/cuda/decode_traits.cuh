@@ -15,6 +15,9 @@
 
 namespace adaattn {
 
+// Floats that follow a row of a warp's sums in shared memory: max, sum, mean, padding.
+inline constexpr int kRowStateFloats = 4;
+
 // K and V as stored, head_dim, and how many blocks of 8 rows (q heads x q_len) a CTA carries.
 template <typename KvT, int kHeadDimV, int kRowTilesV>
 struct DecodeTraits {
@@ -42,15 +45,16 @@ struct DecodeTraits {
 
   struct Smem {
     alignas(128) uint8_t ring[kWarps][kSlots][kSlotBytes];
-    uint2 query[kSteps][kRowTiles][32];  // in fragment order
+    // q in fragment order, rounded to Operand, and what that rounding left of it.
+    uint2 query[kSteps][kRowTiles][32], query_rest[kSteps][kRowTiles][32];
     float row_scale[kRows];
     KeyRange row_keys[kRows];  // what each row sees; padding repeats the last row
-    float max[kWarps][kRows], sum[kWarps][kRows], mean[kWarps][kRows];
     uint64_t full[kWarps][kSlots];
     int32_t is_last;
   };
-  // Between items the ring holds the warps' sums.
-  static constexpr int kSumStride = kHeadDim + 4;
+  static_assert(sizeof(Smem) + 1024 <= 228 * 1024 / kCtasPerSm, "kCtasPerSm share shared memory");
+  // Between items the ring holds the warps' sums, each row followed by its state.
+  static constexpr int kSumStride = kHeadDim + kRowStateFloats;
   static_assert(kWarps * kRows * kSumStride * 4 <= kWarps * kSlots * kSlotBytes,
                 "a group's partial sums fit the ring");
 
