@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/decode_epilogue.cuh"
+#include "kernels/cuda/decode_schedule.h"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/status.h"
 #include "kernels/format/page_layout.h"
@@ -25,7 +26,7 @@ struct DecodeFp32Traits {
   static constexpr int kChannels = (kHeadDim + 31) / 32;  // of a lane
   static constexpr int kSumStride = kHeadDim + kRowStateFloats;
   // The merge keeps a weight for each row and split there.
-  static constexpr int kRingFloats = kWarps * kRows * kSumStride + kRows * 512;
+  static constexpr int kRingFloats = kWarps * kRows * kSumStride + kRows * kMaxDecodeCtas;
   struct Smem {
     alignas(128) float ring[kRingFloats];
     int32_t is_last;

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/cuda/decode_schedule.h"
 #include "kernels/cuda/params.h"
 #include "kernels/shape.h"
 
@@ -57,6 +58,8 @@ struct DecodeTraits {
   static constexpr int kSumStride = kHeadDim + kRowStateFloats;
   static_assert(kWarps * kRows * kSumStride * 4 <= kWarps * kSlots * kSlotBytes,
                 "a group's partial sums fit the ring");
+  static_assert(kRows * kMaxDecodeCtas * 4 <= kWarps * kSlots * kSlotBytes,
+                "the weights of a group's parts fit the ring");
 
   // Which four neighbouring channels lane t holds as the k index of step `step`: lanes read K rows
   // in 16-byte pieces (a 64-byte block a step of four lanes; the rest of a row in smaller ones), so
