@@ -81,7 +81,9 @@ absl::Status ProgressiveCase::MakePlan(const AttendBatch& batch) {
   ADAATTN_RETURN_IF_CUDA_ERROR(
       cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
   ADAATTN_ASSIGN_OR_RETURN(const PlanKey key, MakePlanKey(batch));
-  plan_ = std::make_unique<CudaPlan>(key, std::max(num_sms * options_.cta_percent / 100, 1));
+  CudaTuning tuning;
+  tuning.progressive_cta_percent = options_.cta_percent;
+  plan_ = std::make_unique<CudaPlan>(key, num_sms, tuning);
   return scratch_.Grow(plan_->Needs(batch), stream_.get());
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/cuda/decode_schedule.h"
 #include "kernels/cuda/status.h"
 #include "kernels/cuda/tuning.h"
 #include "loadtest/decode_case.h"
@@ -70,7 +71,8 @@ absl::StatusOr<double> Tuner::Exact(DType type, const Step& step, int32_t ctas_p
   options.shape = pool_->shape();
   options.kv_type = type;
   options.kv_lens.assign(step.num_sequences, step.kv_len);
-  ADAATTN_ASSIGN_OR_RETURN(auto test, DecodeCase::Create(options, ctas_per_sm * num_sms_));
+  ADAATTN_ASSIGN_OR_RETURN(
+      auto test, DecodeCase::Create(options, std::min(ctas_per_sm * num_sms_, kMaxDecodeCtas)));
   ADAATTN_ASSIGN_OR_RETURN(
       const auto times,
       TimeFlushed(nullptr, runs_, flush_, [&](cudaStream_t stream) { return test->Run(stream); }));

@@ -162,7 +162,7 @@ absl::StatusOr<CudaPlan*> CudaBackend::FindPlan(const AttendBatch& batch) {
   for (const std::unique_ptr<CudaPlan>& plan : plans_) {
     if (plan->key() == key) return plan.get();
   }
-  plans_.push_back(std::make_unique<CudaPlan>(key, num_sms_));
+  plans_.push_back(std::make_unique<CudaPlan>(key, num_sms_, tuning_));
   return plans_.back().get();
 }
 

@@ -41,8 +41,10 @@ __device__ __forceinline__ float RowScale(const DecodeParams& p, int64_t q_row, 
 }
 
 // Writes q of the item's rows to shared memory in fragment order; rows past the end are zero.
+// Returns whether this thread's part of query_rest is anything but zeros, which it is for a q of
+// more bits than Operand has.
 template <class Traits>
-__device__ __forceinline__ void StageQuery(const DecodeParams& p, const DecodeItem& item,
+__device__ __forceinline__ bool StageQuery(const DecodeParams& p, const DecodeItem& item,
                                            const DeviceSequence& sequence,
                                            typename Traits::Smem& smem) {
   const int32_t group_size = p.num_q_heads / p.num_kv_heads;
@@ -60,6 +62,8 @@ __device__ __forceinline__ void StageQuery(const DecodeParams& p, const DecodeIt
     }
   }
   __syncthreads();
+  using Operand = typename Traits::Operand;
+  uint32_t rest_bits = 0;
   for (int32_t i = threadIdx.x; i < Traits::kSteps * Traits::kRowTiles * 32;
        i += Traits::kThreads) {
     const int32_t n = i / 32 % Traits::kRowTiles, step = i / 32 / Traits::kRowTiles;
@@ -71,9 +75,20 @@ __device__ __forceinline__ void StageQuery(const DecodeParams& p, const DecodeIt
       const float inverse = 1.0f / smem.row_scale[r];
       for (float& value : x) value *= inverse;
     }
-    smem.query[step][n][lane] = make_uint2(PackPair<typename Traits::Operand>(x[0], x[1]),
-                                           PackPair<typename Traits::Operand>(x[2], x[3]));
+    const uint2 query = make_uint2(PackPair<Operand>(x[0], x[1]), PackPair<Operand>(x[2], x[3]));
+    const float2 low = UnpackPair<Operand>(query.x), high = UnpackPair<Operand>(query.y);
+    const uint2 rest = make_uint2(PackPair<Operand>(x[0] - low.x, x[1] - low.y),
+                                  PackPair<Operand>(x[2] - high.x, x[3] - high.y));
+    smem.query[step][n][lane] = query;
+    smem.query_rest[step][n][lane] = rest;
+    rest_bits |= rest.x | rest.y;
   }
+  return (rest_bits & 0x7fff7fffu) != 0;
+}
+
+// A warp's state of a row: max, sum, mean.
+__device__ __forceinline__ void WriteWarpState(float* at, float3 state) {
+  *reinterpret_cast<float4*>(at) = make_float4(state.x, state.y, state.z, 0);
 }
 
 // Leaves the warps' states and sums in shared memory. The ring must be idle.
@@ -96,9 +111,8 @@ __device__ __forceinline__ float* SpillWarps(
       }
       const int32_t row = n * 8 + 2 * t + c;
       if (g == 0) {
-        smem.max[warp][row] = state.max[n][c];
-        smem.sum[warp][row] = sum;
-        smem.mean[warp][row] = mean;
+        WriteWarpState(mine + row * Traits::kSumStride + Traits::kHeadDim,
+                       make_float3(state.max[n][c], sum, mean));
       }
 #pragma unroll
       for (int i = 0; i < Traits::kSteps; ++i) {
@@ -110,18 +124,24 @@ __device__ __forceinline__ float* SpillWarps(
   return all;
 }
 
-// lse_log2 and mean score of a row over all warps; minus infinity where no key was seen.
+// lse_log2 and mean score of a row over all warps, whose sums and states `all` holds; minus
+// infinity where no key was seen.
 template <class Traits>
-__device__ __forceinline__ float2 JoinWarpStates(const typename Traits::Smem& smem, int32_t row,
+__device__ __forceinline__ float2 JoinWarpStates(const float* all, int32_t row,
                                                  float (&weights)[Traits::kWarps]) {
+  float4 states[Traits::kWarps];
   float top = kMasked, sum = 0, mean = 0;
 #pragma unroll
-  for (int w = 0; w < Traits::kWarps; ++w) top = fmaxf(top, smem.max[w][row]);
+  for (int w = 0; w < Traits::kWarps; ++w) {
+    const int32_t at = (w * Traits::kRows + row) * Traits::kSumStride + Traits::kHeadDim;
+    states[w] = *reinterpret_cast<const float4*>(all + at);
+    top = fmaxf(top, states[w].x);
+  }
 #pragma unroll
   for (int w = 0; w < Traits::kWarps; ++w) {
-    weights[w] = Exp2(smem.max[w][row] - top);
-    sum = fmaf(weights[w], smem.sum[w][row], sum);
-    mean = fmaf(weights[w], smem.mean[w][row], mean);
+    weights[w] = Exp2(states[w].x - top);
+    sum = fmaf(weights[w], states[w].y, sum);
+    mean = fmaf(weights[w], states[w].z, mean);
   }
   const float inverse = sum > 0 ? 1.0f / sum : 0.0f;
 #pragma unroll
@@ -239,7 +259,7 @@ __device__ __forceinline__ void FinishItem(
   for (int32_t i = threadIdx.x; i < num_rows * kPieces; i += Traits::kThreads) {
     const int32_t row = i / kPieces, channel = i % kPieces * 4;
     float weights[Traits::kWarps];
-    const float2 joined = JoinWarpStates<Traits>(smem, row, weights);
+    const float2 joined = JoinWarpStates<Traits>(all, row, weights);
     float4 out = {};
 #pragma unroll
     for (int w = 0; w < Traits::kWarps; ++w) {

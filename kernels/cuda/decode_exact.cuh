@@ -82,7 +82,7 @@ struct WarpRing {
   }
 };
 
-template <class Traits, int kWords>
+template <class Traits, bool kWithRest, int kWords>
 __device__ __forceinline__ void ScoreBlock(uint32_t row, int step,
                                            const uint2 (&query)[Traits::kSteps][Traits::kRowTiles],
                                            const typename Traits::Smem& smem, int32_t lane,
@@ -108,12 +108,16 @@ __device__ __forceinline__ void ScoreBlock(uint32_t row, int step,
       const uint2 b =
           Traits::kQueryInRegisters ? query[step + i][n] : smem.query[step + i][n][lane];
       Mma16x8x16<Operand>(s[n], a, b.x, b.y);
+      if constexpr (kWithRest) {
+        const uint2 rest = smem.query_rest[step + i][n][lane];
+        Mma16x8x16<Operand>(s[n], a, rest.x, rest.y);
+      }
     }
   }
 }
 
-// s = K q^T of the unit in `slot`, unscaled.
-template <class Traits>
+// s = K q^T of the unit in `slot`, unscaled; of the rounded q, and of what its rounding left.
+template <class Traits, bool kWithRest>
 __device__ __forceinline__ void ScoreUnit(uint32_t slot,
                                           const uint2 (&query)[Traits::kSteps][Traits::kRowTiles],
                                           const typename Traits::Smem& smem, int32_t lane,
@@ -129,12 +133,12 @@ __device__ __forceinline__ void ScoreUnit(uint32_t slot,
     const uint32_t row = slot + (m * 16 + lane / 4) * Traits::kRowBytes;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      ScoreBlock<Traits, 4>(row + b * 64 + lane % 4 * 16, b * kStepsPerBlock, query, smem, lane,
-                            s[m]);
+      ScoreBlock<Traits, kWithRest, 4>(row + b * 64 + lane % 4 * 16, b * kStepsPerBlock, query,
+                                       smem, lane, s[m]);
     }
     if constexpr (kRest > 0) {
-      ScoreBlock<Traits, kRest>(row + kBlocks * 64 + lane % 4 * kRest * 4, kBlocks * kStepsPerBlock,
-                                query, smem, lane, s[m]);
+      ScoreBlock<Traits, kWithRest, kRest>(row + kBlocks * 64 + lane % 4 * kRest * 4,
+                                           kBlocks * kStepsPerBlock, query, smem, lane, s[m]);
     }
   }
 }
@@ -385,8 +389,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const DecodeItem item = p.items[index];
     const DeviceSequence& sequence = p.sequences[item.sequence];
     StartItem<Traits>(p, item, sequence, warp, lane, ring);
-    StageQuery<Traits>(p, item, sequence, smem);
-    __syncthreads();
+    const bool with_rest = __syncthreads_or(StageQuery<Traits>(p, item, sequence, smem)) != 0;
     uint2 query[Traits::kSteps][Traits::kRowTiles];
     if constexpr (Traits::kQueryInRegisters) {
 #pragma unroll
@@ -401,7 +404,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     for (int32_t unit = 0; unit < ring.num_units; ++unit) {
       const int32_t token = ring.UnitToken(unit);
       float s[Traits::kTokenTiles][Traits::kRowTiles][4];
-      ScoreUnit<Traits>(ring.WaitSlot(), query, smem, lane, s);
+      if (with_rest) {
+        ScoreUnit<Traits, true>(ring.WaitSlot(), query, smem, lane, s);
+      } else {
+        ScoreUnit<Traits, false>(ring.WaitSlot(), query, smem, lane, s);
+      }
       ring.Release(lane);
       ScaleUnit<Traits>(token, lane, state, smem, s);
       SoftmaxUnit<Traits>(state, s, sums);

@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/decode_epilogue.cuh"
+#include "kernels/cuda/decode_schedule.h"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/status.h"
 #include "kernels/format/page_layout.h"
@@ -23,12 +24,11 @@ struct DecodeFp32Traits {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kRowBytes = 4 * kHeadDim;
   static constexpr int kChannels = (kHeadDim + 31) / 32;  // of a lane
-  static constexpr int kSumStride = kHeadDim + 4;
+  static constexpr int kSumStride = kHeadDim + kRowStateFloats;
   // The merge keeps a weight for each row and split there.
-  static constexpr int kRingFloats = kWarps * kRows * kSumStride + kRows * 512;
+  static constexpr int kRingFloats = kWarps * kRows * kSumStride + kRows * kMaxDecodeCtas;
   struct Smem {
     alignas(128) float ring[kRingFloats];
-    float max[kWarps][kRows], sum[kWarps][kRows], mean[kWarps][kRows];
     int32_t is_last;
   };
 };
@@ -109,9 +109,8 @@ __device__ __forceinline__ void SpillFp32Rows(const Fp32Rows<Traits>& rows, int3
 #pragma unroll
   for (int r = 0; r < 8; ++r) {
     if (lane == 0) {
-      smem.max[warp][first + r] = rows.max[r];
-      smem.sum[warp][first + r] = rows.sum[r];
-      smem.mean[warp][first + r] = rows.mean[r];
+      WriteWarpState(mine + r * Traits::kSumStride + Traits::kHeadDim,
+                     make_float3(rows.max[r], rows.sum[r], rows.mean[r]));
     }
 #pragma unroll
     for (int i = 0; i < Traits::kChannels; ++i) {
@@ -138,7 +137,7 @@ __device__ __forceinline__ void FinishFp32Item(const DecodeParams& p, const Deco
   for (int32_t i = threadIdx.x; i < num_rows * kPieces; i += Traits::kThreads) {
     const int32_t row = i / kPieces, channel = i % kPieces * 4;
     float weights[Traits::kWarps];
-    const float2 joined = JoinWarpStates<Traits>(smem, row, weights);
+    const float2 joined = JoinWarpStates<Traits>(all, row, weights);
     float4 out = {};
 #pragma unroll
     for (int w = 0; w < Traits::kWarps; ++w) {

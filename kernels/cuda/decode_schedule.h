@@ -16,6 +16,10 @@ namespace adaattn {
 // read them again. head_dim 256 has no room for 4.
 int32_t ChooseRowTiles(int32_t head_dim, int32_t group_size, int32_t max_q_len);
 
+// CTAs of one launch at most, and so parts of one group: who joins them keeps a weight for each
+// part and row in shared memory.
+inline constexpr int32_t kMaxDecodeCtas = 384;
+
 struct DecodeSchedule {
   std::vector<DecodeItem> items;
   std::vector<int32_t> cta_items;  // [num_ctas + 1]

@@ -10,10 +10,14 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/cuda/decode_schedule.h"
 #include "kernels/cuda/params.h"
 #include "kernels/shape.h"
 
 namespace adaattn {
+
+// Floats that follow a row of a warp's sums in shared memory: max, sum, mean, padding.
+inline constexpr int kRowStateFloats = 4;
 
 // K and V as stored, head_dim, and how many blocks of 8 rows (q heads x q_len) a CTA carries.
 template <typename KvT, int kHeadDimV, int kRowTilesV>
@@ -42,17 +46,20 @@ struct DecodeTraits {
 
   struct Smem {
     alignas(128) uint8_t ring[kWarps][kSlots][kSlotBytes];
-    uint2 query[kSteps][kRowTiles][32];  // in fragment order
+    // q in fragment order, rounded to Operand, and what that rounding left of it.
+    uint2 query[kSteps][kRowTiles][32], query_rest[kSteps][kRowTiles][32];
     float row_scale[kRows];
     KeyRange row_keys[kRows];  // what each row sees; padding repeats the last row
-    float max[kWarps][kRows], sum[kWarps][kRows], mean[kWarps][kRows];
     uint64_t full[kWarps][kSlots];
     int32_t is_last;
   };
-  // Between items the ring holds the warps' sums.
-  static constexpr int kSumStride = kHeadDim + 4;
+  static_assert(sizeof(Smem) + 1024 <= 228 * 1024 / kCtasPerSm, "kCtasPerSm share shared memory");
+  // Between items the ring holds the warps' sums, each row followed by its state.
+  static constexpr int kSumStride = kHeadDim + kRowStateFloats;
   static_assert(kWarps * kRows * kSumStride * 4 <= kWarps * kSlots * kSlotBytes,
                 "a group's partial sums fit the ring");
+  static_assert(kRows * kMaxDecodeCtas * 4 <= kWarps * kSlots * kSlotBytes,
+                "the weights of a group's parts fit the ring");
 
   // Which four neighbouring channels lane t holds as the k index of step `step`: lanes read K rows
   // in 16-byte pieces (a 64-byte block a step of four lanes; the rest of a row in smaller ones), so

@@ -115,8 +115,10 @@ absl::StatusOr<PlanKey> MakePlanKey(const AttendBatch& batch) {
   return key;
 }
 
-CudaPlan::CudaPlan(const PlanKey& key, int32_t num_sms)
-    : key_(key), num_sms_(num_sms), num_ctas_(2 * num_sms) {
+CudaPlan::CudaPlan(const PlanKey& key, int32_t num_sms, const CudaTuning& tuning)
+    : key_(key),
+      num_sms_(std::max(num_sms * tuning.progressive_cta_percent / 100, 1)),
+      num_ctas_(std::min(num_sms * tuning.exact_ctas_per_sm, kMaxDecodeCtas)) {
   if (key.exact_row_tiles > 0) {
     exact_ = FindDecodeKernel(DenseDType(key.format), key.shape.head_dim);
     max_groups_ = key.max_sequences * key.shape.num_kv_heads * key.exact_row_blocks;

@@ -15,6 +15,7 @@
 #include "kernels/cuda/progressive.h"
 #include "kernels/cuda/step_params.h"
 #include "kernels/cuda/stream.h"
+#include "kernels/cuda/tuning.h"
 
 namespace adaattn {
 
@@ -90,7 +91,9 @@ struct ScratchNeeds {
 
 class CudaPlan final : public AttendPlan {
  public:
-  CudaPlan(const PlanKey& key, int32_t num_sms);
+  // For a device of `num_sms` multiprocessors. `tuning` says how many CTAs of exact decode go to
+  // each of them, and how many of them progressive launches count on.
+  CudaPlan(const PlanKey& key, int32_t num_sms, const CudaTuning& tuning = CudaTuning());
   std::string DebugString() const override;
 
   const PlanKey& key() const { return key_; }
@@ -116,8 +119,8 @@ class CudaPlan final : public AttendPlan {
 
  private:
   const PlanKey key_;
-  const int32_t num_sms_;
-  const int32_t num_ctas_;
+  const int32_t num_sms_;   // that progressive launches count on
+  const int32_t num_ctas_;  // of exact decode
   const DecodeKernel* exact_ = nullptr;
   int32_t max_groups_ = 0;
   int32_t max_items_ = 0;

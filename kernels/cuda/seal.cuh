@@ -354,7 +354,8 @@ __global__ void __launch_bounds__(kSealThreads, 2)
         RangeFromScale(key_scales[channel]);
   }
   __syncthreads();
-  // k = mu + x Q^T: a thread a channel, Q's row in registers would not fit: from the cache.
+  // k = mu + x Q^T: a thread a channel, Q's row in registers would not fit: from the cache. Rounded
+  // as RestoreKey rounds, so that a reopened page holds what was read from the sealed one.
   const auto* query_basis = reinterpret_cast<const __half*>(basis + basis_layout.query_basis);
   const float* mean = reinterpret_cast<const float*>(basis + basis_layout.mean);
   std::byte* keys = target + DenseKeyOffset(head, kD, p.page_type);
@@ -362,8 +363,8 @@ __global__ void __launch_bounds__(kSealThreads, 2)
     const int token = i % kPageTokens, channel = i / kPageTokens;
     float sum = mean[channel];
     for (int c = 0; c < kD; ++c) {
-      sum =
-          fmaf(shared.rows[token * kStride + c], __half2float(query_basis[channel * kD + c]), sum);
+      const float basis_value = __half2float(query_basis[channel * kD + c]);
+      sum = __fadd_rn(sum, __fmul_rn(shared.rows[token * kStride + c], basis_value));
     }
     StoreDense(keys, token * kD + channel, p.page_type, sum);
   }

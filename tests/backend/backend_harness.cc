@@ -288,8 +288,14 @@ void BackendHarness::Read(const TestSequence& sequence, int64_t begin, int64_t e
   EXPECT_TRUE(status.ok()) << status;
 }
 
+ErrorLimits BackendHarness::exact_limits() const {
+  const DType type = DenseDType(options_.format);
+  if (backend_->info().name != "cuda" || type == DType::kF32) return {1e-5, 1e-5};
+  return {type == DType::kBf16 ? 4e-3 : 5e-4, 1e-4};
+}
+
 void BackendHarness::ExpectExact(const StepCase& step, const StepOutput& output,
-                                 double relative_error, double lse_error) {
+                                 const ErrorLimits& limits) {
   const AttentionShape& shape = options_.shape;
   const TestSequence& sequence = *step.sequence;
   AttentionF64Params params;
@@ -316,10 +322,10 @@ void BackendHarness::ExpectExact(const StepCase& step, const StepOutput& output,
       EXPECT_EQ(error, 0) << "row " << row;
       continue;
     }
-    EXPECT_LE(std::sqrt(error), relative_error * std::sqrt(norm))
+    EXPECT_LE(std::sqrt(error), limits.out * std::sqrt(norm))
         << "row " << row << " first " << output.out[row * shape.head_dim] << " expected "
         << expected.out[row * shape.head_dim];
-    EXPECT_NEAR(output.lse[row], expected.lse[row], lse_error) << "row " << row;
+    EXPECT_NEAR(output.lse[row], expected.lse[row], limits.lse) << "row " << row;
   }
 }
 

@@ -13,16 +13,6 @@
 namespace adaattn {
 namespace {
 
-// Largest error of a row of out (relative L2) and of lse. FP32 arithmetic, but that the tensor
-// cores of the cuda backend take q and the probabilities in BF16 over BF16 pages, in FP16 over FP16
-// and FP8 ones: half a unit in the last place of either, and scores of up to 15 nats carry q's to
-// lse.
-double ErrorLimit(BackendHarness& harness) {
-  const PageFormat format = harness.options().format;
-  if (harness.backend().info().name != "cuda" || format == PageFormat::kF32) return 1e-5;
-  return format == PageFormat::kBf16 ? 2e-2 : 4e-3;
-}
-
 using Variant = std::tuple<PageFormat, int32_t, int32_t>;  // format, head_dim, group size
 
 class DenseTest : public ::testing::TestWithParam<Variant> {
@@ -44,7 +34,7 @@ TEST_P(DenseTest, MatchesFloat64AtEveryLength) {
     step.sequence = &sequence;
     step.q_len = 1;
     step.q_start = length > 0 ? length - 1 : 0;
-    harness.ExpectExact(step, harness.Run({step})[0], ErrorLimit(harness), ErrorLimit(harness));
+    harness.ExpectExact(step, harness.Run({step})[0], harness.exact_limits());
   }
 }
 
@@ -60,8 +50,10 @@ TEST_P(DenseTest, MatchesFloat64WithManyRowsWindowAndSoftCap) {
     step.softmax_scale = 0.3f;
     step.window = q_len == 3 ? 70 : 0;
     step.softcap = q_len == 8 ? 2.5f : 0;
-    harness.ExpectExact(step, harness.Run({step})[0], 2 * ErrorLimit(harness),
-                        2 * ErrorLimit(harness));
+    ErrorLimits limits = harness.exact_limits();
+    limits.out *= 2;
+    limits.lse *= 2;
+    harness.ExpectExact(step, harness.Run({step})[0], limits);
   }
 }
 

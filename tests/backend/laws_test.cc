@@ -206,7 +206,7 @@ TEST(ShardTest, RowsPastTheLastKeySeeAllOfThem) {
   TestSequence sequence = harness.NewSequence(100);
   StepCase step = Attend(&sequence, {});
   step.q_start = 5000;
-  harness.ExpectExact(step, harness.Run({step})[0], 1e-5, 1e-5);
+  harness.ExpectExact(step, harness.Run({step})[0], {1e-5, 1e-5});
   step.window = 64;  // all keys lie before the window
   const StepOutput output = harness.Run({step})[0];
   for (const float lse : output.lse) EXPECT_EQ(lse, -std::numeric_limits<float>::infinity());
@@ -214,17 +214,21 @@ TEST(ShardTest, RowsPastTheLastKeySeeAllOfThem) {
 }
 
 TEST(TypesTest, EveryInAndOutTypeMatchesFloat64) {
-  for (const DType in : {DType::kF32, DType::kF16, DType::kBf16}) {
-    for (const DType out : {DType::kF32, DType::kF16, DType::kBf16}) {
-      HarnessOptions options = Options(PageFormat::kF32);
-      options.in_type = in;
-      options.out_type = out;
-      BackendHarness harness(options);
-      ASSERT_TRUE(harness.ok());
-      TestSequence sequence = harness.NewSequence(90);
-      StepCase step = Attend(&sequence, {});
-      const double rounding = out == DType::kBf16 ? 4e-3 : out == DType::kF16 ? 5e-4 : 1e-5;
-      harness.ExpectExact(step, harness.Run({step})[0], rounding, 1e-5);
+  for (const PageFormat format :
+       {PageFormat::kF32, PageFormat::kF16, PageFormat::kBf16, PageFormat::kF8E4m3}) {
+    for (const DType in : {DType::kF32, DType::kF16, DType::kBf16}) {
+      for (const DType out : {DType::kF32, DType::kF16, DType::kBf16}) {
+        HarnessOptions options = Options(format);
+        options.in_type = in;
+        options.out_type = out;
+        BackendHarness harness(options);
+        ASSERT_TRUE(harness.ok());
+        TestSequence sequence = harness.NewSequence(90);
+        StepCase step = Attend(&sequence, {});
+        ErrorLimits limits = harness.exact_limits();
+        limits.out += out == DType::kBf16 ? 4e-3 : out == DType::kF16 ? 5e-4 : 0;
+        harness.ExpectExact(step, harness.Run({step})[0], limits);
+      }
     }
   }
 }
@@ -238,7 +242,7 @@ TEST(Fp8ScalesTest, ScaleKeysAndValuesByHead) {
   sequence.value_scales = {4.0f, 0.5f};
   harness.AppendTokens(&sequence, harness.RandomRows(150, 2), harness.RandomRows(150, 2));
   StepCase step = Attend(&sequence, {});
-  harness.ExpectExact(step, harness.Run({step})[0], 1e-5, 1e-5);
+  harness.ExpectExact(step, harness.Run({step})[0], harness.exact_limits());
 }
 
 }  // namespace

@@ -29,6 +29,13 @@ class BadInputTest : public ServerFixture {
     ServerFixture::TearDown();
   }
 
+  // The code of a request that asks for `what` and lacks something: the backend may not offer it.
+  template <class What>
+  grpc::StatusCode UnlessOffered(What what,
+                                 grpc::StatusCode lacking = grpc::StatusCode::INVALID_ARGUMENT) {
+    return Offers(what) ? lacking : grpc::StatusCode::UNIMPLEMENTED;
+  }
+
   // The answer of the untouched session, as bytes.
   std::string AskNeighbour() {
     v1::AttendRequest request;

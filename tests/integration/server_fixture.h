@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
@@ -135,6 +136,23 @@ class ServerFixture : public ::testing::Test {
   int64_t PagesInUse() {
     server_->engine()->Quiesce();
     return server_->engine()->page_stats().total_pages();
+  }
+
+  // What the server says of itself; whatever depends on its backend is asked here.
+  v1::GetServerInfoResponse Info() {
+    grpc::ClientContext context;
+    v1::GetServerInfoResponse info;
+    const grpc::Status status = stub_->GetServerInfo(&context, {}, &info);
+    EXPECT_TRUE(status.ok()) << status.error_message();
+    return info;
+  }
+  bool Offers(v1::Policy policy) {
+    const v1::GetServerInfoResponse info = Info();
+    return std::count(info.policies().begin(), info.policies().end(), policy) > 0;
+  }
+  bool Offers(v1::Mode mode) {
+    const v1::GetServerInfoResponse info = Info();
+    return std::count(info.modes().begin(), info.modes().end(), mode) > 0;
   }
 
   static v1::OpenSessionRequest OpenRequest(v1::PageFormat format) {

@@ -41,19 +41,19 @@ class LifecycleTest : public ServerFixture {
 };
 
 TEST_F(LifecycleTest, InfoSaysWhatTheServerCanAndCannotDo) {
-  grpc::ClientContext context;
-  v1::GetServerInfoResponse info;
-  ASSERT_TRUE(stub_->GetServerInfo(&context, {}, &info).ok());
+  const v1::GetServerInfoResponse info = Info();
   EXPECT_EQ(info.backend(), TestBackend());
   EXPECT_EQ(info.tuning(), "built-in");
   EXPECT_EQ(info.instance(), server_->sessions()->instance());
   EXPECT_THAT(info.head_dims(), Contains(128));
   EXPECT_THAT(info.page_formats(), Contains(v1::PAGE_FORMAT_PROGRESSIVE));
-  const bool bounds = info.backend() == "cpu";
-  EXPECT_EQ(std::count(info.modes().begin(), info.modes().end(), v1::MODE_DETERMINISTIC),
-            bounds ? 1 : 0);
+  EXPECT_TRUE(Offers(v1::MODE_STATISTICAL) && Offers(v1::POLICY_BUDGET));
   EXPECT_EQ(std::count(info.unsupported().begin(), info.unsupported().end(), "MODE_DETERMINISTIC"),
-            bounds ? 0 : 1);
+            Offers(v1::MODE_DETERMINISTIC) ? 0 : 1);
+  if (info.backend() == "cpu") {
+    EXPECT_TRUE(Offers(v1::MODE_DETERMINISTIC));
+    EXPECT_TRUE(Offers(v1::POLICY_ENTROPY) && Offers(v1::POLICY_LEARNED));
+  }
   EXPECT_EQ(info.exact_tier_bytes(), 0) << "not asked for";
   EXPECT_THAT(info.unsupported(), Contains("EXACT_TIER_HOST_PAGES"));
   EXPECT_EQ(info.pool_bytes(), int64_t{48} << 20);

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "integration/server_fixture.h"
 #include "kernels/policy/theta.h"
@@ -39,13 +40,11 @@ class PolicyServerTest : public ServerFixture {
     return options;
   }
 
-  v1::SessionRef OpenSealed(const v1::OpenSessionRequest& request) {
-    v1::SessionRef session;
-    const grpc::Status status = TryOpen(request, &session);
-    EXPECT_TRUE(status.ok()) << status.error_message();
-    ImportTokens(session, kTokens, k_, v_);
+  void OpenSealed(const v1::OpenSessionRequest& request, v1::SessionRef* session) {
+    const grpc::Status status = TryOpen(request, session);
+    ASSERT_TRUE(status.ok()) << status.error_message();
+    ASSERT_NO_FATAL_FAILURE(ImportTokens(*session, kTokens, k_, v_));
     server_->engine()->Quiesce();
-    return session;
   }
   v1::AttendRequest Query(const v1::SessionRef& session, v1::Policy policy) const {
     v1::AttendRequest request;
@@ -55,12 +54,11 @@ class PolicyServerTest : public ServerFixture {
     request.mutable_options()->set_detail(v1::DECISION_DETAIL_PER_HEAD);
     return request;
   }
-  v1::Decision Decide(const v1::AttendRequest& request) {
+  void Decide(const v1::AttendRequest& request, v1::Decision* decision) {
     v1::AttendResponse response;
     const grpc::Status status = Attend(request, &response);
-    EXPECT_TRUE(status.ok()) << status.error_message();
-    if (!status.ok()) return {};
-    EXPECT_EQ(response.sequences(0).code(), 0) << response.sequences(0).message();
+    ASSERT_TRUE(status.ok()) << status.error_message();
+    ASSERT_EQ(response.sequences(0).code(), 0) << response.sequences(0).message();
     AttentionF64Params params;
     params.shape = {kQHeads, kKvHeads, kDim};
     params.kv_len = kTokens;
@@ -69,7 +67,7 @@ class PolicyServerTest : public ServerFixture {
     params.softmax_scale = 1 / std::sqrt(static_cast<double>(kDim));
     const auto expected = AttentionF64(params, q_.data(), k_.data(), v_.data()).out;
     EXPECT_LT(RelativeError(ReadF32(response.o()), expected), 0.6);
-    return response.sequences(0).decision();
+    *decision = response.sequences(0).decision();
   }
 
   const Floats k_ = RandomFloats(kTokens * kKvRow, 1), v_ = RandomFloats(kTokens * kKvRow, 2);
@@ -77,37 +75,57 @@ class PolicyServerTest : public ServerFixture {
 };
 
 TEST_F(PolicyServerTest, EveryPolicyAnswersAndIsCounted) {
-  const v1::SessionRef session = OpenSealed(OpenRequest(v1::PAGE_FORMAT_PROGRESSIVE));
+  v1::SessionRef session;
+  ASSERT_NO_FATAL_FAILURE(OpenSealed(OpenRequest(v1::PAGE_FORMAT_PROGRESSIVE), &session));
   auto before = Samples();
   v1::AttendRequest request = Query(session, v1::POLICY_THRESHOLD);
   request.mutable_options()->set_theta(0.01f);
-  const v1::Decision threshold = Decide(request);
-  for (const v1::HeadDecision& head : threshold.heads()) EXPECT_EQ(head.theta(), 0.01f);
+  v1::Decision decision;
+  ASSERT_NO_FATAL_FAILURE(Decide(request, &decision));
+  for (const v1::HeadDecision& head : decision.heads()) EXPECT_EQ(head.theta(), 0.01f);
 
-  const v1::Decision budget = Decide(Query(session, v1::POLICY_BUDGET));
-  EXPECT_FLOAT_EQ(budget.effective_target(), 0.05f);
+  ASSERT_NO_FATAL_FAILURE(Decide(Query(session, v1::POLICY_BUDGET), &decision));
+  EXPECT_FLOAT_EQ(decision.effective_target(), 0.05f);
 
-  request = Query(session, v1::POLICY_ENTROPY);
-  request.mutable_options()->set_theta(0.1f);
-  const v1::Decision entropy = Decide(request);
-  // Random keys spread the mass over all 24 pages, or nearly.
-  for (const v1::HeadDecision& head : entropy.heads()) {
-    EXPECT_GT(head.theta(), 0.1f / 24);
-    EXPECT_LT(head.theta(), 0.1f / 12);
+  std::vector<std::string> answered = {"threshold", "budget"};
+  if (Offers(v1::POLICY_ENTROPY)) {
+    request = Query(session, v1::POLICY_ENTROPY);
+    request.mutable_options()->set_theta(0.1f);
+    ASSERT_NO_FATAL_FAILURE(Decide(request, &decision));
+    // Random keys spread the mass over all 24 pages, or nearly.
+    for (const v1::HeadDecision& head : decision.heads()) {
+      EXPECT_GT(head.theta(), 0.1f / 24);
+      EXPECT_LT(head.theta(), 0.1f / 12);
+    }
+    EXPECT_EQ(decision.effective_target(), 0);
+    answered.push_back("entropy");
   }
-  EXPECT_EQ(entropy.effective_target(), 0);
-
-  request = Query(session, v1::POLICY_LEARNED);
-  request.mutable_options()->set_target_relative_error(0.2f);
-  const v1::Decision learned = Decide(request);
-  for (const v1::HeadDecision& head : learned.heads()) EXPECT_FLOAT_EQ(head.theta(), 1.0f / 128);
-  EXPECT_FLOAT_EQ(learned.effective_target(), 0.2f);
+  if (Offers(v1::POLICY_LEARNED)) {
+    request = Query(session, v1::POLICY_LEARNED);
+    request.mutable_options()->set_target_relative_error(0.2f);
+    ASSERT_NO_FATAL_FAILURE(Decide(request, &decision));
+    for (const v1::HeadDecision& head : decision.heads()) EXPECT_FLOAT_EQ(head.theta(), 1.0f / 128);
+    EXPECT_FLOAT_EQ(decision.effective_target(), 0.2f);
+    answered.push_back("learned");
+  }
 
   server_->engine()->Quiesce();  // The last batch is recorded.
   auto after = Samples();
-  for (const char* policy : {"threshold", "budget", "entropy", "learned"}) {
-    const std::string name = "adaattn_head_policies_total{policy=\"" + std::string(policy) + "\"}";
+  for (const std::string& policy : answered) {
+    const std::string name = "adaattn_head_policies_total{policy=\"" + policy + "\"}";
     EXPECT_EQ(after.at(name) - before.at(name), kKvHeads) << policy;
+  }
+}
+
+TEST_F(PolicyServerTest, APolicyThatIsNotOfferedIsRefusedByName) {
+  v1::SessionRef session;
+  ASSERT_NO_FATAL_FAILURE(OpenSealed(OpenRequest(v1::PAGE_FORMAT_PROGRESSIVE), &session));
+  for (const v1::Policy policy : {v1::POLICY_ENTROPY, v1::POLICY_LEARNED}) {
+    v1::AttendResponse response;
+    const grpc::Status status = Attend(Query(session, policy), &response);
+    EXPECT_EQ(status.error_code(),
+              Offers(policy) ? grpc::StatusCode::OK : grpc::StatusCode::UNIMPLEMENTED)
+        << v1::Policy_Name(policy) << ": " << status.error_message();
   }
 }
 
@@ -123,9 +141,15 @@ TEST_F(PolicyServerTest, AProfileBringsItsOwnPolicy) {
   ASSERT_TRUE(status.ok()) << status.error_message();
   open.set_profile("tuned");
   open.mutable_default_options()->set_policy(v1::POLICY_LEARNED);
-  const v1::SessionRef session = OpenSealed(open);
-  const v1::Decision decision = Decide(Query(session, v1::POLICY_UNSPECIFIED));
-  for (const v1::HeadDecision& head : decision.heads()) EXPECT_FLOAT_EQ(head.theta(), 1.0f / 512);
+  v1::SessionRef session;
+  if (Offers(v1::POLICY_LEARNED)) {
+    ASSERT_NO_FATAL_FAILURE(OpenSealed(open, &session));
+    v1::Decision decision;
+    ASSERT_NO_FATAL_FAILURE(Decide(Query(session, v1::POLICY_UNSPECIFIED), &decision));
+    for (const v1::HeadDecision& head : decision.heads()) EXPECT_FLOAT_EQ(head.theta(), 1.0f / 512);
+  } else {
+    EXPECT_EQ(TryOpen(open, &session).error_code(), grpc::StatusCode::UNIMPLEMENTED);
+  }
 
   profile.set_policy_json(ConstantPolicy(-9, /*version=*/2));
   grpc::ClientContext again;
@@ -150,7 +174,7 @@ class DegenerateCacheTest : public PolicyServerTest {
     keys_ = std::move(k);
     values_ = std::move(v);
     ASSERT_TRUE(TryOpen(OpenRequest(v1::PAGE_FORMAT_PROGRESSIVE), &session_).ok());
-    ImportTokens(session_, kTokens, keys_, values_);
+    ASSERT_NO_FATAL_FAILURE(ImportTokens(session_, kTokens, keys_, values_));
     server_->engine()->Quiesce();
   }
   // Of pure noise, flat attention leaves next to nothing to be relative to. The mean is no
@@ -162,7 +186,8 @@ class DegenerateCacheTest : public PolicyServerTest {
     for (size_t i = 0; i < v.size(); ++i) v[i] += mean[i % kKvRow];
     return v;
   }
-  // Largest relative error over the policies against float64 over the same tokens.
+  // Largest relative error over the policies that the server offers against float64 over the same
+  // tokens; infinity where one does not answer.
   double WorstError(const Floats& q) {
     AttentionF64Params params;
     params.shape = {kQHeads, kKvHeads, kDim};
@@ -174,11 +199,13 @@ class DegenerateCacheTest : public PolicyServerTest {
     double worst = 0;
     for (const v1::Policy policy :
          {v1::POLICY_THRESHOLD, v1::POLICY_BUDGET, v1::POLICY_ENTROPY, v1::POLICY_LEARNED}) {
+      if (!Offers(policy)) continue;
       v1::AttendRequest request = Query(session_, policy);
       *request.mutable_q() = F32Tensor(q, {1, kQHeads, kDim});
       v1::AttendResponse response;
       const grpc::Status status = Attend(request, &response);
       EXPECT_TRUE(status.ok()) << status.error_message();
+      if (!status.ok()) return std::numeric_limits<double>::infinity();
       EXPECT_EQ(response.sequences(0).code(), 0) << response.sequences(0).message();
       const v1::Decision& decision = response.sequences(0).decision();
       EXPECT_GT(decision.pages_sealed(), 0);
@@ -200,12 +227,12 @@ TEST_F(DegenerateCacheTest, IdenticalKeysGiveTheMeanOfTheValues) {
   const Floats row = RandomFloats(kKvRow, 7);
   Floats k;
   for (int64_t t = 0; t < kTokens; ++t) k.insert(k.end(), row.begin(), row.end());
-  Fill(std::move(k), ValuesWithAMean());
+  ASSERT_NO_FATAL_FAILURE(Fill(std::move(k), ValuesWithAMean()));
   EXPECT_LT(WorstError(q_), 0.05) << "the default target";
 }
 
 TEST_F(DegenerateCacheTest, KeysOfZerosAreAsGood) {
-  Fill(Floats(kTokens * kKvRow, 0.0f), ValuesWithAMean());
+  ASSERT_NO_FATAL_FAILURE(Fill(Floats(kTokens * kKvRow, 0.0f), ValuesWithAMean()));
   EXPECT_LT(WorstError(q_), 0.05) << "the default target";
 }
 
@@ -219,7 +246,7 @@ TEST_F(DegenerateCacheTest, ASingularCovarianceFitsABasis) {
       k.push_back(weights[2 * t] * a[i] + weights[2 * t + 1] * b[i]);
     }
   }
-  Fill(std::move(k), ValuesWithAMean());
+  ASSERT_NO_FATAL_FAILURE(Fill(std::move(k), ValuesWithAMean()));
   EXPECT_LT(WorstError(q_), 0.15);
 }
 
@@ -228,7 +255,7 @@ TEST_F(DegenerateCacheTest, OneGiantChannelDrownsNoOther) {
   for (size_t i = 7; i < k.size(); i += kDim) k[i] = 3e3f + k[i];
   Floats q = q_;
   for (size_t i = 7; i < q.size(); i += kDim) q[i] = 1e-3f;
-  Fill(std::move(k), ValuesWithAMean());
+  ASSERT_NO_FATAL_FAILURE(Fill(std::move(k), ValuesWithAMean()));
   EXPECT_LT(WorstError(q), 0.15);
 }
 
@@ -237,7 +264,7 @@ TEST_F(DegenerateCacheTest, AllMassOnOneTokenIsThatToken) {
   Floats k = k_, q(kQRow);
   for (int i = 0; i < kKvRow; ++i) k[700 * kKvRow + i] = 12 * (i % 2 == 0 ? 1.0f : -1.0f);
   for (int i = 0; i < kQRow; ++i) q[i] = 4 * (i % 2 == 0 ? 1.0f : -1.0f);
-  Fill(std::move(k), v_);
+  ASSERT_NO_FATAL_FAILURE(Fill(std::move(k), v_));
   EXPECT_LT(WorstError(q), 0.05);
 }
 

@@ -270,6 +270,25 @@ TEST(PackStepTest, KeepsTheWindowWhenAShardLiesFarBehind) {
   EXPECT_EQ(int64_t{sealed.q_start} - sealed.window, 6000);
 }
 
+TEST(CudaPlanTest, SplitsWorkAsTheTuningSays) {
+  Batch exact({6400}), sealed({6400}, PageFormat::kProgressive);
+  sealed.Seal(0, 98);
+  const PlanKey exact_key = *MakePlanKey(exact.get()), sealed_key = *MakePlanKey(sealed.get());
+  EXPECT_EQ(CudaPlan(exact_key, kNumSms).num_ctas(), 2 * kNumSms);
+  EXPECT_EQ(CudaPlan(sealed_key, kNumSms).GroupParams(2).num_sms, kNumSms);
+  CudaTuning tuning;
+  tuning.exact_ctas_per_sm = 1;
+  tuning.progressive_cta_percent = 50;
+  const CudaPlan tuned(exact_key, kNumSms, tuning), plain(exact_key, kNumSms);
+  EXPECT_EQ(tuned.num_ctas(), kNumSms);
+  EXPECT_LT(tuned.max_items(), plain.max_items());
+  EXPECT_LT(tuned.Needs(exact.get()).partial_out, plain.Needs(exact.get()).partial_out);
+  EXPECT_EQ(CudaPlan(sealed_key, kNumSms, tuning).GroupParams(2).num_sms, kNumSms / 2);
+  // The merge has room for the weights of so many parts.
+  tuning.exact_ctas_per_sm = 8;
+  EXPECT_EQ(CudaPlan(exact_key, kNumSms, tuning).num_ctas(), kMaxDecodeCtas);
+}
+
 TEST(CreateCudaBackendTest, NamesWhatIsMissing) {
   BackendOptions options;
   options.device = 1 << 20;
