@@ -150,6 +150,7 @@ absl::Status CudaBackend::Start(const BackendOptions& options) {
   info_.head_dims.assign(std::begin(kCudaHeadDims), std::end(kCudaHeadDims));
   info_.formats = {PageFormat::kF32,    PageFormat::kF16,         PageFormat::kBf16,
                    PageFormat::kF8E4m3, PageFormat::kProgressive, PageFormat::kProgressiveF16};
+  info_.policies.insert(info_.policies.end(), {Policy::kEntropy, Policy::kLearned});
   info_.max_group_size = kCudaMaxGroupSize;
   info_.max_q_len = kCudaMaxQLen;
   info_.pool_bytes = pool_bytes;

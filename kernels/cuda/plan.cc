@@ -8,7 +8,6 @@
 #include "absl/strings/str_join.h"
 #include "kernels/cuda/decode_schedule.h"
 #include "kernels/policy/ladder.h"
-#include "kernels/policy/names.h"
 
 namespace adaattn {
 namespace {
@@ -49,11 +48,6 @@ absl::Status CheckShape(const AttendBatch& batch) {
     }
     if (sequence.decision.bounded) {
       return absl::UnimplementedError("bounded errors; the cpu backend has them");
-    }
-    if (sequence.decision.policy > Policy::kBudget) {
-      return absl::UnimplementedError(
-          absl::StrCat("policy ", PolicyName(sequence.decision.policy),
-                       "; with cuda full_depth, static, threshold and budget are supported"));
     }
     if (sequence.num_sealed_pages > kCudaMaxSealedPages) {
       return absl::UnimplementedError(absl::StrCat(
@@ -103,6 +97,7 @@ absl::StatusOr<PlanKey> MakePlanKey(const AttendBatch& batch) {
     group.max_q_len = std::max(group.max_q_len, sequence.q_len);
     group.max_sealed = std::max(group.max_sealed, RoundUpPages(sequence.num_sealed_pages));
     group.two_stage |= CoarseChunks(sequence.decision, batch.shape.head_dim) > 0;
+    group.theta |= ChoosesTheta(sequence.decision.policy);
     group.budget |= sequence.decision.policy == Policy::kBudget;
     group.softcap |= sequence.softcap != 0;
   }
@@ -185,6 +180,7 @@ ProgressiveParams CudaPlan::GroupParams(int32_t group) const {
   params.max_q_len = key_.sealed[group].max_q_len;
   params.max_sealed = key_.sealed[group].max_sealed;
   params.two_stage = key_.sealed[group].two_stage;
+  params.theta = key_.sealed[group].theta;
   params.budget = key_.sealed[group].budget;
   params.softcap = key_.sealed[group].softcap;
   params.in_type = key_.in_type;

@@ -30,13 +30,14 @@ struct SealedGroup {
   int32_t max_q_len = 0;
   int32_t max_sealed = 0;  // rounded up, so that a plan lasts while lengths grow
   bool two_stage = false;
+  bool theta = false;
   bool budget = false;
   bool softcap = false;
 
   friend bool operator==(const SealedGroup& a, const SealedGroup& b) {
     return a.num_sequences == b.num_sequences && a.max_q_len == b.max_q_len &&
-           a.max_sealed == b.max_sealed && a.two_stage == b.two_stage && a.budget == b.budget &&
-           a.softcap == b.softcap;
+           a.max_sealed == b.max_sealed && a.two_stage == b.two_stage && a.theta == b.theta &&
+           a.budget == b.budget && a.softcap == b.softcap;
   }
 };
 inline constexpr int32_t kNumSealedGroups = 3;  // 4, 6, 8 bits

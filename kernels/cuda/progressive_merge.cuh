@@ -227,7 +227,7 @@ __device__ __forceinline__ void StoreFigures(const ProgressiveArgs& p, const Pro
   decision.entropy = entropy / static_cast<float>(columns);
   const PageRange visible = VisiblePages(s);
   if (UsesLadder(s.decision.policy) && visible.begin < visible.end) {
-    decision.theta = s.decision.policy == Policy::kBudget
+    decision.theta = ChoosesTheta(s.decision.policy)
                          ? reinterpret_cast<const float*>(p.workspace + p.work.theta)[head_index]
                          : s.decision.theta;
   }

@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
     reinterpret_cast<float*>(p.workspace + w.global_lse)[head_index * w.columns + threadIdx.x] =
         shared.lse[threadIdx.x];
   }
-  const float theta = from.decision.policy == Policy::kBudget
+  const float theta = ChoosesTheta(from.decision.policy)
                           ? reinterpret_cast<const float*>(p.workspace + w.theta)[head_index]
                           : from.decision.theta;
   decider.Decide(theta, shared);

@@ -95,7 +95,7 @@ TEST(PlanKeyTest, StaysWhileLengthsGrowInsideAStep) {
 TEST(PlanKeyTest, RefusesWhatHasNoKernelAndSaysWhatHas) {
   Batch batch({100});
   batch.mutable_batch()->shape.head_dim = 72;
-  absl::Status status = MakePlanKey(batch.get()).status();
+  const absl::Status status = MakePlanKey(batch.get()).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
   EXPECT_NE(status.message().find("64, 80, 96, 128, 256"), absl::string_view::npos);
   batch.mutable_batch()->shape = {34, 2, 128};
@@ -105,16 +105,26 @@ TEST(PlanKeyTest, RefusesWhatHasNoKernelAndSaysWhatHas) {
   EXPECT_EQ(MakePlanKey(batch.get()).status().code(), absl::StatusCode::kUnimplemented);
   batch.steps[0].q_len = 8;
   EXPECT_TRUE(MakePlanKey(batch.get()).ok());
-  batch.steps[0].decision.policy = Policy::kEntropy;
-  status = MakePlanKey(batch.get()).status();
-  EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
-  EXPECT_NE(status.message().find("policy entropy"), absl::string_view::npos);
-  batch.steps[0].decision.policy = Policy::kBudget;
   batch.steps[0].num_sealed_pages = kCudaMaxSealedPages + 1;
   EXPECT_EQ(MakePlanKey(batch.get()).status().code(), absl::StatusCode::kUnimplemented);
   batch.steps[0].num_sealed_pages = 0;
   batch.steps[0].kv_len = int64_t{1} << 31;
   EXPECT_EQ(MakePlanKey(batch.get()).status().code(), absl::StatusCode::kUnimplemented);
+}
+
+TEST(PlanKeyTest, RunsTheThetaKernelWhereAPolicyChoosesTheta) {
+  for (const Policy policy : {Policy::kFullDepth, Policy::kStatic, Policy::kThreshold,
+                              Policy::kBudget, Policy::kEntropy, Policy::kLearned}) {
+    Batch batch({640, 640}, PageFormat::kProgressive);
+    batch.Seal(0, 9);
+    batch.Seal(1, 9);
+    batch.steps[1].decision.policy = policy;
+    const absl::StatusOr<PlanKey> key = MakePlanKey(batch.get());
+    ASSERT_TRUE(key.ok()) << key.status();
+    const ProgressiveParams params = CudaPlan(*key, kNumSms).GroupParams(SealedGroupOf(8));
+    EXPECT_EQ(params.theta, policy >= Policy::kBudget);
+    EXPECT_EQ(params.budget, policy == Policy::kBudget) << "only a budget needs page budgets";
+  }
 }
 
 TEST(PackStepTest, FitsTheBoundsOfItsPlan) {
