@@ -240,7 +240,7 @@ ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std
   return params;
 }
 
-absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,
+absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, const PageMemory& memory,
                          int32_t num_sms, cudaStream_t stream) {
   const PlanKey& key = plan.key();
   const std::byte* block = scratch.block();
@@ -249,7 +249,7 @@ absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte
   step.shape = key.shape;
   step.in_type = key.in_type;
   step.page_type = DenseDType(key.format);
-  step.pool = pool;
+  step.pool = memory.pool;
   step.header = reinterpret_cast<const StepHeader*>(block);
   step.sequences = reinterpret_cast<const StepSequence*>(block + layout.steps);
   step.scales = reinterpret_cast<const float*>(block + layout.scales);
@@ -262,7 +262,7 @@ absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte
   ADAATTN_RETURN_IF_ERROR(LaunchAppend(step, exact_decisions, num_sms, stream));
   if (plan.exact() != nullptr) {
     DecodeParams exact;
-    exact.pool = pool;
+    exact.memory = memory;
     exact.page_table = reinterpret_cast<const uint32_t*>(block + layout.tail);
     exact.sequences = reinterpret_cast<const DeviceSequence*>(block + layout.sequences);
     exact.items = reinterpret_cast<const DecodeItem*>(block + layout.items);
@@ -285,7 +285,7 @@ absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte
   }
   for (int32_t i = 0; i < kNumSealedGroups; ++i) {
     if (key.sealed[i].num_sequences == 0) continue;
-    ADAATTN_RETURN_IF_ERROR(RunProgressive(SealedParams(plan, scratch, pool, i), stream));
+    ADAATTN_RETURN_IF_ERROR(RunProgressive(SealedParams(plan, scratch, memory.pool, i), stream));
   }
   return LaunchReturn(step, num_sms, stream);
 }

@@ -27,7 +27,7 @@ ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std
 
 // Enqueues the kernels of every step of `plan`: all that changes between steps is in the block.
 // kUnimplemented for sealed sequences of a shape without a kernel.
-absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,
+absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, const PageMemory& memory,
                          int32_t num_sms, cudaStream_t stream);
 
 }  // namespace adaattn
