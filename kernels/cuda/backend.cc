@@ -169,6 +169,7 @@ absl::Status CudaBackend::Start(const BackendOptions& options) {
   info_.max_q_len = kCudaMaxQLen;
   info_.pool_bytes = pool_bytes;
   info_.exact_tier_bytes = tier_.bytes();
+  info_.bounds_errors = true;
   if (!tuning_.device.empty()) info_.tuning = options.tuning_file;
   return absl::OkStatus();
 }

@@ -46,9 +46,6 @@ absl::Status CheckShape(const AttendBatch& batch) {
       return absl::UnimplementedError(absl::StrCat("kv_len ", sequence.kv_len + sequence.append_len,
                                                    "; at most ", kMaxTokens, " with cuda"));
     }
-    if (sequence.decision.bounded) {
-      return absl::UnimplementedError("bounded errors; the cpu backend has them");
-    }
     if (sequence.num_sealed_pages > kCudaMaxSealedPages) {
       return absl::UnimplementedError(absl::StrCat(
           sequence.num_sealed_pages, " sealed pages; at most ", kCudaMaxSealedPages, " with cuda"));
@@ -65,6 +62,7 @@ int64_t NumTableEntries(const AttendBatch& batch) {
   int64_t entries = 0;
   for (const SequenceStep& sequence : batch.sequences) {
     entries += static_cast<int64_t>(sequence.pages.size());
+    if (IsBounded(sequence)) entries += static_cast<int64_t>(sequence.exact_pages.size());
   }
   return entries;
 }
@@ -88,6 +86,13 @@ absl::StatusOr<PlanKey> MakePlanKey(const AttendBatch& batch) {
   key.max_sequences = RoundUpPower(static_cast<int32_t>(batch.sequences.size()));
   int32_t exact_q_len = 0;
   for (const SequenceStep& sequence : batch.sequences) {
+    if (IsBounded(sequence)) {
+      const auto pages = static_cast<int32_t>(sequence.pages.size());
+      ++key.bounded.num_sequences;
+      key.bounded.max_q_len = std::max(key.bounded.max_q_len, sequence.q_len);
+      key.bounded.max_pages = std::max(key.bounded.max_pages, RoundUpPages(pages));
+      continue;
+    }
     if (!UsesSealedPages(sequence)) {
       exact_q_len = std::max(exact_q_len, sequence.q_len);
       continue;
@@ -129,6 +134,7 @@ CudaPlan::CudaPlan(const PlanKey& key, int32_t num_sms)
   layout_.sequences = add(n * int64_t{sizeof(DeviceSequence)});
   layout_.progressive = add(FirstSealed(kNumSealedGroups) * int64_t{sizeof(ProgressiveSequence)});
   layout_.scan_runs = add(FirstScanRun(kNumSealedGroups) * int64_t{sizeof(ScanRun)});
+  layout_.bounded = add(key.bounded.num_sequences * int64_t{sizeof(BoundedSequence)});
   const bool scaled = key.format == PageFormat::kF8E4m3;
   layout_.scales = add(scaled ? n * 2 * key.shape.num_kv_heads * int64_t{sizeof(float)} : 0);
   layout_.cta_items = add(exact_ != nullptr ? (num_ctas_ + 1) * int64_t{sizeof(int32_t)} : 0);
@@ -151,11 +157,16 @@ std::string CudaPlan::DebugString() const {
                     " sequences of up to ", group.max_sealed, " pages, scan in ", params.scan_ctas,
                     " runs");
   }
+  if (key_.bounded.num_sequences > 0) {
+    absl::StrAppend(&text, "; bounded: ", key_.bounded.num_sequences, " sequences of up to ",
+                    key_.bounded.max_pages, " pages");
+  }
   return text;
 }
 
 int32_t CudaPlan::num_decisions() const {
-  return (key_.max_sequences + FirstSealed(kNumSealedGroups)) * key_.shape.num_kv_heads;
+  return (key_.max_sequences + FirstBounded() + key_.bounded.num_sequences) *
+         key_.shape.num_kv_heads;
 }
 
 int32_t CudaPlan::FirstSealed(int32_t group) const {
@@ -189,6 +200,18 @@ ProgressiveParams CudaPlan::GroupParams(int32_t group) const {
   return params;
 }
 
+BoundedParams CudaPlan::BoundedShapes() const {
+  BoundedParams params;
+  params.shape = key_.shape;
+  params.num_sequences = key_.bounded.num_sequences;
+  params.max_q_len = key_.bounded.max_q_len;
+  params.max_pages = key_.bounded.max_pages;
+  params.in_type = key_.in_type;
+  params.out_type = key_.out_type;
+  params.page_type = DenseDType(key_.format);
+  return params;
+}
+
 ScratchNeeds CudaPlan::Needs(const AttendBatch& batch) const {
   int64_t q_rows = 0;
   for (const SequenceStep& sequence : batch.sequences) q_rows += sequence.q_len;
@@ -209,6 +232,9 @@ ScratchNeeds CudaPlan::Needs(const AttendBatch& batch) const {
   for (int32_t i = 0; i < kNumSealedGroups; ++i) {
     if (key_.sealed[i].num_sequences == 0) continue;
     needs.workspace = std::max(needs.workspace, ProgressiveWorkspaceBytes(GroupParams(i)));
+  }
+  if (key_.bounded.num_sequences > 0) {
+    needs.workspace = std::max(needs.workspace, BoundedWorkspaceBytes(BoundedShapes()));
   }
   return needs;
 }

@@ -184,6 +184,38 @@ TEST(PackStepTest, SendsSealedSequencesToTheProgressiveKernelsAndTheRestToTheExa
   EXPECT_EQ(packed.plan.num_decisions(), 5 * 8);
 }
 
+TEST(PackStepTest, SendsBoundedSequencesToTheirOwnKernelWithTheirOriginals) {
+  Batch batch({640, 640, 6400, 6400}, PageFormat::kProgressive);
+  batch.Seal(2, 98);
+  batch.Seal(3, 98);
+  batch.steps[1].decision.bounded = true;
+  batch.steps[2].decision.bounded = true;
+  const std::vector<PageId> originals(98, PageId{5});
+  batch.steps[2].exact_pages = originals;
+  batch.steps[3].exact_pages = originals;  // of no use to a step without a bound
+  const Packed packed(&batch);
+  const BlockLayout& layout = packed.plan.layout();
+  EXPECT_LE(packed.bytes, static_cast<int64_t>(packed.block.size()));
+  EXPECT_EQ(packed.plan.key().bounded.num_sequences, 2);
+  EXPECT_EQ(packed.plan.key().bounded.max_pages, 112);  // 101, rounded up
+  EXPECT_EQ(packed.plan.key().sealed[SealedGroupOf(8)].num_sequences, 1);
+  for (const DecodeItem& item : packed.schedule.items) EXPECT_EQ(item.sequence, 0);
+  EXPECT_EQ(packed.At<BoundedSequence>(layout.bounded, 0).exact_begin, -1);
+  const auto bounded = packed.At<BoundedSequence>(layout.bounded, 1);
+  EXPECT_EQ(bounded.table_begin, 22);
+  EXPECT_EQ(bounded.exact_begin, 22 + 101);
+  EXPECT_EQ(bounded.num_sealed, 98);
+  EXPECT_EQ(bounded.kv_len, 6401);
+  EXPECT_EQ(bounded.q_begin, 2);
+  EXPECT_EQ(packed.At<uint32_t>(layout.tail, bounded.exact_begin), 5u);
+  EXPECT_EQ(packed.At<ProgressiveSequence>(layout.progressive, 0).table_begin, 22 + 101 + 98);
+  // Decisions: four exact rows, one progressive, then the bounded.
+  EXPECT_EQ(packed.At<StepSequence>(layout.steps, 1).decision, 5);
+  EXPECT_EQ(packed.At<StepSequence>(layout.steps, 2).decision, 6);
+  EXPECT_EQ(packed.At<StepSequence>(layout.steps, 3).decision, 4);
+  EXPECT_EQ(packed.plan.num_decisions(), 7 * 8);
+}
+
 // Sequences of the given numbers of sealed pages, scheduled on an H100.
 struct Scan {
   explicit Scan(const std::vector<int32_t>& sealed, AttentionShape shape = {32, 8, 128},
