@@ -84,8 +84,9 @@ struct BoundedPage {
 // A row's figures.
 struct BoundedRow {
   double query_norm;
-  double scan_lse;  // log sum over all masses as scanned: what dense tokens are relative to
-  double lse;       // as read so far
+  double dense_lse;  // of the dense tokens: what their sums are relative to
+  double scan_lse;   // over all masses as scanned
+  double lse;        // as read so far
   double entropy;
   double estimate_norm, out_norm;
   double relative, below, above;  // the bound

@@ -87,24 +87,33 @@ class BoundedHeadStep {
     team_.Sync();
   }
 
-  // The LSE of every row over the masses of all pages.
+  // By a warp: over pages from `first` on.
+  ADAATTN_HD double SumMassesOf(int32_t column, int32_t first) const {
+    const double* masses = At<double>(c_.layout.log_mass) + c_.Cell(column, 0);
+    double max = -HUGE_VAL, sum = 0;
+    for (int32_t page = first + team_.lane; page < c_.range.num_pages; page += Team::kLanes) {
+      max = masses[page] > max ? masses[page] : max;
+    }
+    max = team_.Max(max);
+    for (int32_t page = first + team_.lane; page < c_.range.num_pages; page += Team::kLanes) {
+      sum += MassRatio(masses[page], max);
+    }
+    sum = team_.Sum(sum);
+    return sum > 0 ? max + log(sum) : -HUGE_VAL;
+  }
+
+  // The LSE of every row over the masses of all pages; of dense ones, too, when they are scanned.
   ADAATTN_HD void SumMasses(bool scan) {
     c_.ForWarps(c_.columns, [&](int64_t at) {
       const auto column = static_cast<int32_t>(at);
-      const double* masses = At<double>(c_.layout.log_mass) + c_.Cell(column, 0);
-      double max = -HUGE_VAL, sum = 0;
-      for (int32_t page = team_.lane; page < c_.range.num_pages; page += Team::kLanes) {
-        max = masses[page] > max ? masses[page] : max;
-      }
-      max = team_.Max(max);
-      for (int32_t page = team_.lane; page < c_.range.num_pages; page += Team::kLanes) {
-        sum += MassRatio(masses[page], max);
-      }
-      sum = team_.Sum(sum);
+      const double lse = SumMassesOf(column, 0);
+      const double dense = scan ? SumMassesOf(column, c_.range.num_sealed) : 0;
       if (team_.lane != 0) return;
       BoundedRow& row = c_.Row(column);
-      row.lse = sum > 0 ? max + log(sum) : -HUGE_VAL;
-      if (scan) row.scan_lse = row.lse;
+      row.lse = lse;
+      if (!scan) return;
+      row.scan_lse = lse;
+      row.dense_lse = dense;
     });
     team_.Sync();
   }
@@ -243,7 +252,7 @@ class BoundedHeadStep {
     SumMasses(/*scan=*/false);
     c_.ForPages(0, c_.range.num_sealed, [&](int32_t page) {
       if (IsExact(page)) {
-        reader_.AttendTokens(page, OriginalOf(page), whole, /*scan=*/false, c_.layout.exact);
+        reader_.AttendTokens(page, OriginalOf(page), whole, /*dense=*/false, c_.layout.exact);
       } else if (c_.Page(page).depth.value_bits > 0) {
         reader_.AttendSealed(page);
       }
@@ -273,7 +282,7 @@ class BoundedHeadStep {
       const BoundedRow& row = c_.Row(static_cast<int32_t>(i / d));
       out[i] = HadamardChannel(rotated + i / d * d, d, static_cast<int32_t>(i % d)) +
                joined(c_.layout.exact, i) +
-               MassRatio(row.scan_lse, row.lse) * joined(c_.layout.dense, i);
+               MassRatio(row.dense_lse, row.lse) * joined(c_.layout.dense, i);
     });
     team_.Sync();
     c_.ForThreads(elements(), [&](int64_t i) {

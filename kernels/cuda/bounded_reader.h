@@ -172,9 +172,9 @@ class BoundedReader {
     c_.Page(page).saturated = saturated > 0;
   }
 
-  ADAATTN_HD void AttendTokens(int32_t page, const std::byte* data, RowRange tokens, bool scan,
+  ADAATTN_HD void AttendTokens(int32_t page, const std::byte* data, RowRange tokens, bool dense,
                                int64_t sums) {
-    Weigh(page, scan);
+    Weigh(page, dense);
     const DType type = c_.p.page_type;
     const std::byte* values = data + DenseValueOffset(c_.p.shape, c_.head, type);
     FillTile(team_, c_.head_dim, c_.shared.tile(), [&](int32_t token, int32_t channel) {
@@ -192,7 +192,7 @@ class BoundedReader {
   }
 
   ADAATTN_HD void AttendSealed(int32_t page) {
-    Weigh(page, /*scan=*/false);
+    Weigh(page, /*dense=*/false);
     const SealedPart part = c_.Part(page);
     const int32_t bits = c_.Page(page).depth.value_bits;
     FillTile(team_, c_.head_dim, c_.shared.tile(),
@@ -299,12 +299,13 @@ class BoundedReader {
     return int64_t{tokens.end - tokens.begin} * c_.head_dim * DTypeBytes(c_.p.page_type);
   }
 
-  // Weights of a page's tokens, relative to the row's LSE, to shared memory.
-  ADAATTN_HD void Weigh(int32_t page, bool scan) {
+  // Weights of a page's tokens, relative to the row's LSE or to that of its dense tokens, to shared
+  // memory.
+  ADAATTN_HD void Weigh(int32_t page, bool dense) {
     team_.SyncCta();
     for (int32_t i = team_.thread; i < c_.columns * kPageTokens; i += team_.num_threads) {
       const int32_t column = i / kPageTokens, token = i % kPageTokens;
-      const double lse = scan ? c_.Row(column).scan_lse : c_.Row(column).lse;
+      const double lse = dense ? c_.Row(column).dense_lse : c_.Row(column).lse;
       const double score = CapScore(c_.Raw(page, column)[token], s().softcap);
       c_.shared.weights[column][token] = static_cast<float>(MassRatio(score, lse));
     }

@@ -77,11 +77,12 @@ class BoundedSelect {
     const int64_t elements = int64_t{c_.columns} * c_.head_dim;
     auto* dense = c_.template At<double>(c_.layout.out);
     c_.ForThreads(elements, [&](int64_t i) {
+      const BoundedRow& row = c_.Row(static_cast<int32_t>(i / c_.head_dim));
       double sum = 0;
       for (int32_t cta = 0; cta < c_.team.num_ctas; ++cta) {
         sum += c_.template At<double>(c_.layout.dense)[cta * elements + i];
       }
-      dense[i] = sum;
+      dense[i] = MassRatio(row.dense_lse, row.scan_lse) * sum;
     });
     c_.team.Sync();
     c_.ForThreads(elements, [&](int64_t i) {
