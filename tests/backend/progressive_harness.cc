@@ -22,6 +22,7 @@ HarnessOptions BackendOptionsFor(const ProgressiveOptions& options) {
   out.shape = options.shape;
   out.format = options.format;
   out.num_pages = options.num_pages;
+  out.num_tier_pages = options.num_tier_pages;
   out.num_threads = options.num_threads;
   out.seed = options.seed;
   out.out_type = options.out_type;
