@@ -17,6 +17,7 @@
 #include "kernels/cuda/page_work.h"
 #include "kernels/cuda/plan.h"
 #include "kernels/cuda/scratch.h"
+#include "kernels/cuda/stage_stamps.h"
 #include "kernels/cuda/status.h"
 #include "kernels/cuda/step.h"
 #include "kernels/cuda/step_buffers.h"
@@ -76,11 +77,13 @@ class CudaBackend final : public Backend {
  private:
   // A step in flight.
   struct Slot {
-    PinnedBuffer block;
+    PinnedBuffer block, stamps;
     Event done;
     int64_t ticket = 0;  // 0 = idle
     HeadDecision* decisions = nullptr;
     int64_t num_decisions = 0;
+    const CudaPlan* plan = nullptr;
+    StageTimes* stage_times = nullptr;
   };
 
   // Every call begins with Enter and ends with Leave: a lost device fails all calls from then on.
@@ -153,7 +156,10 @@ absl::Status CudaBackend::Start(const BackendOptions& options) {
   memory_ = PageMemory{pool_.data(), tier_.data(), pool_bytes};
   ADAATTN_RETURN_IF_ERROR(stream_.Create());
   ADAATTN_RETURN_IF_ERROR(capture_stream_.Create());
-  for (Slot& slot : slots_) ADAATTN_RETURN_IF_ERROR(slot.done.Create());
+  for (Slot& slot : slots_) {
+    ADAATTN_RETURN_IF_ERROR(slot.done.Create());
+    ADAATTN_RETURN_IF_ERROR(slot.stamps.Allocate(kNumStamps * int64_t{sizeof(uint64_t)}));
+  }
   ADAATTN_RETURN_IF_CUDA_ERROR(
       cudaMemsetAsync(pool_.data(), 0, static_cast<size_t>(pool_bytes), stream_.get()));
   ADAATTN_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream_.get()));
@@ -240,6 +246,10 @@ absl::Status CudaBackend::Launch(const CudaPlan& plan, const AttendBatch& batch,
     ADAATTN_RETURN_IF_ERROR(slot->block.Allocate(needed + needed / 2));
   }
   const int64_t bytes = PackStep(plan, batch, &schedule_, slot->block.data());
+  reinterpret_cast<StepHeader*>(slot->block.data())->stamps =
+      reinterpret_cast<uint64_t*>(slot->stamps.data());
+  slot->plan = &plan;
+  slot->stage_times = batch.buffers->stage_times();
   slot->decisions = batch.buffers->decisions();
   slot->num_decisions = static_cast<int64_t>(batch.sequences.size()) * batch.shape.num_kv_heads;
   ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(scratch_.block(), slot->block.data(),
@@ -256,6 +266,8 @@ absl::Status CudaBackend::Finish(Slot* slot) {
   for (int64_t i = 0; i < slot->num_decisions; ++i) {
     slot->decisions[i].predicted_error = std::sqrt(slot->decisions[i].predicted_error);
   }
+  *slot->stage_times =
+      StagesFromStamps(slot->plan->key(), reinterpret_cast<const uint64_t*>(slot->stamps.data()));
   return absl::OkStatus();
 }
 

@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/bounded.h"
 #include "kernels/cuda/bounded_head.h"
+#include "kernels/cuda/stage_stamps.h"
 #include "kernels/cuda/status.h"
 
 namespace adaattn {
@@ -44,6 +45,7 @@ struct ClusterTeam {
 // grid (kBoundedCtas * num_kv_heads, num_sequences), clusters of kBoundedCtas
 __global__ void __cluster_dims__(kBoundedCtas, 1, 1) __launch_bounds__(kBoundedThreads)
     BoundedKernel(const __grid_constant__ BoundedParams p) {
+  NoteTime(p.stamps, kBoundedStamp);
   extern __shared__ __align__(16) std::byte shared_bytes[];
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const ClusterTeam team{static_cast<int32_t>(blockIdx.x % kBoundedCtas), thread,

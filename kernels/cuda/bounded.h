@@ -66,6 +66,7 @@ struct BoundedParams {
   float* lse = nullptr;               // [rows, num_q_heads]
   HeadDecision* decisions = nullptr;  // [num_sequences, num_kv_heads]
   std::byte* workspace = nullptr;
+  uint64_t* stamps = nullptr;  // [kNumStamps] of stage_stamps.h
 };
 
 // What is known of a page while a step goes on.

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "kernels/cuda/decode_schedule.h"
+#include "kernels/cuda/stage_stamps.h"
 #include "kernels/policy/ladder.h"
 
 namespace adaattn {
@@ -225,6 +226,7 @@ ScratchNeeds CudaPlan::Needs(const AttendBatch& batch) const {
   needs.lse = q_rows * shape.num_q_heads * int64_t{sizeof(float)};
   needs.decisions = num_decisions() * int64_t{sizeof(HeadDecision)};
   needs.flags = key_.max_sequences * int64_t{sizeof(uint32_t)};
+  needs.stamps = kNumStamps * int64_t{sizeof(uint64_t)};
   const int64_t rows = int64_t{MaxDecodeSlots(num_ctas_)} * 8 * key_.exact_row_tiles;
   needs.partial_out = rows * shape.head_dim * int64_t{sizeof(float)};
   needs.partial_state = rows * int64_t{sizeof(float2)};

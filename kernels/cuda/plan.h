@@ -107,7 +107,7 @@ struct BlockLayout {
 
 // Bytes of scratch that a step needs.
 struct ScratchNeeds {
-  int64_t block = 0, q = 0, out = 0, lse = 0, decisions = 0, flags = 0;
+  int64_t block = 0, q = 0, out = 0, lse = 0, decisions = 0, flags = 0, stamps = 0;
   int64_t partial_out = 0, partial_state = 0, counters = 0, workspace = 0;
 };
 

@@ -81,6 +81,7 @@ struct ProgressiveParams {
   float* lse = nullptr;                // [rows, num_q_heads]
   HeadDecision* decisions = nullptr;   // [num_sequences, num_kv_heads]
   std::byte* workspace = nullptr;
+  uint64_t* stamps = nullptr;  // [kNumGroupStamps] of stage_stamps.h
 };
 
 // Fills num_sms and scan_ctas for a device with `num_sms` multiprocessors: one wave.

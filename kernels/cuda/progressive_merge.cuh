@@ -250,6 +250,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int head_index = sequence * p.shape.num_kv_heads + head;
   const int64_t at = int64_t{head_index} * w.columns + column;
   WaitForDependencies();
+  NoteTime(p.stamps, kMergeStamp);
   const DensePart<Traits> dense(p, at, lane);
   const float lse = reinterpret_cast<const float*>(p.workspace + w.global_lse)[at];
   const SliceFinder<kMergeThreads> finder(p, shared.slice);

@@ -413,6 +413,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
                               static_cast<int>(threadIdx.x) % 4};
   decider.visibility = local < pages ? PageVisibility(s, begin + local) : Visibility::kNone;
   WaitForDependencies();
+  NoteTime(p.stamps, kSelectStamp);
   LaunchDependents();
   if (pages == 0) {
     if (threadIdx.x == 0) reinterpret_cast<int32_t*>(p.workspace + w.counts)[chunk_index] = 0;

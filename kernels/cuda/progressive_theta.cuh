@@ -105,6 +105,7 @@ __global__ void __launch_bounds__(kThetaThreads, 2)
   const int head = blockIdx.x, sequence = blockIdx.y;
   const ProgressiveSequence& from = p.sequences[sequence];
   WaitForDependencies();
+  NoteTime(p.stamps, kThetaStamp);
   LaunchDependents();
   if (!ChoosesTheta(from.decision.policy)) return;
   const SequenceView s(from);

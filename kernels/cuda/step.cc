@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "kernels/cuda/append.h"
+#include "kernels/cuda/stage_stamps.h"
 #include "kernels/cuda/status.h"
 
 namespace adaattn {
@@ -279,6 +280,7 @@ ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std
   params.decisions =
       scratch.decisions() + int64_t{key.max_sequences + first} * key.shape.num_kv_heads;
   params.workspace = scratch.workspace();
+  params.stamps = scratch.stamps() + kFirstGroupStamp + group * kNumGroupStamps;
   params.page_type = DenseDType(key.format);
   return params;
 }
@@ -298,6 +300,7 @@ BoundedParams BoundedStepParams(const CudaPlan& plan, const Scratch& scratch,
   params.decisions = scratch.decisions() +
                      int64_t{key.max_sequences + plan.FirstBounded()} * key.shape.num_kv_heads;
   params.workspace = scratch.workspace();
+  params.stamps = scratch.stamps();
   return params;
 }
 
@@ -319,6 +322,7 @@ absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, const Pag
   step.lse = scratch.lse();
   step.decisions = scratch.decisions();
   step.flags = scratch.flags();
+  step.stamps = scratch.stamps();
   const int32_t exact_decisions = key.max_sequences * key.shape.num_kv_heads;
   ADAATTN_RETURN_IF_ERROR(LaunchAppend(step, exact_decisions, num_sms, stream));
   if (plan.exact() != nullptr) {

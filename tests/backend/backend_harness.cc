@@ -250,6 +250,7 @@ std::vector<StepOutput> BackendHarness::Run(std::vector<StepCase> cases) {
   auto ticket = backend_->RunAttend(**plan, batch);
   EXPECT_TRUE(ticket.ok()) << ticket.status();
   EXPECT_TRUE(backend_->Wait(*ticket).ok());
+  stage_times_ = *(*buffers)->stage_times();
 
   std::vector<StepOutput> outputs = TakeOutputs(cases, buffers->get());
   for (size_t i = 0; i < cases.size(); ++i) {

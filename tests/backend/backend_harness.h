@@ -108,6 +108,9 @@ class BackendHarness {
   // One step over all cases; appended tokens become part of the sequences.
   std::vector<StepOutput> Run(std::vector<StepCase> cases);
 
+  // Of the last step.
+  const StageTimes& stage_times() const { return stage_times_; }
+
   // Tokens [begin, end) as the backend reads them back.
   void Read(const TestSequence& sequence, int64_t begin, int64_t end, std::vector<float>* k,
             std::vector<float>* v);
@@ -130,6 +133,7 @@ class BackendHarness {
   std::unique_ptr<Backend> backend_;
   std::vector<PageId> free_pages_;
   int32_t next_tier_page_ = 0;
+  StageTimes stage_times_;
 };
 
 }  // namespace adaattn

@@ -11,6 +11,7 @@
 #include "kernels/attention.h"
 #include "kernels/cpu/host_memory.h"
 #include "kernels/cuda/plan.h"
+#include "kernels/cuda/stage_stamps.h"
 #include "kernels/cuda/step.h"
 
 namespace adaattn {
@@ -214,6 +215,35 @@ TEST(PackStepTest, SendsBoundedSequencesToTheirOwnKernelWithTheirOriginals) {
   EXPECT_EQ(packed.At<StepSequence>(layout.steps, 2).decision, 6);
   EXPECT_EQ(packed.At<StepSequence>(layout.steps, 3).decision, 4);
   EXPECT_EQ(packed.plan.num_decisions(), 7 * 8);
+}
+
+TEST(StageStampsTest, GivesEachStageTheTimeUntilTheNext) {
+  uint64_t stamps[kNumStamps] = {};
+  stamps[kAppendStamp] = 1000;
+  stamps[kAppendedStamp] = 1005;
+  uint64_t* const group = stamps + kFirstGroupStamp + SealedGroupOf(8) * kNumGroupStamps;
+  const uint64_t starts[kNumGroupStamps] = {1020, 1050, 1057, 1070, 1090};
+  std::copy(std::begin(starts), std::end(starts), group);
+  stamps[kBoundedStamp] = 1100;
+  stamps[kReturnStamp] = 1400;
+  stamps[kReturnedStamp] = 1407;
+  PlanKey key;
+  key.exact_row_tiles = 1;
+  key.sealed[SealedGroupOf(8)].num_sequences = 1;
+  key.sealed[SealedGroupOf(8)].theta = true;
+  key.bounded.num_sequences = 1;
+  StageTimes times = StagesFromStamps(key, stamps);
+  EXPECT_EQ(times.append, absl::Nanoseconds(5));
+  EXPECT_EQ(times.scan, absl::Nanoseconds(30));
+  EXPECT_EQ(times.select, absl::Nanoseconds(20));
+  EXPECT_EQ(times.attend, absl::Nanoseconds(15 + 20 + 300));
+  EXPECT_EQ(times.merge, absl::Nanoseconds(10 + 7));
+  // What a plan does not launch left stamps of other steps.
+  key = PlanKey();
+  times = StagesFromStamps(key, stamps);
+  EXPECT_EQ(times.append, absl::Nanoseconds(400));
+  EXPECT_EQ(times.scan + times.select + times.attend, absl::ZeroDuration());
+  EXPECT_EQ(times.merge, absl::Nanoseconds(7));
 }
 
 // Sequences of the given numbers of sealed pages, scheduled on an H100.
