@@ -13,8 +13,6 @@
 namespace adaattn {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
 // The expectation knows no exact masses and guesses o: it aims a little lower.
 constexpr double kPlanMargin = 0.9;
 
