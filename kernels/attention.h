@@ -55,9 +55,8 @@ struct BackendInfo {
 //   - tables of dense pages (mode exact, audits, exports): any page may lie in the tier;
 //   - SequenceStep::exact_pages (bounded steps), one by one, where the bound asks for them;
 //   - CopyPage (a truncation into a sealed page), ZeroPage.
-// The pages of a step are known when it is enqueued, and nothing rewrites a tier page while a
-// table names it: a device streams the first kind ahead of its kernels through a staging ring in
-// table order, and starts on the second kind's likely pages while it scans.
+// Nothing rewrites a tier page while a table names it: a device may read it over its bus, where it
+// is, while it computes.
 
 // A run of consecutive sealed pages that were encoded with one basis, in table order.
 struct BasisRun {

@@ -147,7 +147,7 @@ absl::Status DecodeCase::Upload(int32_t num_ctas) {
       ScheduleDecode(sequences_, shape.num_kv_heads, shape.group_size(), row_tiles_, num_ctas);
 
   DecodeParams& p = params_;
-  p.pool = pool_;
+  p.memory.pool = pool_;
   ADAATTN_RETURN_IF_ERROR(CopyIn(page_table_, &p.page_table));
   ADAATTN_RETURN_IF_ERROR(CopyIn(sequences_, &p.sequences));
   ADAATTN_RETURN_IF_ERROR(CopyIn(schedule_.items, &p.items));

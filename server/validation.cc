@@ -81,7 +81,7 @@ absl::Status FillFormat(const v1::OpenSessionRequest& request, const ValidationC
   if (request.exact_tier() == v1::EXACT_TIER_HOST_PAGES && context.backend->exact_tier_bytes == 0) {
     return absl::UnimplementedError(
         "exact_tier: HOST_PAGES needs host memory that this server does not set aside "
-        "(exact-tier-bytes, cpu backend); supported: NONE, BF16_PAGES");
+        "(exact-tier-bytes); supported: NONE, BF16_PAGES");
   }
   config->exact_tier = static_cast<ExactTier>(request.exact_tier());
   const bool fp8 = config->format == PageFormat::kF8E4m3;

@@ -13,8 +13,6 @@
 namespace adaattn {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
 // The expectation knows no exact masses and guesses o: it aims a little lower.
 constexpr double kPlanMargin = 0.9;
 
@@ -73,26 +71,16 @@ DenseExtent BoundedHead::ExtentOf(absl::Span<const PageId> pages, int64_t begin,
   return extent;
 }
 
-double BoundedHead::SoftmaxError() const {
-  return kSoftmaxError + kSoftcapError * head_->sequence->softcap;
-}
-
 // score_errors_ of one page, as deep as its keys have been read.
 void BoundedHead::BoundScores(int32_t page) {
   const RotatedRows rotated = JobRows(*job_, head_dim_, page);
   const SealedPage view = JobPage(*job_, context_.pool, page);
-  const double code = CodeError(job_->raw_bits[page]);
   for (int32_t row = 0; row < rows(); ++row) {
     const KeyRanges ranges =
         SumKeyRanges(rotated.q + int64_t{row} * head_dim_, view.key_scales(), head_dim_);
-    // Rotating q and k in FP32, the sums, and q.mu; |k - mu| <= 1.25 norm, and 1.2 covers bases
-    // that are orthonormal to their tolerance only.
-    const double rounding = (head_dim_ + 16) * kUnit * 1.5 *
-                            (query_norms_[row] * ranges.sum + ranges.norm * ranges.query_sum +
-                             ranges.weighted + std::abs(double{rotated.mean[row]}));
-    const double raw = ranges.weighted * code + head_dim_ * kHalfStep * ranges.largest + rounding;
-    score_errors_[Cell(page, row)] =
-        ranges.saturated ? kInfinity : head_->sequence->softmax_scale * raw + SoftmaxError();
+    score_errors_[Cell(page, row)] = SealedScoreError(
+        ranges, query_norms_[row], rotated.mean[row], head_dim_, job_->raw_bits[page], kHalfStep,
+        head_->sequence->softmax_scale, head_->sequence->softcap);
   }
 }
 

@@ -60,8 +60,7 @@ class BoundedHead {
   double ExactMass(int32_t row, double lse) const;
   void AddSealedTerms(int32_t row, const double* rotated_o, double norm, double lse,
                       std::vector<BoundTerm>* terms, double* rounding) const;
-  BoundTerm DenseTerm(int32_t row, double mass, const DenseExtent& extent, double norm) const;
-  double SoftmaxError() const;
+  BoundTerm TermOf(int32_t row, double mass, const DenseExtent& extent, double norm) const;
   double Expected() const;
   RowBound Measure() const;
   void MarkExact(int32_t count);

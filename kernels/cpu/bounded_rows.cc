@@ -15,18 +15,9 @@ namespace {
 
 constexpr double kNegativeInfinity = -std::numeric_limits<double>::infinity();
 constexpr double kTheRest = -1;  // of the mass
-constexpr double kLargestFp16 = 65504;
 
 double Norm(const double* x, int32_t count) {
   return std::sqrt(std::inner_product(x, x + count, x, 0.0));
-}
-
-// Worst L2 error of rounding an output of norm `norm` to `type`. FP16 saturates beyond its range.
-double OutputRounding(DType type, double norm, int32_t head_dim) {
-  if (type == DType::kF32) return kUnit * norm;
-  if (type == DType::kBf16) return 0x1p-8 * norm;
-  if (norm > kLargestFp16) return std::numeric_limits<double>::infinity();
-  return 0x1p-11 * norm + 0x1p-25 * std::sqrt(head_dim);
 }
 
 // One row of a head's partial results together: o in the model's frame, and its lse.
@@ -51,17 +42,11 @@ double MergedOutput(const HeadJob& head, int32_t row, int32_t head_dim, std::vec
 
 }  // namespace
 
-BoundTerm BoundedHead::DenseTerm(int32_t row, double mass, const DenseExtent& extent,
-                                 double norm) const {
-  BoundTerm term;
-  term.mass = mass;
+BoundTerm BoundedHead::TermOf(int32_t row, double mass, const DenseExtent& extent,
+                              double norm) const {
   // At least four lanes share a dot product.
-  term.score_error = head_->sequence->softmax_scale * (head_dim_ / 4.0 + 24) * kUnit * 1.1 *
-                         query_norms_[row] * extent.key +
-                     SoftmaxError();
-  term.value_error = 2 * kUnit * extent.value;  // FP8: the value scale's product
-  term.distance = extent.value + norm;
-  return term;
+  return DenseTerm(mass, head_dim_ / 4.0, query_norms_[row], extent.key, extent.value, norm,
+                   head_->sequence->softmax_scale, head_->sequence->softcap);
 }
 
 void BoundedHead::AddSealedTerms(int32_t row, const double* rotated_o, double norm, double lse,
@@ -76,24 +61,20 @@ void BoundedHead::AddSealedTerms(int32_t row, const double* rotated_o, double no
       const double off = double{mean.summary.mean_scale} * mean.mean[c] - rotated_o[c];
       squares += off * off;
     }
-    const double to_mean = std::sqrt(squares);
-    const double radius = double{mean.summary.radius} * (1 + kFrameError);
-    BoundTerm& term = terms->emplace_back();
-    term.mass = std::exp(log_mass - lse);
-    term.score_error = score_errors_[Cell(page, row)];
-    term.value_error = kFrameError * (to_mean + radius + norm);
-    if (job_->depths[page].value_bits == 0) {
-      // The page's weights were scaled together.
-      if (term.mass > 0) term.score_error += std::abs(log_mass - job_->scans.lse[Cell(page, row)]);
-      term.value_error += radius;
-      term.distance = to_mean;
-      continue;
+    SealedFacts facts;
+    facts.mass = std::exp(log_mass - lse);
+    facts.score_error = score_errors_[Cell(page, row)];
+    facts.mean_shift = std::abs(log_mass - job_->scans.lse[Cell(page, row)]);
+    facts.to_mean = std::sqrt(squares);
+    facts.radius = double{mean.summary.radius} * (1 + kFrameError);
+    facts.value_bits = job_->depths[page].value_bits;
+    if (facts.value_bits > 0) {
+      const ValueRanges ranges = SumValueRanges(view.value_scales(), head_dim_);
+      facts.token_range = ranges.token;
+      facts.saturated = ranges.saturated;
+      *rounding += facts.mass * ranges.page * kPageTokens * kHalfStep;
     }
-    const ValueRanges ranges = SumValueRanges(view.value_scales(), head_dim_);
-    if (ranges.saturated) term.value_error = std::numeric_limits<double>::infinity();
-    term.value_error += ranges.token * CodeError(job_->depths[page].value_bits);
-    term.distance = to_mean + radius + term.value_error;
-    *rounding += term.mass * ranges.page * kPageTokens * kHalfStep;
+    terms->push_back(SealedTerm(facts, norm));
   }
 }
 
@@ -113,9 +94,9 @@ BoundedHead::RowBound BoundedHead::BoundRow(int32_t row, const double* o, double
     const PartialRows& part = head_->splits[i].rows;
     if (part.sum[row] > 0) dense_mass += part.sum[row] * std::exp(double{part.max[row]} - lse);
   }
-  terms.push_back(DenseTerm(row, dense_mass, dense_, norm));
+  terms.push_back(TermOf(row, dense_mass, dense_, norm));
   if (exact_mass < 0) exact_mass = std::max(0.0, 1 - dense_mass - sealed_mass);
-  terms.push_back(DenseTerm(row, exact_mass, exact_, norm));
+  terms.push_back(TermOf(row, exact_mass, exact_, norm));
   double reach = 0;
   for (const BoundTerm& term : terms) {
     if (term.mass > 0) reach = std::max(reach, term.distance);
@@ -123,16 +104,15 @@ BoundedHead::RowBound BoundedHead::BoundRow(int32_t row, const double* o, double
   const int64_t pages = job_ == nullptr ? 0 : job_->num_pages;
   const int64_t dense_pages = (head_->dense_end - head_->dense_begin) / kPageTokens + 1;
   const int64_t chain = SplitPages(std::max(pages, dense_pages)) * kPageTokens + pages + 256;
-  rounding += static_cast<double>(chain) * kUnit * 1.1 * (reach + 2 * norm);
+  rounding += ValueSumError(static_cast<double>(chain), reach, norm);
   for (BoundTerm& term : terms) term.distance += rounding;
   const double error =
       OutputErrorBound(terms) + rounding + OutputRounding(batch_.out_type, norm, head_dim_);
   RowBound bound;
   bound.relative = RelativeBound(error, norm);
   bound.lse = BoundLse(terms);
-  const double lse_rounding = 8 * kUnit * (std::abs(lse) + 1) + kSoftmaxError;
-  bound.lse.below += lse_rounding;
-  bound.lse.above += lse_rounding;
+  bound.lse.below += LseRounding(lse);
+  bound.lse.above += LseRounding(lse);
   return bound;
 }
 

@@ -9,6 +9,7 @@
 #include <cuda_fp8.h>
 
 #include "kernels/cuda/element.cuh"
+#include "kernels/cuda/stage_stamps.h"
 #include "kernels/cuda/step_params.h"
 #include "kernels/format/float_types.h"
 #include "kernels/format/page_layout.h"
@@ -91,6 +92,7 @@ __device__ __forceinline__ bool CopyQuery(const StepParams& p, const StepSequenc
 
 __global__ void __launch_bounds__(kAppendThreads)
     AppendKernel(const __grid_constant__ StepParams p, int num_decisions) {
+  NoteTime(p.stamps, kAppendStamp);
   const StepHeader& header = *p.header;
   const auto* runs = reinterpret_cast<const AppendRun*>(
       reinterpret_cast<const std::byte*>(p.header) + header.runs_offset);
@@ -119,10 +121,12 @@ __global__ void __launch_bounds__(kAppendThreads)
     }
     if (!finite) atomicOr(p.flags + sequence, unit < append_units ? kNonfiniteKv : kNonfiniteQ);
   }
+  NoteTime(p.stamps, kAppendedStamp);
 }
 
 __global__ void __launch_bounds__(kAppendThreads)
     ReturnKernel(const __grid_constant__ StepParams p) {
+  NoteTime(p.stamps, kReturnStamp);
   const StepHeader& header = *p.header;
   const int thread = blockIdx.x * kAppendThreads + threadIdx.x;
   const int num_threads = gridDim.x * kAppendThreads;
@@ -142,6 +146,11 @@ __global__ void __launch_bounds__(kAppendThreads)
     header.results[2 * i + 1] = (flags & kNonfiniteKv) != 0;
     p.flags[i] = 0;
   }
+  if (blockIdx.x > 0) return;
+  __syncthreads();
+  NoteTime(p.stamps, kReturnedStamp);
+  __syncthreads();
+  for (int i = threadIdx.x; i < kNumStamps; i += kAppendThreads) header.stamps[i] = p.stamps[i];
 }
 
 }  // namespace adaattn

@@ -17,6 +17,7 @@
 #include "kernels/cuda/page_work.h"
 #include "kernels/cuda/plan.h"
 #include "kernels/cuda/scratch.h"
+#include "kernels/cuda/stage_stamps.h"
 #include "kernels/cuda/status.h"
 #include "kernels/cuda/step.h"
 #include "kernels/cuda/step_buffers.h"
@@ -64,26 +65,25 @@ class CudaBackend final : public Backend {
   }
   absl::Status CopyPage(PageId source, PageId target, int64_t bytes) override {
     ADAATTN_RETURN_IF_ERROR(Enter());
-    return Leave(FromCuda(
-        cudaMemcpyAsync(pool_.data() + PageOffset(target), pool_.data() + PageOffset(source),
-                        static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_.get()),
-        "cudaMemcpyAsync"));
+    return Leave(Copy(source, target, bytes));
   }
   absl::Status ZeroPage(PageId page, int64_t bytes) override {
     ADAATTN_RETURN_IF_ERROR(Enter());
-    return Leave(FromCuda(cudaMemsetAsync(pool_.data() + PageOffset(page), 0,
-                                          static_cast<size_t>(bytes), stream_.get()),
-                          "cudaMemsetAsync"));
+    return Leave(
+        FromCuda(cudaMemsetAsync(memory_.At(page), 0, static_cast<size_t>(bytes), stream_.get()),
+                 "cudaMemsetAsync"));
   }
 
  private:
   // A step in flight.
   struct Slot {
-    PinnedBuffer block;
+    PinnedBuffer block, stamps;
     Event done;
     int64_t ticket = 0;  // 0 = idle
     HeadDecision* decisions = nullptr;
     int64_t num_decisions = 0;
+    const CudaPlan* plan = nullptr;
+    StageTimes* stage_times = nullptr;
   };
 
   // Every call begins with Enter and ends with Leave: a lost device fails all calls from then on.
@@ -95,7 +95,13 @@ class CudaBackend final : public Backend {
     if (status.code() == absl::StatusCode::kUnavailable) lost_ = status;
     return status;
   }
-  PageMover Mover() { return PageMover{pool_.data(), stream_.get(), &transfer_}; }
+  PageMover Mover() { return PageMover{memory_, stream_.get(), &transfer_}; }
+  // From pool or tier to pool or tier.
+  absl::Status Copy(PageId source, PageId target, int64_t bytes) {
+    return FromCuda(cudaMemcpyAsync(memory_.At(target), memory_.At(source),
+                                    static_cast<size_t>(bytes), cudaMemcpyDefault, stream_.get()),
+                    "cudaMemcpyAsync");
+  }
 
   absl::StatusOr<CudaPlan*> FindPlan(const AttendBatch& batch);
   // Makes scratch and graph fit for a step of `batch`.
@@ -113,6 +119,8 @@ class CudaBackend final : public Backend {
   absl::Status lost_;
   Stream stream_, capture_stream_;
   DeviceBuffer pool_;
+  PinnedBuffer tier_;
+  PageMemory memory_;
   Scratch scratch_;
   DeviceBuffer task_memory_;
   PinnedBuffer task_staging_, transfer_;
@@ -125,7 +133,7 @@ class CudaBackend final : public Backend {
 };
 
 absl::Status CudaBackend::Start(const BackendOptions& options) {
-  const int64_t pool_bytes = options.pool_bytes;
+  const int64_t pool_bytes = AlignPage(options.pool_bytes);
   cudaDeviceProp properties;
   ADAATTN_RETURN_IF_CUDA_ERROR(cudaGetDeviceProperties(&properties, device_));
   ADAATTN_ASSIGN_OR_RETURN(tuning_, LoadTuning(options.tuning_file, properties.name));
@@ -137,9 +145,21 @@ absl::Status CudaBackend::Start(const BackendOptions& options) {
         absl::StrCat("a pool of ", pool_bytes, " bytes does not fit: device ", device_, " has ",
                      free_bytes, " of ", all_bytes, " bytes free (", pool.message(), ")"));
   }
+  if (options.exact_tier_bytes > 0) {
+    const absl::Status tier = tier_.Allocate(options.exact_tier_bytes);
+    if (!tier.ok()) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("an exact tier of ", options.exact_tier_bytes,
+                       " bytes of pinned memory cannot be had (", tier.message(), ")"));
+    }
+  }
+  memory_ = PageMemory{pool_.data(), tier_.data(), pool_bytes};
   ADAATTN_RETURN_IF_ERROR(stream_.Create());
   ADAATTN_RETURN_IF_ERROR(capture_stream_.Create());
-  for (Slot& slot : slots_) ADAATTN_RETURN_IF_ERROR(slot.done.Create());
+  for (Slot& slot : slots_) {
+    ADAATTN_RETURN_IF_ERROR(slot.done.Create());
+    ADAATTN_RETURN_IF_ERROR(slot.stamps.Allocate(kNumStamps * int64_t{sizeof(uint64_t)}));
+  }
   ADAATTN_RETURN_IF_CUDA_ERROR(
       cudaMemsetAsync(pool_.data(), 0, static_cast<size_t>(pool_bytes), stream_.get()));
   ADAATTN_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream_.get()));
@@ -150,9 +170,12 @@ absl::Status CudaBackend::Start(const BackendOptions& options) {
   info_.head_dims.assign(std::begin(kCudaHeadDims), std::end(kCudaHeadDims));
   info_.formats = {PageFormat::kF32,    PageFormat::kF16,         PageFormat::kBf16,
                    PageFormat::kF8E4m3, PageFormat::kProgressive, PageFormat::kProgressiveF16};
+  info_.policies.insert(info_.policies.end(), {Policy::kEntropy, Policy::kLearned});
   info_.max_group_size = kCudaMaxGroupSize;
   info_.max_q_len = kCudaMaxQLen;
   info_.pool_bytes = pool_bytes;
+  info_.exact_tier_bytes = tier_.bytes();
+  info_.bounds_errors = true;
   if (!tuning_.device.empty()) info_.tuning = options.tuning_file;
   return absl::OkStatus();
 }
@@ -189,9 +212,7 @@ absl::Status CudaBackend::Prepare(const AttendBatch& batch, CudaPlan* plan) {
   }
   const absl::Status captured = Capture(
       capture_stream_.get(),
-      [&](cudaStream_t stream) {
-        return EnqueueStep(*plan, scratch_, pool_.data(), num_sms_, stream);
-      },
+      [&](cudaStream_t stream) { return EnqueueStep(*plan, scratch_, memory_, num_sms_, stream); },
       &plan->graph);
   if (plan->graph.get() == nullptr) --num_graphs_;
   plan->graph_generation = captured.ok() ? scratch_.generation() : -1;
@@ -225,6 +246,10 @@ absl::Status CudaBackend::Launch(const CudaPlan& plan, const AttendBatch& batch,
     ADAATTN_RETURN_IF_ERROR(slot->block.Allocate(needed + needed / 2));
   }
   const int64_t bytes = PackStep(plan, batch, &schedule_, slot->block.data());
+  reinterpret_cast<StepHeader*>(slot->block.data())->stamps =
+      reinterpret_cast<uint64_t*>(slot->stamps.data());
+  slot->plan = &plan;
+  slot->stage_times = batch.buffers->stage_times();
   slot->decisions = batch.buffers->decisions();
   slot->num_decisions = static_cast<int64_t>(batch.sequences.size()) * batch.shape.num_kv_heads;
   ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(scratch_.block(), slot->block.data(),
@@ -241,6 +266,8 @@ absl::Status CudaBackend::Finish(Slot* slot) {
   for (int64_t i = 0; i < slot->num_decisions; ++i) {
     slot->decisions[i].predicted_error = std::sqrt(slot->decisions[i].predicted_error);
   }
+  *slot->stage_times =
+      StagesFromStamps(slot->plan->key(), reinterpret_cast<const uint64_t*>(slot->stamps.data()));
   return absl::OkStatus();
 }
 
@@ -312,6 +339,11 @@ absl::Status CudaBackend::SealPages(absl::Span<const SealTask> tasks,
     const absl::Span<const SealTask> alike = AlikeTasks(tasks.subspan(first));
     const int32_t heads = alike[0].shape.num_kv_heads;
     std::vector<float> drift(alike.size() * heads);
+    for (const SealTask& task : alike) {
+      if (task.exact_copy == kNoPage) continue;
+      const int64_t bytes = DensePageBytes(task.shape, task.page_type);
+      ADAATTN_RETURN_IF_ERROR(Leave(Copy(task.source, task.exact_copy, bytes)));
+    }
     ADAATTN_RETURN_IF_ERROR(Leave(RunPageTasks(alike, /*seal=*/true, drift.data())));
     for (size_t i = 0; i < alike.size(); ++i) {
       float sum = 0;

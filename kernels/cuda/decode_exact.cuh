@@ -29,7 +29,8 @@ struct WarpRing {
   uint32_t use_parity = 0;
 
   // The item being read.
-  const std::byte* keys;  // pool + the kv head's K of page 0
+  PageMemory memory;
+  int64_t key_offset;     // of the kv head's K in a page
   int64_t value_offset;   // from K to V of a page
   const uint32_t* pages;  // the sequence's table
   int32_t begin, end;     // tokens
@@ -55,7 +56,7 @@ struct WarpRing {
     if (lane == 0) {
       const int32_t token = UnitToken(unit);
       const int32_t first = max(token, begin), last = min(token + Traits::kUnitTokens, end);
-      const std::byte* source = keys + PageOffset(PageId{page}) +
+      const std::byte* source = memory.At(PageId{page}) + key_offset +
                                 (first % kPageTokens) * Traits::kRowBytes +
                                 ((fill_index & 1) != 0 ? value_offset : 0);
       const uint32_t bytes = (last - first) * Traits::kRowBytes;
@@ -332,7 +333,8 @@ __device__ __forceinline__ void StartItem(const DecodeParams& p, const DecodeIte
                                           const DeviceSequence& sequence, int32_t warp,
                                           int32_t lane, WarpRing<Traits>& ring) {
   const KeyRange range = AttendedKeys(sequence);
-  ring.keys = p.pool + int64_t{item.kv_head} * kPageTokens * Traits::kRowBytes;
+  ring.memory = p.memory;
+  ring.key_offset = int64_t{item.kv_head} * kPageTokens * Traits::kRowBytes;
   ring.value_offset = int64_t{p.num_kv_heads} * kPageTokens * Traits::kRowBytes;
   ring.pages = p.page_table + sequence.page_table;
   ring.begin = max(item.page_begin * kPageTokens, range.begin);

@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       for (int32_t token = begin + warp; token < end; token += Traits::kWarps) {
         const PageId page{p.page_table[sequence.page_table + token / kPageTokens]};
         const auto* keys =
-            reinterpret_cast<const float*>(p.pool + PageOffset(page)) +
+            reinterpret_cast<const float*>(p.memory.At(page)) +
             (int64_t{item.kv_head} * kPageTokens + token % kPageTokens) * Traits::kHeadDim;
         const float* values = keys + int64_t{p.num_kv_heads} * kPageTokens * Traits::kHeadDim;
         AttendFp32Token<Traits>(keys, values, token, scale, cap, lane, rows);

@@ -38,8 +38,8 @@ void ReadElements(const std::byte* data, DType type, int64_t first, int64_t coun
 
 absl::Status UploadBlock(const std::vector<std::byte>& block, PageId target,
                          const PageMover& mover) {
-  ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(mover.pool + PageOffset(target), block.data(),
-                                               block.size(), cudaMemcpyHostToDevice, mover.stream));
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(mover.memory.At(target), block.data(), block.size(),
+                                               cudaMemcpyDefault, mover.stream));
   return FromCuda(cudaStreamSynchronize(mover.stream), "cudaStreamSynchronize");
 }
 
@@ -76,8 +76,8 @@ class TokenReader {
     for (const BasisRun& run : task_.bases) {
       bases_.emplace_back(bytes);
       ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(bases_.back().data(),
-                                                   mover_.pool + PageOffset(run.basis), bytes,
-                                                   cudaMemcpyDeviceToHost, mover_.stream));
+                                                   mover_.memory.At(run.basis), bytes,
+                                                   cudaMemcpyDefault, mover_.stream));
     }
     return absl::OkStatus();
   }
@@ -88,8 +88,8 @@ class TokenReader {
       const bool sealed = first + i < task_.num_sealed_pages;
       const int64_t bytes = sealed ? layout_.page_bytes : DensePageBytes(task_.shape, type_);
       ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(mover_.staging->data() + i * slot_bytes_,
-                                                   mover_.pool + PageOffset(task_.pages[first + i]),
-                                                   bytes, cudaMemcpyDeviceToHost, mover_.stream));
+                                                   mover_.memory.At(task_.pages[first + i]), bytes,
+                                                   cudaMemcpyDefault, mover_.stream));
     }
     return FromCuda(cudaStreamSynchronize(mover_.stream), "cudaStreamSynchronize");
   }
@@ -145,8 +145,8 @@ absl::Status FitBasisOnHost(const FitBasisTask& task, const PageMover& mover) {
   ADAATTN_RETURN_IF_ERROR(Reserve(num_pages * page_bytes, mover.staging));
   for (int64_t i = 0; i < num_pages; ++i) {
     ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(mover.staging->data() + i * page_bytes,
-                                                 mover.pool + PageOffset(task.pages[i]), page_bytes,
-                                                 cudaMemcpyDeviceToHost, mover.stream));
+                                                 mover.memory.At(task.pages[i]), page_bytes,
+                                                 cudaMemcpyDefault, mover.stream));
   }
   ADAATTN_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(mover.stream));
   const int64_t group_floats = int64_t{shape.group_size()} * shape.head_dim;

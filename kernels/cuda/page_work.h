@@ -10,13 +10,14 @@
 #include "absl/status/status.h"
 #include "kernels/attention.h"
 #include "kernels/cuda/device_buffer.h"
+#include "kernels/cuda/page_memory.h"
 
 namespace adaattn {
 
-// The pool and the stream in whose order copies run. `staging` is working memory, kept for the next
-// call.
+// The pages and the stream in whose order copies run. `staging` is working memory, kept for the
+// next call.
 struct PageMover {
-  std::byte* pool = nullptr;
+  PageMemory memory;
   cudaStream_t stream = nullptr;
   PinnedBuffer* staging = nullptr;
 };

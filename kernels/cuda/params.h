@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cuda/page_memory.h"
 #include "kernels/policy/decision.h"
 #include "kernels/shape.h"
 
@@ -65,9 +66,9 @@ struct DecodeItem {
   int32_t slot = 0;        // this run's
 };
 
-// All pointers are device memory.
+// All pointers are device memory, but for pages that lie in the exact tier.
 struct DecodeParams {
-  const std::byte* pool = nullptr;
+  PageMemory memory;
   const uint32_t* page_table = nullptr;
   const DeviceSequence* sequences = nullptr;
   const DecodeItem* items = nullptr;

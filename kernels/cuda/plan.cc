@@ -7,8 +7,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "kernels/cuda/decode_schedule.h"
+#include "kernels/cuda/stage_stamps.h"
 #include "kernels/policy/ladder.h"
-#include "kernels/policy/names.h"
 
 namespace adaattn {
 namespace {
@@ -47,14 +47,6 @@ absl::Status CheckShape(const AttendBatch& batch) {
       return absl::UnimplementedError(absl::StrCat("kv_len ", sequence.kv_len + sequence.append_len,
                                                    "; at most ", kMaxTokens, " with cuda"));
     }
-    if (sequence.decision.bounded) {
-      return absl::UnimplementedError("bounded errors; the cpu backend has them");
-    }
-    if (sequence.decision.policy > Policy::kBudget) {
-      return absl::UnimplementedError(
-          absl::StrCat("policy ", PolicyName(sequence.decision.policy),
-                       "; with cuda full_depth, static, threshold and budget are supported"));
-    }
     if (sequence.num_sealed_pages > kCudaMaxSealedPages) {
       return absl::UnimplementedError(absl::StrCat(
           sequence.num_sealed_pages, " sealed pages; at most ", kCudaMaxSealedPages, " with cuda"));
@@ -71,6 +63,7 @@ int64_t NumTableEntries(const AttendBatch& batch) {
   int64_t entries = 0;
   for (const SequenceStep& sequence : batch.sequences) {
     entries += static_cast<int64_t>(sequence.pages.size());
+    if (IsBounded(sequence)) entries += static_cast<int64_t>(sequence.exact_pages.size());
   }
   return entries;
 }
@@ -94,6 +87,13 @@ absl::StatusOr<PlanKey> MakePlanKey(const AttendBatch& batch) {
   key.max_sequences = RoundUpPower(static_cast<int32_t>(batch.sequences.size()));
   int32_t exact_q_len = 0;
   for (const SequenceStep& sequence : batch.sequences) {
+    if (IsBounded(sequence)) {
+      const auto pages = static_cast<int32_t>(sequence.pages.size());
+      ++key.bounded.num_sequences;
+      key.bounded.max_q_len = std::max(key.bounded.max_q_len, sequence.q_len);
+      key.bounded.max_pages = std::max(key.bounded.max_pages, RoundUpPages(pages));
+      continue;
+    }
     if (!UsesSealedPages(sequence)) {
       exact_q_len = std::max(exact_q_len, sequence.q_len);
       continue;
@@ -103,6 +103,7 @@ absl::StatusOr<PlanKey> MakePlanKey(const AttendBatch& batch) {
     group.max_q_len = std::max(group.max_q_len, sequence.q_len);
     group.max_sealed = std::max(group.max_sealed, RoundUpPages(sequence.num_sealed_pages));
     group.two_stage |= CoarseChunks(sequence.decision, batch.shape.head_dim) > 0;
+    group.theta |= ChoosesTheta(sequence.decision.policy);
     group.budget |= sequence.decision.policy == Policy::kBudget;
     group.softcap |= sequence.softcap != 0;
   }
@@ -136,6 +137,7 @@ CudaPlan::CudaPlan(const PlanKey& key, int32_t num_sms, const CudaTuning& tuning
   layout_.sequences = add(n * int64_t{sizeof(DeviceSequence)});
   layout_.progressive = add(FirstSealed(kNumSealedGroups) * int64_t{sizeof(ProgressiveSequence)});
   layout_.scan_runs = add(FirstScanRun(kNumSealedGroups) * int64_t{sizeof(ScanRun)});
+  layout_.bounded = add(key.bounded.num_sequences * int64_t{sizeof(BoundedSequence)});
   const bool scaled = key.format == PageFormat::kF8E4m3;
   layout_.scales = add(scaled ? n * 2 * key.shape.num_kv_heads * int64_t{sizeof(float)} : 0);
   layout_.cta_items = add(exact_ != nullptr ? (num_ctas_ + 1) * int64_t{sizeof(int32_t)} : 0);
@@ -158,11 +160,16 @@ std::string CudaPlan::DebugString() const {
                     " sequences of up to ", group.max_sealed, " pages, scan in ", params.scan_ctas,
                     " runs");
   }
+  if (key_.bounded.num_sequences > 0) {
+    absl::StrAppend(&text, "; bounded: ", key_.bounded.num_sequences, " sequences of up to ",
+                    key_.bounded.max_pages, " pages");
+  }
   return text;
 }
 
 int32_t CudaPlan::num_decisions() const {
-  return (key_.max_sequences + FirstSealed(kNumSealedGroups)) * key_.shape.num_kv_heads;
+  return (key_.max_sequences + FirstBounded() + key_.bounded.num_sequences) *
+         key_.shape.num_kv_heads;
 }
 
 int32_t CudaPlan::FirstSealed(int32_t group) const {
@@ -187,11 +194,24 @@ ProgressiveParams CudaPlan::GroupParams(int32_t group) const {
   params.max_q_len = key_.sealed[group].max_q_len;
   params.max_sealed = key_.sealed[group].max_sealed;
   params.two_stage = key_.sealed[group].two_stage;
+  params.theta = key_.sealed[group].theta;
   params.budget = key_.sealed[group].budget;
   params.softcap = key_.sealed[group].softcap;
   params.in_type = key_.in_type;
   params.out_type = key_.out_type;
   PlanProgressive(num_sms_, &params);
+  return params;
+}
+
+BoundedParams CudaPlan::BoundedShapes() const {
+  BoundedParams params;
+  params.shape = key_.shape;
+  params.num_sequences = key_.bounded.num_sequences;
+  params.max_q_len = key_.bounded.max_q_len;
+  params.max_pages = key_.bounded.max_pages;
+  params.in_type = key_.in_type;
+  params.out_type = key_.out_type;
+  params.page_type = DenseDType(key_.format);
   return params;
 }
 
@@ -208,6 +228,7 @@ ScratchNeeds CudaPlan::Needs(const AttendBatch& batch) const {
   needs.lse = q_rows * shape.num_q_heads * int64_t{sizeof(float)};
   needs.decisions = num_decisions() * int64_t{sizeof(HeadDecision)};
   needs.flags = key_.max_sequences * int64_t{sizeof(uint32_t)};
+  needs.stamps = kNumStamps * int64_t{sizeof(uint64_t)};
   const int64_t rows = int64_t{MaxDecodeSlots(num_ctas_)} * 8 * key_.exact_row_tiles;
   needs.partial_out = rows * shape.head_dim * int64_t{sizeof(float)};
   needs.partial_state = rows * int64_t{sizeof(float2)};
@@ -215,6 +236,9 @@ ScratchNeeds CudaPlan::Needs(const AttendBatch& batch) const {
   for (int32_t i = 0; i < kNumSealedGroups; ++i) {
     if (key_.sealed[i].num_sequences == 0) continue;
     needs.workspace = std::max(needs.workspace, ProgressiveWorkspaceBytes(GroupParams(i)));
+  }
+  if (key_.bounded.num_sequences > 0) {
+    needs.workspace = std::max(needs.workspace, BoundedWorkspaceBytes(BoundedShapes()));
   }
   return needs;
 }

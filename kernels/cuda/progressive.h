@@ -6,7 +6,7 @@
 //   prepare  q to the rank frame of each basis, in MMA fragment order; q.mu; the dense tail exactly
 //   scan     4 bits of every sealed page's keys -> page log mass, scores where they may be wanted
 //   refine   two-stage sequences only: the rest of the rank where the coarse page log mass asks
-//   budget   kBudget sequences only: theta per kv head from the predicted error
+//   theta    policies that choose theta only: per kv head, from page masses or predicted errors
 //   select   depths from the global LSE; lists of what to read; means of the rest
 //   attend   finer key planes and value planes of what is listed, shared out evenly
 //   merge    partial results -> out, lse, decision
@@ -64,7 +64,8 @@ struct ProgressiveParams {
   int32_t max_sealed = 0;  // pages of the longest sequence
   bool two_stage = false;  // some sequence scans in two stages
   bool softcap = false;    // some sequence has a soft cap
-  bool budget = false;     // some sequence's policy is kBudget
+  bool theta = false;      // some sequence's policy chooses theta
+  bool budget = false;     // and is kBudget
   int32_t num_sms = 0;
   int32_t scan_ctas = 0;  // that a head group and tile of columns may count on
   DType in_type = DType::kBf16;
@@ -80,6 +81,7 @@ struct ProgressiveParams {
   float* lse = nullptr;                // [rows, num_q_heads]
   HeadDecision* decisions = nullptr;   // [num_sequences, num_kv_heads]
   std::byte* workspace = nullptr;
+  uint64_t* stamps = nullptr;  // [kNumGroupStamps] of stage_stamps.h
 };
 
 // Fills num_sms and scan_ctas for a device with `num_sms` multiprocessors: one wave.

@@ -350,6 +350,7 @@ __global__ void __launch_bounds__(kAttendThreads, Traits::kSoftCap || Traits::kT
     FenceBarrierInit();
   }
   WaitForDependencies();
+  NoteTime(p.stamps, kAttendStamp);
   LaunchDependents();
   const SliceFinder<kAttendThreads> finder(p, shared.slice);
   const Slice slice = finder.SliceOf(cta);

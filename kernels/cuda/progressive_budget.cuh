@@ -5,7 +5,7 @@
 //   o_n     = sum over pages share * mean + dense share * dense_out, in the Hadamard frame
 //   inputs  share, concentration, var_s, |mean - o|^2, spread, scale_rms of each page and column
 //   theta   the largest of the grid whose predicted relative error stays under the target
-// grid (num_kv_heads, num_sequences); sequences of other policies leave at once.
+// A part of the kernel in progressive_theta.cuh.
 
 #include "kernels/cuda/progressive_select.cuh"
 
@@ -269,18 +269,12 @@ __device__ __forceinline__ void ChooseThetaOfHead(const ProgressiveArgs& p,
   reinterpret_cast<float*>(p.workspace + p.work.theta)[head_index] = choice.theta;
 }
 
+// By all threads of a CTA; thread 0 stores theta.
 template <class Traits>
-__global__ void __launch_bounds__(kBudgetThreads, 2)
-    ProgressiveBudgetKernel(const __grid_constant__ ProgressiveArgs p) {
-  extern __shared__ __align__(16) std::byte shared_bytes[];
-  auto& shared = *reinterpret_cast<BudgetShared<Traits>*>(shared_bytes);
-  const int head = blockIdx.x, sequence = blockIdx.y;
-  const ProgressiveSequence& from = p.sequences[sequence];
-  WaitForDependencies();
-  LaunchDependents();
-  if (from.decision.policy != Policy::kBudget) return;
-  const SequenceView s(from);
-  const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
+__device__ __forceinline__ void ThetaFromBudget(const ProgressiveArgs& p,
+                                                const ProgressiveSequence& from,
+                                                const SequenceView& s, int64_t head_index, int head,
+                                                BudgetShared<Traits>& shared) {
   GlobalLse<kBudgetThreads / 32>(p, from, head_index, shared.lse, shared.lse_parts);
   const int columns = p.shape.group_size() * s.q_len;
   for (int column_begin = 0; column_begin < columns; column_begin += kTileColumns) {

@@ -12,6 +12,7 @@
 
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/progressive.h"
+#include "kernels/cuda/stage_stamps.h"
 #include "kernels/format/nested_code.h"
 #include "kernels/format/page_layout.h"
 #include "kernels/format/planes.h"

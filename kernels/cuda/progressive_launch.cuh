@@ -5,11 +5,11 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/progressive_budget.cuh"
 #include "kernels/cuda/progressive_inst.h"
 #include "kernels/cuda/progressive_merge.cuh"
 #include "kernels/cuda/progressive_prepare.cuh"
 #include "kernels/cuda/progressive_refine.cuh"
+#include "kernels/cuda/progressive_theta.cuh"
 #include "kernels/cuda/status.h"
 
 namespace adaattn {
@@ -50,7 +50,7 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   constexpr size_t kPrepareShared = sizeof(PrepareShared<Traits>);
   constexpr size_t kScanShared = sizeof(ScanShared<Traits>);
   constexpr size_t kRefineShared = sizeof(RefineShared<Traits>);
-  constexpr size_t kBudgetShared = sizeof(BudgetShared<Traits>);
+  constexpr size_t kThetaShared = sizeof(ThetaShared<Traits>);
   constexpr size_t kSelectShared = sizeof(SelectShared<Traits>);
   constexpr size_t kAttendShared = sizeof(AttendShared<Traits>);
   constexpr size_t kMergeShared = sizeof(MergeShared<Traits>);
@@ -58,7 +58,7 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressivePrepareKernel<Traits>, kPrepareShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveScanKernel<Traits>, kScanShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveRefineKernel<Traits>, kRefineShared));
-    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveBudgetKernel<Traits>, kBudgetShared));
+    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveThetaKernel<Traits>, kThetaShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveSelectKernel<Traits>, kSelectShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveAttendKernel<Traits>, kAttendShared));
     return AllowShared(ProgressiveMergeKernel<Traits>, kMergeShared);
@@ -81,10 +81,10 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
                                               kScanWarps * 32, kRefineShared, true, p, stream,
                                               "refine"));
   }
-  if (p.budget) {
-    ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveBudgetKernel<Traits>,
-                                              dim3(heads, sequences), kBudgetThreads, kBudgetShared,
-                                              true, p, stream, "budget"));
+  if (p.theta) {
+    ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveThetaKernel<Traits>,
+                                              dim3(heads, sequences), kThetaThreads, kThetaShared,
+                                              true, p, stream, "theta"));
   }
   ADAATTN_RETURN_IF_ERROR(
       LaunchProgressive(ProgressiveSelectKernel<Traits>,

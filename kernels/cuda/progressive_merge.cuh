@@ -227,7 +227,7 @@ __device__ __forceinline__ void StoreFigures(const ProgressiveArgs& p, const Pro
   decision.entropy = entropy / static_cast<float>(columns);
   const PageRange visible = VisiblePages(s);
   if (UsesLadder(s.decision.policy) && visible.begin < visible.end) {
-    decision.theta = s.decision.policy == Policy::kBudget
+    decision.theta = ChoosesTheta(s.decision.policy)
                          ? reinterpret_cast<const float*>(p.workspace + p.work.theta)[head_index]
                          : s.decision.theta;
   }
@@ -250,6 +250,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int head_index = sequence * p.shape.num_kv_heads + head;
   const int64_t at = int64_t{head_index} * w.columns + column;
   WaitForDependencies();
+  NoteTime(p.stamps, kMergeStamp);
   const DensePart<Traits> dense(p, at, lane);
   const float lse = reinterpret_cast<const float*>(p.workspace + w.global_lse)[at];
   const SliceFinder<kMergeThreads> finder(p, shared.slice);

@@ -372,6 +372,7 @@ __device__ __forceinline__ void StartDecision(HeadDecision* decision, int bases,
 template <class Traits>
 __global__ void __launch_bounds__(kPrepareThreads, Traits::kHeadDim <= 128 ? 2 : 1)
     ProgressivePrepareKernel(const __grid_constant__ ProgressiveArgs p) {
+  NoteTime(p.stamps, kPrepareStamp);
   constexpr int kTokens = PrepareShared<Traits>::kTokens;
   extern __shared__ __align__(16) std::byte shared_bytes[];
   auto& shared = *reinterpret_cast<PrepareShared<Traits>*>(shared_bytes);

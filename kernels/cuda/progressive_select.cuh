@@ -413,6 +413,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
                               static_cast<int>(threadIdx.x) % 4};
   decider.visibility = local < pages ? PageVisibility(s, begin + local) : Visibility::kNone;
   WaitForDependencies();
+  NoteTime(p.stamps, kSelectStamp);
   LaunchDependents();
   if (pages == 0) {
     if (threadIdx.x == 0) reinterpret_cast<int32_t*>(p.workspace + w.counts)[chunk_index] = 0;
@@ -424,7 +425,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
     reinterpret_cast<float*>(p.workspace + w.global_lse)[head_index * w.columns + threadIdx.x] =
         shared.lse[threadIdx.x];
   }
-  const float theta = from.decision.policy == Policy::kBudget
+  const float theta = ChoosesTheta(from.decision.policy)
                           ? reinterpret_cast<const float*>(p.workspace + w.theta)[head_index]
                           : from.decision.theta;
   decider.Decide(theta, shared);

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "kernels/cuda/append.h"
+#include "kernels/cuda/stage_stamps.h"
 #include "kernels/cuda/status.h"
 
 namespace adaattn {
@@ -38,6 +39,7 @@ class Packer {
         steps_(reinterpret_cast<StepSequence*>(block + plan.layout().steps)),
         sequences_(reinterpret_cast<DeviceSequence*>(block + plan.layout().sequences)),
         progressive_(reinterpret_cast<ProgressiveSequence*>(block + plan.layout().progressive)),
+        bounded_(reinterpret_cast<BoundedSequence*>(block + plan.layout().bounded)),
         scales_(reinterpret_cast<float*>(block + plan.layout().scales)),
         table_(reinterpret_cast<uint32_t*>(block + plan.layout().tail)) {
     for (int32_t i = 0; i < kNumSealedGroups; ++i) next_sealed_[i] = plan.FirstSealed(i);
@@ -56,6 +58,8 @@ class Packer {
   void AddSequence(const SequenceStep& sequence);
   void AddProgressive(const SequenceStep& sequence, const DeviceSequence& device,
                       ProgressiveSequence* out) const;
+  void AddBounded(const SequenceStep& sequence, const DeviceSequence& device, BoundedSequence* out);
+  void AddPages(absl::Span<const PageId> pages);
   int32_t AddScales(absl::Span<const float> scales);
   void AddRuns();
   void AddScanRuns();
@@ -69,9 +73,11 @@ class Packer {
   StepSequence* const steps_;
   DeviceSequence* const sequences_;
   ProgressiveSequence* const progressive_;
+  BoundedSequence* const bounded_;
   float* const scales_;
   uint32_t* const table_;
   int32_t next_sealed_[kNumSealedGroups] = {};
+  int32_t num_bounded_ = 0;
   int32_t num_sequences_ = 0;
   int32_t num_entries_ = 0;
   int32_t num_scales_ = 0;
@@ -81,12 +87,12 @@ class Packer {
 };
 
 void Packer::AddSequence(const SequenceStep& sequence) {
-  const bool sealed = UsesSealedPages(sequence);
+  const bool sealed = UsesSealedPages(sequence), bounded = IsBounded(sequence);
   DeviceSequence device;
   device.q_start = sequence.q_start;
   device.window = sequence.window;
   device.q_row = q_row_;
-  device.q_len = sealed ? 0 : sequence.q_len;  // its rows are the progressive kernels'
+  device.q_len = sealed || bounded ? 0 : sequence.q_len;  // its rows are other kernels'
   device.kv_row = kv_row_;
   device.append_len = sequence.append_len;
   device.kv_len = static_cast<int32_t>(sequence.kv_len);
@@ -107,10 +113,11 @@ void Packer::AddSequence(const SequenceStep& sequence) {
     step.decision = plan_.key().max_sequences + at;
     AddProgressive(sequence, device, progressive_ + at);
   }
-  static_assert(sizeof(PageId) == sizeof(uint32_t), "a table of page ids is one of words");
-  std::memcpy(table_ + num_entries_, sequence.pages.data(),
-              sequence.pages.size() * sizeof(uint32_t));
-  num_entries_ += static_cast<int32_t>(sequence.pages.size());
+  AddPages(sequence.pages);
+  if (bounded) {
+    step.decision = plan_.key().max_sequences + plan_.FirstBounded() + num_bounded_;
+    AddBounded(sequence, device, bounded_ + num_bounded_++);
+  }
   sequences_[num_sequences_] = device;
   steps_[num_sequences_] = step;
   ++num_sequences_;
@@ -141,6 +148,43 @@ void Packer::AddProgressive(const SequenceStep& sequence, const DeviceSequence& 
   }
   made.decision = sequence.decision;
   *out = made;
+}
+
+void Packer::AddBounded(const SequenceStep& sequence, const DeviceSequence& device,
+                        BoundedSequence* out) {
+  const RowPositions positions = ClipPositions(sequence);
+  BoundedSequence made;
+  made.table_begin = device.page_table;
+  if (!sequence.exact_pages.empty()) {
+    made.exact_begin = num_entries_;
+    AddPages(sequence.exact_pages);
+  }
+  made.num_sealed = sequence.num_sealed_pages;
+  made.kv_len = device.total_len;
+  made.q_begin = device.q_row;
+  made.q_len = sequence.q_len;
+  made.q_start = positions.q_start;
+  made.window = positions.window;
+  made.softmax_scale = sequence.softmax_scale;
+  made.softcap = sequence.softcap;
+  made.stored_bits = sequence.stored_bits;
+  made.num_bases = static_cast<int32_t>(sequence.bases.size());
+  int32_t end = 0;
+  for (int32_t i = 0; i < made.num_bases; ++i) {
+    end += sequence.bases[i].num_pages;
+    made.basis_end[i] = end;
+    made.basis[i] = sequence.bases[i].basis;
+  }
+  made.key_scales = device.key_scales;
+  made.value_scales = device.value_scales;
+  made.decision = sequence.decision;
+  *out = made;
+}
+
+void Packer::AddPages(absl::Span<const PageId> pages) {
+  static_assert(sizeof(PageId) == sizeof(uint32_t), "a table of page ids is one of words");
+  std::memcpy(table_ + num_entries_, pages.data(), pages.size() * sizeof(uint32_t));
+  num_entries_ += static_cast<int32_t>(pages.size());
 }
 
 int32_t Packer::AddScales(absl::Span<const float> scales) {
@@ -236,11 +280,31 @@ ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std
   params.decisions =
       scratch.decisions() + int64_t{key.max_sequences + first} * key.shape.num_kv_heads;
   params.workspace = scratch.workspace();
+  params.stamps = scratch.stamps() + kFirstGroupStamp + group * kNumGroupStamps;
   params.page_type = DenseDType(key.format);
   return params;
 }
 
-absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,
+BoundedParams BoundedStepParams(const CudaPlan& plan, const Scratch& scratch,
+                                const PageMemory& memory) {
+  const PlanKey& key = plan.key();
+  const std::byte* block = scratch.block();
+  BoundedParams params = plan.BoundedShapes();
+  params.memory = memory;
+  params.sequences = reinterpret_cast<const BoundedSequence*>(block + plan.layout().bounded);
+  params.table = reinterpret_cast<const uint32_t*>(block + plan.layout().tail);
+  params.scales = reinterpret_cast<const float*>(block + plan.layout().scales);
+  params.q = scratch.q();
+  params.out = scratch.out();
+  params.lse = scratch.lse();
+  params.decisions = scratch.decisions() +
+                     int64_t{key.max_sequences + plan.FirstBounded()} * key.shape.num_kv_heads;
+  params.workspace = scratch.workspace();
+  params.stamps = scratch.stamps();
+  return params;
+}
+
+absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, const PageMemory& memory,
                          int32_t num_sms, cudaStream_t stream) {
   const PlanKey& key = plan.key();
   const std::byte* block = scratch.block();
@@ -249,7 +313,7 @@ absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte
   step.shape = key.shape;
   step.in_type = key.in_type;
   step.page_type = DenseDType(key.format);
-  step.pool = pool;
+  step.pool = memory.pool;
   step.header = reinterpret_cast<const StepHeader*>(block);
   step.sequences = reinterpret_cast<const StepSequence*>(block + layout.steps);
   step.scales = reinterpret_cast<const float*>(block + layout.scales);
@@ -258,11 +322,12 @@ absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte
   step.lse = scratch.lse();
   step.decisions = scratch.decisions();
   step.flags = scratch.flags();
+  step.stamps = scratch.stamps();
   const int32_t exact_decisions = key.max_sequences * key.shape.num_kv_heads;
   ADAATTN_RETURN_IF_ERROR(LaunchAppend(step, exact_decisions, num_sms, stream));
   if (plan.exact() != nullptr) {
     DecodeParams exact;
-    exact.pool = pool;
+    exact.memory = memory;
     exact.page_table = reinterpret_cast<const uint32_t*>(block + layout.tail);
     exact.sequences = reinterpret_cast<const DeviceSequence*>(block + layout.sequences);
     exact.items = reinterpret_cast<const DecodeItem*>(block + layout.items);
@@ -285,7 +350,10 @@ absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte
   }
   for (int32_t i = 0; i < kNumSealedGroups; ++i) {
     if (key.sealed[i].num_sequences == 0) continue;
-    ADAATTN_RETURN_IF_ERROR(RunProgressive(SealedParams(plan, scratch, pool, i), stream));
+    ADAATTN_RETURN_IF_ERROR(RunProgressive(SealedParams(plan, scratch, memory.pool, i), stream));
+  }
+  if (key.bounded.num_sequences > 0) {
+    ADAATTN_RETURN_IF_ERROR(RunBounded(BoundedStepParams(plan, scratch, memory), stream));
   }
   return LaunchReturn(step, num_sms, stream);
 }

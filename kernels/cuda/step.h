@@ -25,9 +25,13 @@ int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, DecodeSchedule*
 ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,
                                int32_t group);
 
+// Likewise of the bounded launch. Requires: the plan's key has bounded sequences.
+BoundedParams BoundedStepParams(const CudaPlan& plan, const Scratch& scratch,
+                                const PageMemory& memory);
+
 // Enqueues the kernels of every step of `plan`: all that changes between steps is in the block.
 // kUnimplemented for sealed sequences of a shape without a kernel.
-absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,
+absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, const PageMemory& memory,
                          int32_t num_sms, cudaStream_t stream);
 
 }  // namespace adaattn

@@ -23,6 +23,7 @@ struct StepHeader {
   float* lse = nullptr;
   uint8_t* results = nullptr;  // [num_sequences, 2]: SequenceResult
   HeadDecision* decisions = nullptr;
+  uint64_t* stamps = nullptr;  // [kNumStamps] of stage_stamps.h
   int64_t out_bytes = 0;
   int64_t num_lse = 0;
   int64_t runs_offset = 0;  // of AppendRun [num_runs], from the start of the block
@@ -66,7 +67,8 @@ struct StepParams {
   const std::byte* out = nullptr;
   const float* lse = nullptr;
   HeadDecision* decisions = nullptr;
-  uint32_t* flags = nullptr;  // [num_sequences], zero before and after every step
+  uint32_t* flags = nullptr;   // [num_sequences], zero before and after every step
+  uint64_t* stamps = nullptr;  // [kNumStamps]
 };
 
 }  // namespace adaattn

@@ -9,63 +9,19 @@
 #include "kernels/format/page_layout.h"
 
 namespace adaattn {
-namespace {
-
-// exp of it is as good as infinity beside any mass, and still a number.
-constexpr double kMaxScoreError = 300;
-constexpr int kBisections = 30;  // a billionth of the trivial bound
-constexpr uint8_t kLargestScale = 255;
-
-// A term with its exponentials.
-struct Prepared {
-  BoundTerm term;
-  double up = 1;    // exp(e)
-  double down = 1;  // exp(-e)
-
-  // max over t and h of exp(t) (g + h - bound).
-  double Worst(double g, double bound) const {
-    const double x = g + term.value_error - bound;
-    return x * (x > 0 ? up : down);
-  }
-};
-
-// Whether no choice of weights, values and directions exceeds `bound`.
-bool Holds(const std::vector<Prepared>& terms, double multiplier, double bound) {
-  double sum = 0;
-  for (const Prepared& p : terms) {
-    const double shift = multiplier * p.term.distance;
-    sum += p.term.mass * std::max(p.Worst(p.term.distance, bound) - shift,
-                                  p.Worst(-p.term.distance, bound) + shift);
-  }
-  return sum <= 0;
-}
-
-}  // namespace
-
 double OutputErrorBound(absl::Span<const BoundTerm> terms) {
-  std::vector<Prepared> prepared;
+  std::vector<PreparedTerm> prepared;
   prepared.reserve(terms.size());
-  double trivial = 0, weight = 0, multiplier = 0;
+  BoundSums sums;
   for (const BoundTerm& term : terms) {
     if (term.mass == 0) continue;
-    Prepared& p = prepared.emplace_back();
-    p.term = term;
-    p.up = std::exp(std::min(term.score_error, kMaxScoreError));
-    p.down = 1 / p.up;
-    // o* is a mean of the true values, whatever the weights.
-    trivial = std::max(trivial, term.distance + term.value_error);
-    weight += term.mass * term.distance;
-    multiplier += term.mass * term.distance * 2 / (p.up + p.down);
+    AddBoundTerm(prepared.emplace_back(PrepareTerm(term)), &sums);
   }
-  // The best multiplier of equal terms is 1 / cosh(e).
-  multiplier = weight > 0 ? multiplier / weight : 1;
-  if (!(trivial < std::numeric_limits<double>::infinity())) return trivial;
-  double below = 0, bound = trivial;
-  for (int i = 0; i < kBisections; ++i) {
-    const double middle = 0.5 * (below + bound);
-    (Holds(prepared, multiplier, middle) ? bound : below) = middle;
-  }
-  return bound;
+  return LeastBound(sums, [&](double multiplier, double bound) {
+    double sum = 0;
+    for (const PreparedTerm& term : prepared) sum += ExcessOfTerm(term, multiplier, bound);
+    return sum;
+  });
 }
 
 LseBound BoundLse(absl::Span<const BoundTerm> terms) {
@@ -79,26 +35,9 @@ LseBound BoundLse(absl::Span<const BoundTerm> terms) {
   return LseBound{-std::log(down), std::log(up)};
 }
 
-double RelativeBound(double error, double output_norm) {
-  if (error == 0) return 0;
-  if (!(error < output_norm)) return std::numeric_limits<double>::infinity();
-  return error / (output_norm - error);
-}
-
 KeyRanges SumKeyRanges(const float* query, const uint8_t* key_scales, int32_t head_dim) {
   KeyRanges ranges;
-  double squares = 0;
-  for (int32_t c = 0; c < head_dim; ++c) {
-    const double range = RangeFromScale(key_scales[c]);
-    const double q = std::abs(double{query[c]});
-    ranges.weighted += q * range;
-    ranges.largest = std::max(ranges.largest, q * range);
-    ranges.sum += range;
-    squares += range * range;
-    ranges.query_sum += q;
-    ranges.saturated |= key_scales[c] == kLargestScale;
-  }
-  ranges.norm = std::sqrt(squares);
+  for (int32_t c = 0; c < head_dim; ++c) AddKeyRange(query[c], key_scales[c], &ranges);
   return ranges;
 }
 
@@ -124,11 +63,6 @@ ValueRanges SumValueRanges(const uint8_t* value_scales, int32_t head_dim) {
   ranges.token = std::sqrt(token);
   ranges.page = std::sqrt(page);
   return ranges;
-}
-
-double CodeError(int32_t bits) {
-  // (x / r + 1) * 128 is off by at most 2^-16 cells of 8 bits, the decoded value by 2^-22.
-  return std::ldexp(1 + 0x1p-12, -bits);
 }
 
 }  // namespace adaattn

@@ -15,21 +15,14 @@
 // constraint sum w_j g_j = 0 its worst lies at g_j = +-r_j, r_j >= |v'_j - o|. With one c the least
 // such L costs a bisection. For one e and no d it is r tanh(e), which is attained.
 //
-// Host only, in double precision.
+// In double precision; bound_terms.h is what host and device share.
 
 #include <cstdint>
 
 #include "absl/types/span.h"
+#include "kernels/policy/bound_terms.h"
 
 namespace adaattn {
-
-// Keys that share their errors, as one row of q sees them: a sealed page, or dense tokens.
-struct BoundTerm {
-  double mass = 0;         // sum of their w_j over the row's; all terms together: 1
-  double score_error = 0;  // e_j, nats, >= 0; infinite: nothing is known of their weights
-  double value_error = 0;  // d_j, L2
-  double distance = 0;     // r_j, L2
-};
 
 // An upper bound on |o* - o|, L2.
 double OutputErrorBound(absl::Span<const BoundTerm> terms);
@@ -41,19 +34,7 @@ struct LseBound {
 };
 LseBound BoundLse(absl::Span<const BoundTerm> terms);
 
-// |o* - o| <= error as a bound relative to |o*|, which is at least |o| - error; infinity where o
-// may be all error. 0 without error.
-double RelativeBound(double error, double output_norm);
-
-// What bounds the score of one rotated query (q Q) on one page's keys, from the page's ranges.
-struct KeyRanges {
-  double weighted = 0;     // sum_c |q_c| r_c
-  double largest = 0;      // max_c |q_c| r_c
-  double sum = 0;          // sum_c r_c
-  double norm = 0;         // sqrt(sum_c r_c^2)
-  double query_sum = 0;    // sum_c |q_c|
-  bool saturated = false;  // some range is the largest there is: its channel may exceed it
-};
+// The ranges of one page of keys under one query.
 //   query       [head_dim]
 //   key_scales  [head_dim] scale bytes
 KeyRanges SumKeyRanges(const float* query, const uint8_t* key_scales, int32_t head_dim);
@@ -66,9 +47,6 @@ struct ValueRanges {
 };
 //   value_scales  [64, ValueGroups(head_dim)] scale bytes
 ValueRanges SumValueRanges(const uint8_t* value_scales, int32_t head_dim);
-
-// |x - x_b| <= CodeError(bits) r for the nested code, its arithmetic in FP32 included.
-double CodeError(int32_t bits);
 
 }  // namespace adaattn
 

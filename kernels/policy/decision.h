@@ -30,6 +30,9 @@ inline constexpr int kNumPolicies = 6;
 // Whether pages are read by the ladder, whatever chooses theta: the policies that scan first.
 ADAATTN_HD constexpr bool UsesLadder(Policy policy) { return policy >= Policy::kThreshold; }
 
+// Whether theta is the caller's no more: chosen per kv head from what the scan found.
+ADAATTN_HD constexpr bool ChoosesTheta(Policy policy) { return policy > Policy::kThreshold; }
+
 // Whether the policy follows target_relative_error.
 ADAATTN_HD constexpr bool AimsAtError(Policy policy) {
   return policy == Policy::kBudget || policy == Policy::kLearned;

@@ -27,8 +27,10 @@ void WriteTensor(DType type, const std::vector<float>& values, int64_t first, st
 
 }  // namespace
 
-std::unique_ptr<Backend> MakeTestBackend(int64_t pool_bytes, int32_t num_threads) {
+std::unique_ptr<Backend> MakeTestBackend(int64_t pool_bytes, int32_t num_threads,
+                                         int64_t exact_tier_bytes) {
   BackendOptions options;
+  options.exact_tier_bytes = exact_tier_bytes;
   options.pool_bytes = pool_bytes;
   options.num_threads = num_threads;
   std::string note;
@@ -47,7 +49,9 @@ BackendHarness::BackendHarness(const HarnessOptions& options)
     : options_(options), random_(options.seed) {
   ::testing::Test::RecordProperty("seed", static_cast<int>(options.seed));
   const int64_t slot = SlotBytes(options);
-  backend_ = MakeTestBackend(slot * options.num_pages, options.num_threads);
+  const int64_t original = DensePageBytes(options.shape, DenseDType(options.format));
+  backend_ = MakeTestBackend(slot * options.num_pages, options.num_threads,
+                             original * options.num_tier_pages);
   for (int32_t i = 0; i < options.num_pages; ++i) {
     free_pages_.push_back(PageId{static_cast<uint32_t>(i * (slot / kPageAlignment))});
   }
@@ -78,6 +82,13 @@ PageId BackendHarness::NewPage() {
   const PageId page = free_pages_.back();
   free_pages_.pop_back();
   return page;
+}
+
+PageId BackendHarness::NewTierPage() {
+  EXPECT_LT(next_tier_page_, options_.num_tier_pages) << "the test needs more num_tier_pages";
+  const int64_t bytes = DensePageBytes(options_.shape, DenseDType(options_.format));
+  const int64_t offset = backend_->info().pool_bytes + next_tier_page_++ * bytes;
+  return PageId{static_cast<uint32_t>(offset / kPageAlignment)};
 }
 
 std::vector<float> BackendHarness::RandomRows(int64_t rows, int32_t heads, float spread) {
@@ -131,6 +142,7 @@ void BackendHarness::SealWith(TestSequence* sequence, int32_t count, PageId basi
     task.target = NewPage();
     task.basis = basis;
     task.stored_bits = sequence->stored_bits;
+    if (sequence->keep_exact && options_.num_tier_pages > 0) task.exact_copy = NewTierPage();
     SealResult result;
     const absl::Status status = backend_->SealPages({&task, 1}, {&result, 1});
     EXPECT_TRUE(status.ok()) << status;
@@ -142,8 +154,10 @@ void BackendHarness::SealWith(TestSequence* sequence, int32_t count, PageId basi
     }
     ++sequence->bases.back().num_pages;
     if (sequence->keep_exact) {
-      sequence->exact_pages.push_back(task.source);
-    } else {
+      const bool copied = task.exact_copy != kNoPage;
+      sequence->exact_pages.push_back(copied ? task.exact_copy : task.source);
+    }
+    if (!sequence->keep_exact || task.exact_copy != kNoPage) {
       free_pages_.insert(free_pages_.begin(), task.source);
     }
   }
@@ -236,6 +250,7 @@ std::vector<StepOutput> BackendHarness::Run(std::vector<StepCase> cases) {
   auto ticket = backend_->RunAttend(**plan, batch);
   EXPECT_TRUE(ticket.ok()) << ticket.status();
   EXPECT_TRUE(backend_->Wait(*ticket).ok());
+  stage_times_ = *(*buffers)->stage_times();
 
   std::vector<StepOutput> outputs = TakeOutputs(cases, buffers->get());
   for (size_t i = 0; i < cases.size(); ++i) {

@@ -17,7 +17,8 @@
 namespace adaattn {
 
 // The backend under test; fails the running test and returns null when it cannot be created.
-std::unique_ptr<Backend> MakeTestBackend(int64_t pool_bytes, int32_t num_threads = 0);
+std::unique_ptr<Backend> MakeTestBackend(int64_t pool_bytes, int32_t num_threads = 0,
+                                         int64_t exact_tier_bytes = 0);
 
 // `value` as an element of `type` would hold it.
 float RoundTo(DType type, float value);
@@ -71,6 +72,8 @@ struct HarnessOptions {
   DType in_type = DType::kF32;
   DType out_type = DType::kF32;
   int32_t num_pages = 64;  // slots of the pool, each as large as any kind of page or basis
+  // Dense pages of the exact tier: where there are any, they keep the originals that are asked for.
+  int32_t num_tier_pages = 0;
   int32_t num_threads = 0;
   uint32_t seed = 1;
   bool shuffle = true;  // of the order in which pages are handed out
@@ -91,6 +94,8 @@ class BackendHarness {
   std::mt19937& random() { return random_; }
 
   PageId NewPage();
+  PageId NewTierPage();
+  bool has_tier() const { return backend_->info().exact_tier_bytes > 0; }
   std::vector<float> RandomRows(int64_t rows, int32_t heads, float spread = 1.0f);
 
   // A sequence of `length` random tokens, or of the given ones.
@@ -108,6 +113,9 @@ class BackendHarness {
 
   // One step over all cases; appended tokens become part of the sequences.
   std::vector<StepOutput> Run(std::vector<StepCase> cases);
+
+  // Of the last step.
+  const StageTimes& stage_times() const { return stage_times_; }
 
   // Tokens [begin, end) as the backend reads them back.
   void Read(const TestSequence& sequence, int64_t begin, int64_t end, std::vector<float>* k,
@@ -134,6 +142,8 @@ class BackendHarness {
   std::mt19937 random_;
   std::unique_ptr<Backend> backend_;
   std::vector<PageId> free_pages_;
+  int32_t next_tier_page_ = 0;
+  StageTimes stage_times_;
 };
 
 }  // namespace adaattn

@@ -39,6 +39,24 @@ TEST(BoundTest, OriginalsMakeItHold) {
   EXPECT_GT(tally.exact_pages, 0);
 }
 
+TEST(BoundTest, ReadsOriginalsInTheTierAsThoseInThePool) {
+  SKIP_WITHOUT_BOUNDS();
+  std::vector<std::vector<float>> outs;
+  for (const int32_t num_tier_pages : {0, 16}) {
+    ProgressiveOptions options = SmallOptions(/*keep_exact=*/true);
+    options.num_tier_pages = num_tier_pages;
+    ProgressiveHarness cache(options);
+    StepCase step = cache.NewStep(2);
+    step.decision = Bounded(0.03f);
+    const StepOutput output = cache.harness().Run({step})[0];
+    EXPECT_GT(output.decisions[0].exact_pages, 0);
+    Tally tally;
+    JudgeStep(cache.harness().options().shape, step, output, &tally);
+    outs.push_back(output.out);
+  }
+  EXPECT_EQ(outs[0], outs[1]);
+}
+
 TEST(BoundTest, WithoutOriginalsAnUnmetTargetIsSaid) {
   SKIP_WITHOUT_BOUNDS();
   for (const int32_t stored_bits : {8, 6, 4}) {

@@ -23,6 +23,7 @@ struct ProgressiveOptions {
   int32_t num_threads = 0;
   int32_t num_pages = 64;
   bool keep_exact = false;
+  int32_t num_tier_pages = 0;  // as in HarnessOptions
   DType out_type = DType::kF32;
   // What one channel of keys and of values is multiplied by. Such a channel takes a code's range
   // for itself: bases are orthogonal, so it stays where it is among the keys' ranks.

@@ -173,6 +173,31 @@ TEST_F(ProgressiveTest, SeesNoKeyBehindARowInsideSealedPages) {
   }
 }
 
+TEST_F(ProgressiveTest, SaysWhereAStepsTimeWent) {
+  ProgressiveHarness progressive(Options());
+  ASSERT_TRUE(progressive.harness().ok());
+  StepCase step = progressive.NewStep(1);
+  step.decision = Budget(0.05f);
+  progressive.harness().Run({step});
+  const StageTimes times = progressive.harness().stage_times();
+  EXPECT_GT(times.scan, absl::ZeroDuration());
+  EXPECT_GT(times.select, absl::ZeroDuration());
+  EXPECT_GT(times.attend, absl::ZeroDuration());
+  EXPECT_GT(times.merge, absl::ZeroDuration());
+  EXPECT_LT(times.append + times.scan + times.select + times.attend + times.merge,
+            absl::Seconds(10));
+  // A step without sealed pages has nothing to scan: times of an earlier step do not linger.
+  TestSequence dense = progressive.harness().NewSequence(100);
+  StepCase exact;
+  exact.sequence = &dense;
+  exact.append_len = 1;
+  progressive.harness().Run({exact});
+  EXPECT_EQ(progressive.harness().stage_times().scan, absl::ZeroDuration());
+  EXPECT_EQ(progressive.harness().stage_times().select, absl::ZeroDuration());
+  EXPECT_GT(progressive.harness().stage_times().append, absl::ZeroDuration());
+  EXPECT_GT(progressive.harness().stage_times().attend, absl::ZeroDuration());
+}
+
 TEST_F(ProgressiveTest, KeepsTheFloors) {
   ProgressiveHarness progressive(Options());
   ASSERT_TRUE(progressive.harness().ok());

@@ -11,6 +11,7 @@
 #include "kernels/attention.h"
 #include "kernels/cpu/host_memory.h"
 #include "kernels/cuda/plan.h"
+#include "kernels/cuda/stage_stamps.h"
 #include "kernels/cuda/step.h"
 
 namespace adaattn {
@@ -95,7 +96,7 @@ TEST(PlanKeyTest, StaysWhileLengthsGrowInsideAStep) {
 TEST(PlanKeyTest, RefusesWhatHasNoKernelAndSaysWhatHas) {
   Batch batch({100});
   batch.mutable_batch()->shape.head_dim = 72;
-  absl::Status status = MakePlanKey(batch.get()).status();
+  const absl::Status status = MakePlanKey(batch.get()).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
   EXPECT_NE(status.message().find("64, 80, 96, 128, 256"), absl::string_view::npos);
   batch.mutable_batch()->shape = {34, 2, 128};
@@ -105,16 +106,26 @@ TEST(PlanKeyTest, RefusesWhatHasNoKernelAndSaysWhatHas) {
   EXPECT_EQ(MakePlanKey(batch.get()).status().code(), absl::StatusCode::kUnimplemented);
   batch.steps[0].q_len = 8;
   EXPECT_TRUE(MakePlanKey(batch.get()).ok());
-  batch.steps[0].decision.policy = Policy::kEntropy;
-  status = MakePlanKey(batch.get()).status();
-  EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
-  EXPECT_NE(status.message().find("policy entropy"), absl::string_view::npos);
-  batch.steps[0].decision.policy = Policy::kBudget;
   batch.steps[0].num_sealed_pages = kCudaMaxSealedPages + 1;
   EXPECT_EQ(MakePlanKey(batch.get()).status().code(), absl::StatusCode::kUnimplemented);
   batch.steps[0].num_sealed_pages = 0;
   batch.steps[0].kv_len = int64_t{1} << 31;
   EXPECT_EQ(MakePlanKey(batch.get()).status().code(), absl::StatusCode::kUnimplemented);
+}
+
+TEST(PlanKeyTest, RunsTheThetaKernelWhereAPolicyChoosesTheta) {
+  for (const Policy policy : {Policy::kFullDepth, Policy::kStatic, Policy::kThreshold,
+                              Policy::kBudget, Policy::kEntropy, Policy::kLearned}) {
+    Batch batch({640, 640}, PageFormat::kProgressive);
+    batch.Seal(0, 9);
+    batch.Seal(1, 9);
+    batch.steps[1].decision.policy = policy;
+    const absl::StatusOr<PlanKey> key = MakePlanKey(batch.get());
+    ASSERT_TRUE(key.ok()) << key.status();
+    const ProgressiveParams params = CudaPlan(*key, kNumSms).GroupParams(SealedGroupOf(8));
+    EXPECT_EQ(params.theta, policy >= Policy::kBudget);
+    EXPECT_EQ(params.budget, policy == Policy::kBudget) << "only a budget needs page budgets";
+  }
 }
 
 TEST(PackStepTest, FitsTheBoundsOfItsPlan) {
@@ -172,6 +183,67 @@ TEST(PackStepTest, SendsSealedSequencesToTheProgressiveKernelsAndTheRestToTheExa
   EXPECT_EQ(packed.At<StepSequence>(layout.steps, 1).decision, 4);
   EXPECT_EQ(packed.At<StepSequence>(layout.steps, 2).decision, 2);
   EXPECT_EQ(packed.plan.num_decisions(), 5 * 8);
+}
+
+TEST(PackStepTest, SendsBoundedSequencesToTheirOwnKernelWithTheirOriginals) {
+  Batch batch({640, 640, 6400, 6400}, PageFormat::kProgressive);
+  batch.Seal(2, 98);
+  batch.Seal(3, 98);
+  batch.steps[1].decision.bounded = true;
+  batch.steps[2].decision.bounded = true;
+  const std::vector<PageId> originals(98, PageId{5});
+  batch.steps[2].exact_pages = originals;
+  batch.steps[3].exact_pages = originals;  // of no use to a step without a bound
+  const Packed packed(&batch);
+  const BlockLayout& layout = packed.plan.layout();
+  EXPECT_LE(packed.bytes, static_cast<int64_t>(packed.block.size()));
+  EXPECT_EQ(packed.plan.key().bounded.num_sequences, 2);
+  EXPECT_EQ(packed.plan.key().bounded.max_pages, 112);  // 101, rounded up
+  EXPECT_EQ(packed.plan.key().sealed[SealedGroupOf(8)].num_sequences, 1);
+  for (const DecodeItem& item : packed.schedule.items) EXPECT_EQ(item.sequence, 0);
+  EXPECT_EQ(packed.At<BoundedSequence>(layout.bounded, 0).exact_begin, -1);
+  const auto bounded = packed.At<BoundedSequence>(layout.bounded, 1);
+  EXPECT_EQ(bounded.table_begin, 22);
+  EXPECT_EQ(bounded.exact_begin, 22 + 101);
+  EXPECT_EQ(bounded.num_sealed, 98);
+  EXPECT_EQ(bounded.kv_len, 6401);
+  EXPECT_EQ(bounded.q_begin, 2);
+  EXPECT_EQ(packed.At<uint32_t>(layout.tail, bounded.exact_begin), 5u);
+  EXPECT_EQ(packed.At<ProgressiveSequence>(layout.progressive, 0).table_begin, 22 + 101 + 98);
+  // Decisions: four exact rows, one progressive, then the bounded.
+  EXPECT_EQ(packed.At<StepSequence>(layout.steps, 1).decision, 5);
+  EXPECT_EQ(packed.At<StepSequence>(layout.steps, 2).decision, 6);
+  EXPECT_EQ(packed.At<StepSequence>(layout.steps, 3).decision, 4);
+  EXPECT_EQ(packed.plan.num_decisions(), 7 * 8);
+}
+
+TEST(StageStampsTest, GivesEachStageTheTimeUntilTheNext) {
+  uint64_t stamps[kNumStamps] = {};
+  stamps[kAppendStamp] = 1000;
+  stamps[kAppendedStamp] = 1005;
+  uint64_t* const group = stamps + kFirstGroupStamp + SealedGroupOf(8) * kNumGroupStamps;
+  const uint64_t starts[kNumGroupStamps] = {1020, 1050, 1057, 1070, 1090};
+  std::copy(std::begin(starts), std::end(starts), group);
+  stamps[kBoundedStamp] = 1100;
+  stamps[kReturnStamp] = 1400;
+  stamps[kReturnedStamp] = 1407;
+  PlanKey key;
+  key.exact_row_tiles = 1;
+  key.sealed[SealedGroupOf(8)].num_sequences = 1;
+  key.sealed[SealedGroupOf(8)].theta = true;
+  key.bounded.num_sequences = 1;
+  StageTimes times = StagesFromStamps(key, stamps);
+  EXPECT_EQ(times.append, absl::Nanoseconds(5));
+  EXPECT_EQ(times.scan, absl::Nanoseconds(30));
+  EXPECT_EQ(times.select, absl::Nanoseconds(20));
+  EXPECT_EQ(times.attend, absl::Nanoseconds(15 + 20 + 300));
+  EXPECT_EQ(times.merge, absl::Nanoseconds(10 + 7));
+  // What a plan does not launch left stamps of other steps.
+  key = PlanKey();
+  times = StagesFromStamps(key, stamps);
+  EXPECT_EQ(times.append, absl::Nanoseconds(400));
+  EXPECT_EQ(times.scan + times.select + times.attend, absl::ZeroDuration());
+  EXPECT_EQ(times.merge, absl::Nanoseconds(7));
 }
 
 // Sequences of the given numbers of sealed pages, scheduled on an H100.

@@ -137,7 +137,7 @@ TEST(RangesTest, SumWhatThePageSays) {
   EXPECT_DOUBLE_EQ(keys.weighted, 7);
   EXPECT_DOUBLE_EQ(keys.largest, 4);
   EXPECT_DOUBLE_EQ(keys.sum, 3);
-  EXPECT_DOUBLE_EQ(keys.norm, std::sqrt(5.0));
+  EXPECT_DOUBLE_EQ(keys.squares, 5);
   EXPECT_DOUBLE_EQ(keys.query_sum, 5);
   EXPECT_FALSE(keys.saturated);
   std::vector<uint8_t> values(kPageTokens * 2, kRangeOffset);  // head_dim 128: two groups

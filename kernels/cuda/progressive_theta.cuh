@@ -1,0 +1,122 @@
+#ifndef ADAATTN_KERNELS_CUDA_PROGRESSIVE_THETA_CUH_
+#define ADAATTN_KERNELS_CUDA_PROGRESSIVE_THETA_CUH_
+
+// Theta of one (sequence, kv head) for the policies that choose it:
+//   budget            from the predicted error (progressive_budget.cuh)
+//   entropy, learned  from how the mass lies, as policy/theta.h states it: sums over every page's
+//                     and the dense tail's share of each column
+// Sums have an order of their own: theta does not depend on timing.
+// grid (num_kv_heads, num_sequences); sequences of other policies leave at once.
+
+#include "kernels/cuda/progressive_budget.cuh"
+#include "kernels/policy/theta.h"
+
+namespace adaattn {
+
+inline constexpr int kThetaThreads = kBudgetThreads;
+inline constexpr int kThetaWarps = kThetaThreads / 32;
+
+struct MassShared {
+  float lse[kMaxColumns];
+  float2 lse_parts[kThetaWarps][kMaxColumns];
+  MassSums sums[kThetaWarps][kTileColumns];
+};
+
+template <class Traits>
+union ThetaShared {
+  BudgetShared<Traits> budget;
+  MassShared mass;
+};
+
+__device__ __forceinline__ MassSums ShuffleMasses(const MassSums& sums, int step) {
+  const auto other = [step](float x) { return __shfl_xor_sync(0xffffffffu, x, step); };
+  return MassSums{other(sums.entropy), other(sums.sealed), other(sums.square),
+                  other(sums.token_square), other(sums.variance)};
+}
+
+// The sums of one tile of columns over the visible sealed pages, lane n < 8 of each warp its part
+// of column column_begin + n, to shared memory.
+template <class Traits>
+__device__ __forceinline__ void SumPageMasses(const ProgressiveArgs& p, const SequenceView& s,
+                                              PageRange pages, int64_t head_index, int column_begin,
+                                              int columns, MassShared& shared) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int column = column_begin + lane % kTileColumns;
+  MassSums sums;
+  if (column < columns) {
+    const float lse = shared.lse[column];
+    constexpr int kStep = kThetaThreads / kTileColumns;
+#pragma unroll 4
+    for (int page = pages.begin + threadIdx.x / kTileColumns; page < pages.end; page += kStep) {
+      const PageStats stats = LoadStats(PageStatsOf(p, head_index, page), column);
+      const float share = TermsOf(stats, lse).share;
+      if (share > 0) {
+        AddPageMass(share, Concentration<Traits>(stats, s.softcap), stats.variance, &sums);
+      }
+    }
+  }
+#pragma unroll
+  for (int step = kTileColumns; step < 32; step *= 2) AddMasses(ShuffleMasses(sums, step), &sums);
+  if (lane < kTileColumns) shared.sums[warp][lane] = sums;
+}
+
+// By all threads of a CTA; thread 0 stores theta.
+template <class Traits>
+__device__ __forceinline__ void ThetaFromPageMasses(const ProgressiveArgs& p,
+                                                    const ProgressiveSequence& from,
+                                                    const SequenceView& s, int64_t head_index,
+                                                    MassShared& shared) {
+  GlobalLse<kThetaWarps>(p, from, head_index, shared.lse, shared.lse_parts);
+  const int columns = p.shape.group_size() * s.q_len;
+  const PageRange pages = VisiblePages(from);
+  const auto* dense =
+      reinterpret_cast<const float*>(p.workspace + p.work.dense_lse) + head_index * p.work.columns;
+  MassSums total;  // of thread 0: all columns
+  for (int column_begin = 0; column_begin < columns; column_begin += kTileColumns) {
+    SumPageMasses<Traits>(p, s, pages, head_index, column_begin, columns, shared);
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      const int lane = threadIdx.x, column = column_begin + lane;
+      MassSums sums;
+      if (lane < kTileColumns && column < columns) {
+        for (int warp = 0; warp < kThetaWarps; ++warp) AddMasses(shared.sums[warp][lane], &sums);
+        if (dense[column] != -INFINITY) {
+          AddDenseMass(Exp2(dense[column] - shared.lse[column]), &sums);
+        }
+      }
+#pragma unroll
+      for (int step = 1; step < kTileColumns; step *= 2) {
+        AddMasses(ShuffleMasses(sums, step), &sums);
+      }
+      AddMasses(sums, &total);
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x != 0) return;
+  reinterpret_cast<float*>(p.workspace + p.work.theta)[head_index] =
+      ThetaFromMasses(from.decision, total, columns, pages.end - pages.begin);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(kThetaThreads, 2)
+    ProgressiveThetaKernel(const __grid_constant__ ProgressiveArgs p) {
+  extern __shared__ __align__(16) std::byte shared_bytes[];
+  auto& shared = *reinterpret_cast<ThetaShared<Traits>*>(shared_bytes);
+  const int head = blockIdx.x, sequence = blockIdx.y;
+  const ProgressiveSequence& from = p.sequences[sequence];
+  WaitForDependencies();
+  NoteTime(p.stamps, kThetaStamp);
+  LaunchDependents();
+  if (!ChoosesTheta(from.decision.policy)) return;
+  const SequenceView s(from);
+  const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
+  if (from.decision.policy == Policy::kBudget) {
+    ThetaFromBudget<Traits>(p, from, s, head_index, head, shared.budget);
+  } else {
+    ThetaFromPageMasses<Traits>(p, from, s, head_index, shared.mass);
+  }
+}
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_KERNELS_CUDA_PROGRESSIVE_THETA_CUH_
