@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 import adaattn
+from quality import audit
 from quality.arms import parse
 from quality.dense import DenseCode, bytes_ratio
 from quality.ladder import Ladder, LadderOverPrefill
 from quality.mixture import Mixture
-from quality.model import Model, Prefill, attend_rows
+from quality.model import Model, Prefill
 from quality.perplexity import score_rows
 from quality.served import FIT_TOKENS, segments
 
@@ -78,25 +79,6 @@ def variants() -> Iterator[tuple[str, str, Ladder]]:
     yield "2-bit scan", "theta 0.002", Ladder(0.002, scan_bits=2, key_bits=(2, 4, 6, 8))
 
 
-class _WithError:
-    """As an Attend: the inner one's answers, their error against exact attention summed up."""
-
-    def __init__(self, inner, prefill: Prefill):
-        self.inner, self.prefill, self.error, self.rows = inner, prefill, None, 0
-
-    def __call__(self, layer, q, k, v, scale):
-        o = self.inner(layer, q, k, v, scale)
-        errors = []
-        for i in range(len(q)):  # one by one: exact attention over a long prefix takes room
-            seen = [torch.cat([old[layer][0], new[i]], 1)[None].half().to(q) for old, new in
-                    ((self.prefill.k, k), (self.prefill.v, v))]
-            exact = attend_rows(q[i:i + 1], *seen, scale)
-            errors.append(((o[i] - exact[0]).norm(dim=-1) / exact[0].norm(dim=-1)).sum().double())
-        self.error = torch.stack(errors) + (0 if self.error is None else self.error)
-        self.rows += q.shape[1] * q.shape[2]
-        return o
-
-
 class Ablation:
     """One text: tokens [0, prefill) imported, the rest decoded."""
 
@@ -121,19 +103,20 @@ class Ablation:
         return self.point(family, name, hidden, attend.ratio, attend.mean_error)
 
     def dense(self, code: str) -> Point:
-        attend = _WithError(DenseCode(self.prefill, code), self.prefill)
-        hidden = self.model.hidden(self.new, self.prefill_tokens, attend)[0]
-        ratio = bytes_ratio(code, self.model.shape.head_dim)
-        return self.point("dense", code, hidden, ratio, float(attend.error[0] / attend.rows))
+        audited = audit.Audited(DenseCode(self.prefill, code), self.prefill)
+        hidden = self.model.hidden(self.new, self.prefill_tokens, audited)[0]
+        error = audit.result_of(code, None, [audited.of_entry(0)]).error_q
+        return self.point("dense", code, hidden, bytes_ratio(code, self.model.shape.head_dim), error)
 
     def served(self, client: adaattn.Client, names: Sequence[str], parallel: int) -> list[Point]:
         arms = [parse(name, self.model.shape.head_dim) for name in names]
         new = self.new.expand(len(arms), -1)
         lanes = [segments(i, new.shape[1], parallel) for i in range(len(arms))]
         mixture = Mixture(client, self.model.shape, arms, lanes, self.prefill, quiet=False)
-        attend = _WithError(mixture, self.prefill)
-        hidden = self.model.hidden(new, self.prefill_tokens, attend)
-        return [self.point("served", name, hidden[i], mixture.ratios(i)[0], float(attend.error[i] / attend.rows))
+        audited = audit.Audited(mixture, self.prefill)
+        hidden = self.model.hidden(new, self.prefill_tokens, audited)
+        errors = [audit.result_of(arm.name, None, [audited.of_entry(i)]).error_q for i, arm in enumerate(arms)]
+        return [self.point("served", name, hidden[i], mixture.ratios(i)[0], errors[i])
                 for i, name in enumerate(names)]
 
 

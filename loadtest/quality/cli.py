@@ -36,7 +36,7 @@ def parse_arguments(arguments):
         one.add_argument("--arms", default=arms, help=f"by commas: {arm_list.parse.__doc__.splitlines()[0]}")
         return one
 
-    one = command("perplexity", "perplexity, KL to exact, top-1 flips and last words of sentences over texts",
+    one = command("perplexity", "perplexity, KL to exact, top-1 flips, errors of heads and last words of sentences over texts",
                   "bf16,fp8,int8,int4,theta=.002,theta=.004,two-stage=.002,two-stage=.004,budget=.05")
     one.add_argument("--tokens", type=int, default=4096, help="of each window of the text")
     one.add_argument("--windows", type=int, default=1, help="one after another")
@@ -78,13 +78,29 @@ def print_tasks(results):
               f"{percent(r.difference):>26} {r.only_exact:5} {r.only_arm:5} {r.p_value:7.4f}")
 
 
+def print_audits(results):
+    """Errors of heads, absolute for arms without a target; by layer the smallest and the largest figure."""
+    print(f"{'arm':<18} {'head-steps':>10} {'error':>8} {'/ target':>8} {'above %':>8} {'q heads: error':>14} "
+          f"{'above %':>8} {'layers: / target':>18} {'above %':>8}")
+    for r in results:
+        line = f"{r.arm:<18} {r.head_steps:10} {r.error:8.5f} "
+        if r.target:
+            means = [mean / r.target for mean, _ in r.layers]
+            line += (f"{r.error / r.target:8.3f} {100 * r.above:8.2f} {r.error_q:14.5f} {100 * r.above_q:8.2f} "
+                     f"{f'{min(means):.3f} to {max(means):.3f}':>18} {100 * max(above for _, above in r.layers):8.2f}")
+        else:
+            line += f"{'':8} {'':8} {r.error_q:14.5f}"
+        print(line)
+
+
 def run_perplexity(options, client, model, chosen):
     document = perplexity.Document(model, text.read(options.texts))
     windows = document.windows(options.skip, options.tokens, options.windows)
-    rows, words = perplexity.run(client, model, windows, options.prefill, chosen, options.parallel)
+    rows, words, audits = perplexity.run(client, model, windows, options.prefill, chosen, options.parallel)
     print_perplexity(rows)
+    print_audits(audits)
     print_tasks(words)
-    return rows + words
+    return rows + words + audits
 
 
 def run_retrieval(options, client, model, chosen):

@@ -44,15 +44,20 @@ def test_rows_over_a_prefill_are_the_rows_of_one_pass(model, ids):
 
 def test_arms_keep_their_order_of_fidelity(client, model, ids):
     window = perplexity.Window(ids, [(5, 5), (PREFILL + 10, PREFILL + 11), (TOKENS - 1, TOKENS - 1)])
-    names = ["bf16", "full", "two-stage=.016", "int4"]
-    rows, words = perplexity.run(client, model, [window], PREFILL, [parse(name, 64) for name in names], 2, quiet=True)
+    names = ["bf16", "full", "two-stage=.016", "int4", "budget=.1"]
+    rows, words, audits = perplexity.run(client, model, [window], PREFILL, [parse(name, 64) for name in names], 2, quiet=True)
     by_name = {row.arm: row for row in rows}
     assert by_name["exact"].kl.value == 0 and by_name["exact"].perplexity_change.value == 0
     assert 0 < by_name["bf16"].kl.value < by_name["full"].kl.value < by_name["int4"].kl.value
     assert by_name["bf16"].bytes_ratio == 1.0
     assert by_name["two-stage=.016"].bytes_ratio < by_name["full"].bytes_ratio < 0.65
     assert abs(by_name["bf16"].perplexity_change.value) < abs(by_name["int4"].perplexity_change.value)
-    assert [word.trials for word in words] == [2] * 5  # the first stands before the scored rows
+    assert [word.trials for word in words] == [2] * 6  # the first stands before the scored rows
+    bf16, full, two_stage, int4, budget = audits
+    assert all(one.head_steps == 2 * 2 * (TOKENS - PREFILL) for one in audits)  # layers, kv heads, rows
+    assert 0 < bf16.error < full.error < two_stage.error < int4.error
+    assert budget.target == 0.1 and len(budget.layers) == 2 and two_stage.above is None
+    assert full.error < budget.error < 0.1
 
 
 def test_trials_are_judged_by_every_token_of_the_answer(model, ids):
