@@ -14,7 +14,7 @@ import torch
 import adaattn
 from quality import arms as arm_list
 from quality import model as models
-from quality import ablation, perplexity, retrieval, text
+from quality import ablation, capture, perplexity, retrieval, text
 from quality.served import FIT_TOKENS
 
 
@@ -55,6 +55,13 @@ def parse_arguments(arguments):
     one.add_argument("--prefill", type=int, default=1024)
     one.add_argument("--parallel", type=int, default=16)
     one.add_argument("--out", default="build/ablation", help="folder of report.md, kl.svg, error.svg")
+    one = commands.add_parser("capture", help="traces of a model's layers, for fit_policy, control_bench and replay")
+    one.add_argument("texts", nargs="+", help="as above")
+    one.add_argument("--tokens", type=int, default=8192, help="of the text")
+    one.add_argument("--skip", type=int, default=0, help="tokens of the text before them")
+    one.add_argument("--rows", type=int, default=64, help="captured of the second half")
+    one.add_argument("--layers", default="", help="by commas; all if absent")
+    one.add_argument("--out", default="build/traces", help="folder of the files")
     return parser.parse_args(arguments)
 
 
@@ -129,11 +136,20 @@ def run_ablation(options, client, model, _):
     return points
 
 
+def run_capture(options, model):
+    ids = torch.tensor(model.tokens(text.read(options.texts))[options.skip:][:options.tokens])
+    layers = [int(layer) for layer in options.layers.split(",")] if options.layers else None
+    for path in capture.run(model, ids, options.rows, layers, pathlib.Path(options.out)):
+        print(path)
+
+
 def main(arguments=None):
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     model = models.load(options.model, options.device)
+    if options.command == "capture":
+        return run_capture(options, model)
     names = options.arms.split(",") if "arms" in options else []
     chosen = [arm_list.parse(name, model.shape.head_dim) for name in names]
     begin = time.monotonic()
