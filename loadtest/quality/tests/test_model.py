@@ -1,4 +1,6 @@
 """A tiny random model through every part of the harness."""
+import dataclasses
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -86,14 +88,28 @@ def test_questions_over_one_context_do_not_see_each_other(client, model, ids):
     assert not client.list_sessions()
 
 
-def test_the_ablation_measures_server_and_simulation_alike(client, model, ids):
+def test_the_ablation_measures_server_and_simulation_alike(client, model, ids, tmp_path):
     one = ablation.Ablation(model, ids, PREFILL, ids.flip(0)[:PREFILL])
-    (served,) = one.served(client, ["theta=.004"], 2)
+    budget, served, static = one.served(client, {"budget": ["budget=.1"], "served": ["theta=.004"],
+                                                 "static bits": ["static=8/0/8"]}, 2)
     simulated = one.simulated("simulated", "theta=.004", ablation.SHARED["theta=.004"])
     assert simulated.bytes == pytest.approx(served.bytes, rel=0.02)
     assert simulated.error == pytest.approx(served.error, rel=0.1)
     assert served.kl == pytest.approx(simulated.kl, rel=0.3)
     assert one.dense("int4").error > 3 * one.dense("int8").error > 0
-    points = [served, simulated]
+    points = [budget, served, simulated, static]
     assert ablation.front(points)[0] in points
-    assert ablation.table(points).count("\n") == 3
+    assert ablation.table(points).count("\n") == 5
+    assert budget.bytes < static.bytes and budget.kl > static.kl
+    assert ablation.unbeaten(points) == [static]
+    beaten = dataclasses.replace(static, bytes=budget.bytes, kl=budget.kl)
+    assert ablation.unbeaten([budget, beaten]) == []
+    ablation.plot(points, tmp_path)
+    assert "budget" in (tmp_path / "policies_kl.svg").read_text()
+
+
+def test_every_variant_of_the_ablation_answers(model, ids):
+    one = ablation.Ablation(model, ids[:PREFILL + 64], PREFILL, ids.flip(0)[:PREFILL])
+    points = {(family, name): one.simulated(family, name, variant) for family, name, variant in ablation.variants()}
+    assert all(0 < point.bytes < 1 and 0 < point.error < 1 and 0 < point.kl for point in points.values())
+    assert len({(point.bytes, point.kl) for point in points.values()}) > 0.9 * len(points)  # each does something
