@@ -3,12 +3,13 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quality import ablation, perplexity, retrieval
+from quality import ablation, capture, perplexity, retrieval, thetas
 from quality.arms import parse
 from quality.mixture import Mixture
-from quality.model import NAME, ExactOverPrefill, Model, Prefill, Shape
+from quality.model import NAME, ExactOverPrefill, Model, Prefill, Shape, attend_rows
 from quality.served import Lane
 from quality.tasks import Question
 
@@ -62,6 +63,33 @@ def test_arms_keep_their_order_of_fidelity(client, model, ids):
     assert full.error < budget.error < 0.1
 
 
+def test_the_cost_of_a_layer_is_that_of_answering_it_alone(client, model, ids):
+    arms = [parse(f"two-stage={theta}", 64) for theta in (0.016, 0.032)]
+    costs = thetas.measure(client, model, ids, PREFILL, arms, 2)
+    assert [cost.layer for cost in costs] == [0, 1]
+    prefill = Prefill(PREFILL)
+    exact = model.hidden(ids[None], 0, prefill)[0, PREFILL:-1]
+    for cost in costs:
+        mixture = Mixture(client, model.shape, arms[:1], [[Lane(0, 0, TOKENS - PREFILL)]], prefill)
+        attend = lambda layer, *x: (mixture if layer == cost.layer else ExactOverPrefill(prefill))(layer, *x)
+        hidden = model.hidden(ids[None, PREFILL:], PREFILL, attend)[:, :-1]
+        alone = perplexity.score_rows(model, exact, list(hidden), ids[PREFILL + 1:])[1]
+        assert cost.kl == pytest.approx(alone.kl.mean(), rel=0.02)
+        assert cost.bytes_ratio == pytest.approx(mixture.ratios(0)[0])
+        assert cost.saved > 0
+
+
+def test_captured_traces_hold_exact_answers(model, ids, tmp_path):
+    path, = capture.run(model, ids[:512], 3, [1], tmp_path)
+    with safe_open(path, "pt") as file:
+        q, k, v, positions, o = (file.get_tensor(name) for name in ("q", "k", "v", "positions", "expected_o"))
+        scale = float(file.metadata()["softmax_scale"])
+    assert positions.tolist() == [256, 383, 511] and k.shape == (2, 512, 64) and q.shape == (4, 3, 64)
+    for row, position in enumerate(positions.tolist()):
+        exact = attend_rows(*(x.float()[None] for x in (q[:, row:row + 1], k[:, :position + 1], v[:, :position + 1])), scale)
+        torch.testing.assert_close(o[:, row:row + 1], exact[0], atol=1e-4, rtol=1e-4)
+
+
 def test_trials_are_judged_by_every_token_of_the_answer(model, ids):
     prefill = Prefill(100)
     model.hidden(ids[None, :100], 0, prefill)
@@ -104,7 +132,7 @@ def test_the_ablation_measures_server_and_simulation_alike(client, model, ids, t
     assert ablation.unbeaten(points) == [static]
     beaten = dataclasses.replace(static, bytes=budget.bytes, kl=budget.kl)
     assert ablation.unbeaten([budget, beaten]) == []
-    ablation.plot(points, tmp_path)
+    ablation.plot([*points, dataclasses.replace(simulated, family="page 16")], tmp_path)
     assert "budget" in (tmp_path / "policies_kl.svg").read_text()
 
 
