@@ -19,13 +19,6 @@ class Arm:
     page_format: adaattn.PageFormat = adaattn.PageFormat.DEFAULT
     options: adaattn.AttendOptions = adaattn.AttendOptions()
     simulated: Optional[str] = None
-    factors: tuple[float, ...] = ()  # of options.theta, one a layer
-
-    def options_at(self, layer: int) -> adaattn.AttendOptions:
-        """What a request about this layer says."""
-        if not self.factors:
-            return self.options
-        return dataclasses.replace(self.options, theta=self.options.theta * self.factors[layer])
 
     @property
     def target(self) -> Optional[float]:
@@ -39,12 +32,12 @@ def threshold(theta: float, coarse_rank: int, coarse_z: float = 2.0) -> adaattn.
                                  coarse_z=coarse_z)
 
 
-def parse(text: str, head_dim: int, factors: tuple[float, ...] = ()) -> Arm:
-    """bf16 | fp8 | served-fp8 | int8 | int4 | theta=T | two-stage=T[/Z[/R]] | layered=T[/Z[/R]] | budget=E | learned=E | entropy=T | static=K/R/V | full
+def parse(text: str, head_dim: int) -> Arm:
+    """bf16 | fp8 | served-fp8 | int8 | int4 | theta=T | two-stage=T[/Z[/R]] | budget=E | learned=E | entropy=T | static=K/R/V | full
 
-    theta: the ladder after a one-stage scan; two-stage: R channels first (half of them), margin Z (2); layered:
-    that with theta times a factor for each layer, `factors` (thetas.py); budget and learned: the target relative error;
-    entropy: theta in units of an equal page's share; static: key bits, rank, value bits. Errors: ValueError.
+    theta: the ladder after a one-stage scan; two-stage: R channels first (half of them), margin Z (2); budget and
+    learned: the target relative error; entropy: theta in units of an equal page's share; static: key bits, rank,
+    value bits. Errors: ValueError.
     """
     name, _, value = text.partition("=")
     progressive = adaattn.PageFormat.PROGRESSIVE
@@ -58,12 +51,9 @@ def parse(text: str, head_dim: int, factors: tuple[float, ...] = ()) -> Arm:
         return Arm(text, progressive, adaattn.AttendOptions(mode=adaattn.Mode.FULL_DEPTH))
     if name == "theta":
         return Arm(text, progressive, threshold(float(value), 0))
-    if name in ("two-stage", "layered"):
+    if name == "two-stage":
         theta, z, rank, *_ = [*value.split("/"), "", ""]
-        if name == "layered" and not factors:
-            raise ValueError(f"arm {text!r}: needs the factors of the layers")
-        return Arm(text, progressive, threshold(float(theta), int(rank or head_dim // 2), float(z or 2)),
-                   factors=factors if name == "layered" else ())
+        return Arm(text, progressive, threshold(float(theta), int(rank or head_dim // 2), float(z or 2)))
     if name in TARGETED:
         return Arm(text, progressive, adaattn.AttendOptions(policy=TARGETED[name], target_relative_error=float(value)))
     if name == "entropy":
@@ -73,4 +63,4 @@ def parse(text: str, head_dim: int, factors: tuple[float, ...] = ()) -> Arm:
         return Arm(text, progressive, adaattn.AttendOptions(
             mode=adaattn.Mode.STATIC, static_key_bits=key_bits, static_rank=rank, static_value_bits=value_bits))
     raise ValueError(f"arm {text!r}: must be bf16, fp8, served-fp8, int8, int4, theta=T, two-stage=T[/Z[/R]], "
-                     "layered=T[/Z[/R]], budget=E, learned=E, entropy=T, static=KEY_BITS/RANK/VALUE_BITS or full")
+                     "budget=E, learned=E, entropy=T, static=KEY_BITS/RANK/VALUE_BITS or full")

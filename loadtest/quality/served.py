@@ -83,7 +83,7 @@ class Served:
         """q [batch, q_heads, rows, d], k, v [batch, kv_heads, rows, d]."""
         one_layer = adaattn.ModelShape(1, self.shape.num_q_heads, self.shape.num_kv_heads, self.shape.head_dim, scale)
         k, v = to_rows(k), to_rows(v)
-        bases = [self.client.open_session(one_layer, page_format=arm.page_format, options=arm.options_at(layer),
+        bases = [self.client.open_session(one_layer, page_format=arm.page_format, options=arm.options,
                                           lease_seconds=3600) for arm in self.arms]
         prefix_q, prefix_k, prefix_v = (to_rows(x[layer][0]) for x in
                                         (self.prefill.q, self.prefill.k, self.prefill.v))

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quality import ablation, capture, perplexity, retrieval, thetas
+from quality import ablation, capture, perplexity, retrieval
 from quality.arms import parse
 from quality.mixture import Mixture
 from quality.model import NAME, ExactOverPrefill, Model, Prefill, Shape, attend_rows
@@ -61,22 +61,6 @@ def test_arms_keep_their_order_of_fidelity(client, model, ids):
     assert 0 < bf16.error < full.error < two_stage.error < int4.error
     assert budget.target == 0.1 and len(budget.layers) == 2 and two_stage.above is None
     assert full.error < budget.error < 0.1
-
-
-def test_the_cost_of_a_layer_is_that_of_answering_it_alone(client, model, ids):
-    arms = [parse(f"two-stage={theta}", 64) for theta in (0.016, 0.032)]
-    costs = thetas.measure(client, model, ids, PREFILL, arms, 2)
-    assert [cost.layer for cost in costs] == [0, 1]
-    prefill = Prefill(PREFILL)
-    exact = model.hidden(ids[None], 0, prefill)[0, PREFILL:-1]
-    for cost in costs:
-        mixture = Mixture(client, model.shape, arms[:1], [[Lane(0, 0, TOKENS - PREFILL)]], prefill)
-        attend = lambda layer, *x: (mixture if layer == cost.layer else ExactOverPrefill(prefill))(layer, *x)
-        hidden = model.hidden(ids[None, PREFILL:], PREFILL, attend)[:, :-1]
-        alone = perplexity.score_rows(model, exact, list(hidden), ids[PREFILL + 1:])[1]
-        assert cost.kl == pytest.approx(alone.kl.mean(), rel=0.02)
-        assert cost.bytes_ratio == pytest.approx(mixture.ratios(0)[0])
-        assert cost.saved > 0
 
 
 def test_captured_traces_hold_exact_answers(model, ids, tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from quality import arms, audit, dense, ladder, statistics, tasks, text, thetas
+from quality import arms, audit, dense, ladder, statistics, tasks, text
 from quality.model import Prefill, attend_rows
 from quality.served import Lane, segments
 
@@ -53,7 +53,7 @@ def test_segments_cover_every_row_once_in_whole_pages():
     assert segments(0, 130, 2) == [Lane(0, 0, 128), Lane(0, 128, 130)]
 
 
-@pytest.mark.parametrize("name", ["nonsense", "theta=x", "static=8", "int5", "layered=.004"])
+@pytest.mark.parametrize("name", ["nonsense", "theta=x", "static=8", "int5"])
 def test_unknown_arms_are_refused(name):
     with pytest.raises(ValueError):
         arms.parse(name, 64)
@@ -129,23 +129,3 @@ def test_errors_of_heads_are_the_audits():
     assert result.error == pytest.approx(3 * 0.6 / 16) and result.error_q == pytest.approx(3 * 0.7 / 32)
     assert result.above == pytest.approx(3 / 16) and result.above_q == pytest.approx(3 / 32)
     np.testing.assert_allclose(result.layers, [(0.075, 1 / 8), (0.15, 2 / 8)], rtol=1e-6)
-
-
-def test_theta_by_layer_spends_bytes_where_the_model_feels_them(tmp_path):
-    cost = lambda layer, kl, saved: thetas.LayerCost(layer, kl, 0.2, saved)
-    assert [c.factor for c in thetas.with_factors([cost(0, 1e-3, 0.02), cost(1, 1e-3, 0.02)])] == pytest.approx([1, 1])
-    costs = thetas.with_factors([cost(0, 4e-4, 0.02), cost(1, 1e-4, 0.02), cost(2, 1e-4, 0.04)])
-    # At the optimum what the next byte would gain is alike: KL theta^EXPONENT / saved.
-    gains = [c.kl * c.factor ** thetas.EXPONENT / c.saved for c in costs]
-    assert gains == pytest.approx([gains[0]] * 3)
-    assert math.prod(c.factor for c in costs) == pytest.approx(1)
-    assert thetas.with_factors([cost(0, 1, 0.02), cost(1, 1e-9, 0.02)])[0].factor == thetas.RANGE[0]
-    path = tmp_path / "thetas.json"
-    thetas.write(path, "tiny", costs)
-    arm = arms.parse("layered=.004", 64, thetas.read(str(path)))
-    assert [arm.options_at(layer).theta for layer in range(3)] == pytest.approx([0.004 * c.factor for c in costs], rel=1e-3)
-    assert arm.options_at(1).coarse_rank == 32
-    assert arms.parse("two-stage=.004", 64, (2.0,)).options_at(0).theta == 0.004
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="format None"):
-        thetas.read(str(tmp_path / "other.json"))
