@@ -46,6 +46,7 @@ SHARED = {
     "theta=.001": Ladder(theta=0.001),
     "two-stage=.004": Ladder(theta=0.004, coarse_rank=0.5),
     "two-stage=.016/1": Ladder(theta=0.016, coarse_rank=0.5, coarse_z=1.0),
+    "unrotated=.004": Ladder(theta=0.004, coarse_rank=0.5, basis="none"),
     "entropy=.032": Ladder(theta=0.032, entropy="page shares"),
     "static=8/32/8": Ladder(static=(8, 0.5, 8)),
     "static=6/64/4": Ladder(static=(6, 1.0, 4)),
