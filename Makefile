@@ -47,8 +47,9 @@ quality: setup build/release/build.ninja  ## A whole model over the server: perp
 ablation: setup build/release/build.ninja  ## What each part of the design is worth, as a report with plots: build/ablation
 	@scripts/setup quality
 	@scripts/python client/python loadtest/quality
-	@ninja -C build/release -j$(JOBS) adaattn_server
-	@scripts/quality --report build/ablation/report.json ablation '{text}'
+	@ninja -C build/release -j$(JOBS) adaattn_server adaattn_control_bench
+	@scripts/quality --report build/ablation/report.json --policy-file tests/data/policy.json ablation \
+	    --control-bench build/release/loadtest/adaattn_control_bench '{text}'
 
 e2e: setup build/release/build.ninja  ## A server under load, watched by a real Prometheus and a real browser
 	@scripts/setup e2e

@@ -1,8 +1,8 @@
-"""What each part of the design is worth: variants of the ladder on one text, as bytes against error, KL and
-perplexity, with dense and static caches as baselines.
+"""What each part of the design is worth: policies of the server and variants of the ladder on one text, as bytes
+against error, KL and perplexity, with dense and static caches as baselines.
 
-Variants run in PyTorch (ladder.py). That this states what the server does is shown first, on the settings that
-both have: rows with `served` come from the server, and the differences are printed.
+Policies are answered by the server. What it does not offer runs in PyTorch (ladder.py); that this states what the
+server does is shown first, on the settings that both have (SHARED).
 """
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import dataclasses
 import pathlib
 import sys
 import time
-from typing import Iterator, Optional, Sequence
+from typing import Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
 
 import adaattn
+from quality import audit
 from quality.arms import parse
 from quality.dense import DenseCode, bytes_ratio
 from quality.ladder import Ladder, LadderOverPrefill
 from quality.mixture import Mixture
-from quality.model import Model, Prefill, attend_rows
+from quality.model import Model, Prefill
 from quality.perplexity import score_rows
 from quality.served import FIT_TOKENS, segments
 
@@ -45,24 +46,34 @@ SHARED = {
     "theta=.001": Ladder(theta=0.001),
     "two-stage=.004": Ladder(theta=0.004, coarse_rank=0.5),
     "two-stage=.016/1": Ladder(theta=0.016, coarse_rank=0.5, coarse_z=1.0),
+    "unrotated=.004": Ladder(theta=0.004, coarse_rank=0.5, basis="none"),
+    "entropy=.032": Ladder(theta=0.032, entropy="page shares"),
     "static=8/32/8": Ladder(static=(8, 0.5, 8)),
     "static=6/64/4": Ladder(static=(6, 1.0, 4)),
 }
 
 
+# What reads by the mass it finds, and what does not: the two sides of the Pareto plot.
+ADAPTIVE = {
+    "budget": [f"budget={target}" for target in ("0.02", "0.03", "0.05", "0.07", "0.1", "0.15", "0.2")],
+    "entropy": [f"entropy={theta}" for theta in ("0.008", "0.016", "0.032", "0.064", "0.128")],
+    "threshold, one stage": [f"theta={theta}" for theta in ("0.0005", "0.001", "0.002", "0.004", "0.008", "0.016")],
+    "threshold, two stages": [f"two-stage={theta}" for theta in ("0.0005", "0.001", "0.002", "0.004", "0.008", "0.016")],
+}
+LEARNED = {"learned": [f"learned={target}" for target in ("0.02", "0.05", "0.1", "0.2")]}  # with a policy file
+STATIC = {
+    "static bits": ["static=4/0/2", "static=4/0/4", "static=6/0/4", "static=6/0/6", "static=8/0/8"],
+    "static rank": ["static=8/{half}/8", "static=8/{half}/4", "static=8/{most}/8", "static=8/{most}/4"],
+}
+DENSE = ("fp8", "int8", "int4")
+SERVED_TOGETHER = 8  # arms in one pass of the model
+
+
 def variants() -> Iterator[tuple[str, str, Ladder]]:
     """(family, name, variant)"""
-    for theta in (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016):
-        yield "precision only", f"theta {theta}", Ladder(theta)
-        yield "combined", f"theta {theta}", Ladder(theta, coarse_rank=0.5)
     for theta in (0.001, 0.004, 0.016, 0.064):
         yield "rank only", f"theta {theta}", Ladder(theta, coarse_rank=0.5, scan_bits=8, key_bits=(8,),
                                                    value_bits=(8,), skips=False)
-    for rank in (0.25, 0.5, 0.75, 1.0):
-        yield "static rank", f"rank {rank}", Ladder(static=(8, rank, 8))
-        yield "static rank", f"rank {rank}, values 4 bits", Ladder(static=(8, rank, 4))
-    for key, value in ((4, 2), (4, 4), (6, 4), (6, 6), (8, 8)):
-        yield "static bits", f"{key} and {value} bits", Ladder(static=(key, 1.0, value))
     for page in (16, 32, 128):
         for theta in (0.002, 0.004, 0.008):
             scaled = theta * page / 64
@@ -76,25 +87,13 @@ def variants() -> Iterator[tuple[str, str, Ladder]]:
     for rank, z in ((0.25, 2.0), (0.5, 0.0), (0.5, 1.0), (0.5, 3.0), (0.75, 2.0)):
         yield "coarse scan", f"rank {rank}, z {z:g}", Ladder(0.004, coarse_rank=rank, coarse_z=z)
     yield "2-bit scan", "theta 0.002", Ladder(0.002, scan_bits=2, key_bits=(2, 4, 6, 8))
-
-
-class _WithError:
-    """As an Attend: the inner one's answers, their error against exact attention summed up."""
-
-    def __init__(self, inner, prefill: Prefill):
-        self.inner, self.prefill, self.error, self.rows = inner, prefill, None, 0
-
-    def __call__(self, layer, q, k, v, scale):
-        o = self.inner(layer, q, k, v, scale)
-        errors = []
-        for i in range(len(q)):  # one by one: exact attention over a long prefix takes room
-            seen = [torch.cat([old[layer][0], new[i]], 1)[None].half().to(q) for old, new in
-                    ((self.prefill.k, k), (self.prefill.v, v))]
-            exact = attend_rows(q[i:i + 1], *seen, scale)
-            errors.append(((o[i] - exact[0]).norm(dim=-1) / exact[0].norm(dim=-1)).sum().double())
-        self.error = torch.stack(errors) + (0 if self.error is None else self.error)
-        self.rows += q.shape[1] * q.shape[2]
-        return o
+    for shares in ("exact", "uncorrected", "of the row before"):
+        for theta in (0.002, 0.008):
+            yield f"shares {shares}", f"theta {theta}", Ladder(theta, shares=shares)
+    # Entropies of tokens exceed those of page shares by 1.2 nats on the traces (docs/policies.md): thetas by exp(1.2).
+    for entropy, unit in (("page shares", 1), ("all tokens", 3.3), ("4 pages drawn", 3.3)):
+        for theta in (0.016, 0.064):
+            yield f"entropy of {entropy}", f"theta {theta * unit:g}", Ladder(theta * unit, entropy=entropy)
 
 
 class Ablation:
@@ -121,31 +120,41 @@ class Ablation:
         return self.point(family, name, hidden, attend.ratio, attend.mean_error)
 
     def dense(self, code: str) -> Point:
-        attend = _WithError(DenseCode(self.prefill, code), self.prefill)
-        hidden = self.model.hidden(self.new, self.prefill_tokens, attend)[0]
-        ratio = bytes_ratio(code, self.model.shape.head_dim)
-        return self.point("dense", code, hidden, ratio, float(attend.error[0] / attend.rows))
+        audited = audit.Audited(DenseCode(self.prefill, code), self.prefill)
+        hidden = self.model.hidden(self.new, self.prefill_tokens, audited)[0]
+        error = audit.result_of(code, None, [audited.of_entry(0)]).error_q
+        return self.point("dense", code, hidden, bytes_ratio(code, self.model.shape.head_dim), error)
 
-    def served(self, client: adaattn.Client, names: Sequence[str], parallel: int) -> list[Point]:
-        arms = [parse(name, self.model.shape.head_dim) for name in names]
-        new = self.new.expand(len(arms), -1)
-        lanes = [segments(i, new.shape[1], parallel) for i in range(len(arms))]
-        mixture = Mixture(client, self.model.shape, arms, lanes, self.prefill, quiet=False)
-        attend = _WithError(mixture, self.prefill)
-        hidden = self.model.hidden(new, self.prefill_tokens, attend)
-        return [self.point("served", name, hidden[i], mixture.ratios(i)[0], float(attend.error[i] / attend.rows))
-                for i, name in enumerate(names)]
+    def served(self, client: adaattn.Client, families: Mapping[str, Sequence[str]], parallel: int) -> list[Point]:
+        """The arms of each family (names of arms.py) by the server, SERVED_TOGETHER in one pass of the model."""
+        todo = [(family, name) for family, names in families.items() for name in names]
+        points = []
+        for begin in range(0, len(todo), SERVED_TOGETHER):
+            some = todo[begin:begin + SERVED_TOGETHER]
+            arms = [parse(name, self.model.shape.head_dim) for _, name in some]
+            new = self.new.expand(len(arms), -1)
+            lanes = [segments(i, new.shape[1], parallel) for i in range(len(arms))]
+            mixture = Mixture(client, self.model.shape, arms, lanes, self.prefill, quiet=False)
+            audited = audit.Audited(mixture, self.prefill)
+            hidden = self.model.hidden(new, self.prefill_tokens, audited)
+            for i, (family, name) in enumerate(some):
+                error = audit.result_of(name, None, [audited.of_entry(i)]).error_q
+                points.append(self.point(family, name, hidden[i], mixture.ratios(i)[0], error))
+        return points
 
 
 def run(client: adaattn.Client, model: Model, ids: torch.Tensor, prefill_tokens: int, other: torch.Tensor,
-        parallel: int) -> list[Point]:
-    """Every point; progress to stderr."""
+        parallel: int, learned: bool) -> list[Point]:
+    """Every point; progress to stderr. learned: the server has a policy file."""
     begin = time.monotonic()
     ablation = Ablation(model, ids, prefill_tokens, other)
+    d = model.shape.head_dim
+    static = {family: [name.format(half=d // 2, most=3 * d // 4) for name in names] for family, names in STATIC.items()}
     points = [Point("exact", "exact", 1.0, 0.0, 0.0, 0.0, 0.0)]
-    points += ablation.served(client, ["bf16", *SHARED], parallel)
+    points += ablation.served(client, {"served": ["bf16", *SHARED], **ADAPTIVE, **(LEARNED if learned else {}), **static},
+                              parallel)
     points += [ablation.simulated("simulated", name, variant) for name, variant in SHARED.items()]
-    points += [ablation.dense(code) for code in ("fp8", "int8", "int4")]
+    points += [ablation.dense(code) for code in DENSE]
     todo = list(variants())
     for i, (family, name, variant) in enumerate(todo):
         points.append(ablation.simulated(family, name, variant))
@@ -184,18 +193,34 @@ def front(points: Sequence[Point]) -> list[Point]:
     return found
 
 
+def unbeaten(points: Sequence[Point]) -> list[Point]:
+    """The static and dense points that no adaptive one matches in bytes and KL alike."""
+    adaptive = [p for p in points if p.family in ADAPTIVE or p.family in LEARNED]
+    return [p for p in points if p.family in (*STATIC, "dense")
+            and not any(a.bytes <= p.bytes and a.kl <= p.kl for a in adaptive)]
+
+
 def plot(points: Sequence[Point], folder: pathlib.Path) -> None:
-    """folder/kl.svg and folder/error.svg: bytes against KL and error, a line a family."""
+    """Bytes against KL and error, a line a family: policies_kl.svg and policies_error.svg of what is adaptive,
+    static and dense; kl.svg and error.svg of the variants, beside the threshold policy."""
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
     matplotlib.rcParams.update({"svg.hashsalt": "adaattn", "svg.fonttype": "none"})
-    shown = [p for p in points if p.family not in ("exact", "served", "simulated")]
+    policies = (*ADAPTIVE, *LEARNED, *STATIC, "dense")
+    _plot([p for p in points if p.family in policies], folder, "policies_", plt)
+    variants_shown = [p for p in points if p.family not in (*policies, "exact", "served", "simulated")]
+    _plot(variants_shown + [p for p in points if p.family.startswith("threshold")], folder, "", plt)
+
+
+def _plot(shown: Sequence[Point], folder: pathlib.Path, prefix: str, plt) -> None:
     for what in ("kl", "error"):
         figure, axes = plt.subplots(figsize=(9, 6))
-        for family in dict.fromkeys(p.family for p in shown):
+        for i, family in enumerate(dict.fromkeys(p.family for p in shown)):
             line = sorted((p.bytes, getattr(p, what)) for p in shown if p.family == family)
-            axes.plot(*zip(*line), marker="o", markersize=4, linewidth=1, label=family)
+            static = family in STATIC or family == "dense"
+            axes.plot(*zip(*line), marker="os^v"[i // 10], markersize=4, linewidth=1, label=family,
+                      linestyle="--" if static else "-")
         if what == "kl":
             best = front(shown)
             axes.plot([p.bytes for p in best], [p.kl for p in best], color="black", linestyle=":", label="Pareto front")
@@ -203,5 +228,5 @@ def plot(points: Sequence[Point], folder: pathlib.Path) -> None:
                  yscale="log")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, ncols=2)
-        figure.savefig(folder / f"{what}.svg", metadata={"Date": None}, bbox_inches="tight")
+        figure.savefig(folder / f"{prefix}{what}.svg", metadata={"Date": None}, bbox_inches="tight")
         plt.close(figure)

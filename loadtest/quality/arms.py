@@ -8,6 +8,9 @@ import adaattn
 from quality.dense import CODES
 
 
+TARGETED = {"budget": adaattn.Policy.BUDGET, "learned": adaattn.Policy.LEARNED}  # policies that aim at an error
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
     """A page format and options of the server, or a dense quantiser of dense.py (`simulated`)."""
@@ -16,6 +19,12 @@ class Arm:
     page_format: adaattn.PageFormat = adaattn.PageFormat.DEFAULT
     options: adaattn.AttendOptions = adaattn.AttendOptions()
     simulated: Optional[str] = None
+    basis: str = ""  # of ladder.fit_basis, brought along; "": the server's own fit
+
+    @property
+    def target(self) -> Optional[float]:
+        """The relative error that the options aim at, if they do."""
+        return self.options.target_relative_error or None
 
 
 def threshold(theta: float, coarse_rank: int, coarse_z: float = 2.0) -> adaattn.AttendOptions:
@@ -25,10 +34,11 @@ def threshold(theta: float, coarse_rank: int, coarse_z: float = 2.0) -> adaattn.
 
 
 def parse(text: str, head_dim: int) -> Arm:
-    """bf16 | fp8 | served-fp8 | int8 | int4 | theta=T | two-stage=T[/Z] | budget=E | entropy=T | static=K/R/V | full
+    """bf16 | fp8 | served-fp8 | int8 | int4 | theta=T | two-stage=T[/Z[/R]] | unrotated=T[/Z[/R]] | budget=E | learned=E | entropy=T | static=K/R/V | full
 
-    theta: the ladder after a one-stage scan; two-stage: half the rank first, margin Z (2); budget: the
-    target relative error; entropy: theta in units of an equal page's share; static: key bits, rank, value bits. Errors: ValueError.
+    theta: the ladder after a one-stage scan; two-stage: R channels first (half of them), margin Z (2); unrotated:
+    that without a rotation of keys, channels ordered by what queries look at; budget and learned: the target relative error;
+    entropy: theta in units of an equal page's share; static: key bits, rank, value bits. Errors: ValueError.
     """
     name, _, value = text.partition("=")
     progressive = adaattn.PageFormat.PROGRESSIVE
@@ -42,17 +52,17 @@ def parse(text: str, head_dim: int) -> Arm:
         return Arm(text, progressive, adaattn.AttendOptions(mode=adaattn.Mode.FULL_DEPTH))
     if name == "theta":
         return Arm(text, progressive, threshold(float(value), 0))
-    if name == "two-stage":
-        theta, _, z = value.partition("/")
-        return Arm(text, progressive, threshold(float(theta), head_dim // 2, float(z or 2)))
-    if name == "budget":
-        return Arm(text, progressive, adaattn.AttendOptions(
-            policy=adaattn.Policy.BUDGET, target_relative_error=float(value)))
+    if name in ("two-stage", "unrotated"):
+        theta, z, rank, *_ = [*value.split("/"), "", ""]
+        return Arm(text, progressive, threshold(float(theta), int(rank or head_dim // 2), float(z or 2)),
+                   basis="none" if name == "unrotated" else "")
+    if name in TARGETED:
+        return Arm(text, progressive, adaattn.AttendOptions(policy=TARGETED[name], target_relative_error=float(value)))
     if name == "entropy":
         return Arm(text, progressive, adaattn.AttendOptions(policy=adaattn.Policy.ENTROPY, theta=float(value)))
     if name == "static":
         key_bits, rank, value_bits = map(int, value.split("/"))
         return Arm(text, progressive, adaattn.AttendOptions(
             mode=adaattn.Mode.STATIC, static_key_bits=key_bits, static_rank=rank, static_value_bits=value_bits))
-    raise ValueError(f"arm {text!r}: must be bf16, fp8, served-fp8, int8, int4, theta=T, two-stage=T[/Z], budget=E, entropy=T, "
-                     "static=KEY_BITS/RANK/VALUE_BITS or full")
+    raise ValueError(f"arm {text!r}: must be bf16, fp8, served-fp8, int8, int4, theta=T, two-stage=T[/Z[/R]], "
+                     "unrotated=T[/Z[/R]], budget=E, learned=E, entropy=T, static=KEY_BITS/RANK/VALUE_BITS or full")

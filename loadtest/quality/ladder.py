@@ -15,6 +15,7 @@ import torch
 from quality.model import Prefill, attend_rows
 
 NONE = -1e30  # of log masses
+EXACT = 16    # bits: keys that are not rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Ladder:
     value_bits: tuple[int, ...] = (2, 4, 6, 8)  # depths that the ladder may choose; 0 (the mean) beside them
     skips: bool = True             # False: every page's values are read, at least at the first depth
     static: Optional[tuple[int, float, int]] = None
+    shares: str = "scan"           # what depths are chosen by: exact, uncorrected (for rounding), of the row before
+    entropy: str = ""              # the policy of that name, theta exp(-H); H of: page shares, all tokens, 4 pages drawn
 
 
 def hadamard(d: int) -> torch.Tensor:
@@ -133,6 +136,7 @@ class _Cache:
         value_code, value_range = nested(rotated.reshape(heads, pages, page, self.groups, -1), -1)
         flat = lambda x: x.reshape(heads, pages * page, self.d)
         self.key = {bits: flat(decode(key_code, key_range, bits)) for bits in (2, 4, 6, 8)}
+        self.key[EXACT] = flat(cut((k - self.mean) @ self.rotation))
         self.value = {bits: flat(decode(value_code, value_range, bits)) @ turn.T for bits in (2, 4, 6, 8)}
         mean = rotated.mean(2)
         step = mean.abs().amax(-1, True).clamp_min(1e-9) / 127
@@ -226,10 +230,11 @@ class _Scan:
             opened[..., 0] = True
             mass = torch.where(opened[:, None], full, corrected)
         total = torch.cat([mass, dense], -1).logsumexp(-1, True)
-        share = (mass - total).exp().amax(1)
+        share = self._shares(mass, dense)
+        theta = self._theta((mass - total).exp(), dense)
         value = torch.zeros(shape, dtype=torch.long, device=dense.device)
         for depth, factor in ((2, 1), (4, 4), (6, 16), (8, 64)):
-            value[share > variant.theta * factor] = depth
+            value[share > theta * factor] = depth
         value[~opened] = 0
         key_depth = torch.where(value > 0, (value + 2).clamp(4, 8), torch.full_like(value, bits))
         key_depth, value = at_least(key_depth, variant.key_bits), at_least(value, variant.value_bits)
@@ -240,12 +245,48 @@ class _Scan:
         key = torch.stack([key_depth.float(), rank], -1)
         return key, value, mass, self._bytes(key, value)
 
+    def _shares(self, mass: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+        """[heads, rows, pages], the largest of the group's, from the estimator of the variant."""
+        if self.variant.shares == "exact":
+            mass = self.page_lse(EXACT)
+        elif self.variant.shares == "uncorrected":
+            mass = self.page_lse(self.variant.scan_bits)
+        share = (mass - torch.cat([mass, dense], -1).logsumexp(-1, True)).exp().amax(1)
+        if self.variant.shares == "of the row before":  # the first of these rows takes its own
+            share = torch.cat([share[:, :1], share[:, :-1]], 1)
+        return share
+
+    def _theta(self, shares: torch.Tensor, dense: torch.Tensor):
+        """The variant's, or by entropies [heads, rows, 1] as kernels/policy/theta.h. shares [..., pages] of the scan."""
+        variant = self.variant
+        if not variant.entropy:
+            return variant.theta
+        assert not variant.coarse_rank
+        if variant.entropy == "all tokens":
+            entropy = entropy_of(torch.cat([self.scores(EXACT), dense], -1))
+        else:
+            items = torch.cat([shares, 1 - shares.sum(-1, keepdim=True)], -1).clamp_min(1e-30)
+            entropy = -(items * items.log()).sum(-1)
+            if variant.entropy == "4 pages drawn":
+                scores = self.scores(variant.scan_bits)
+                inside = entropy_of(scores.reshape(*scores.shape[:-1], self.sealed, variant.page))
+                inside = torch.cat([inside, entropy_of(dense)[..., None]], -1).flatten(0, -2)
+                drawn = torch.multinomial(items.flatten(0, -2), 4, True, generator=torch.Generator().manual_seed(self.n))
+                entropy = entropy + inside.gather(1, drawn).mean(1).reshape(entropy.shape)
+        return (variant.theta * (-entropy.mean(1)).exp()).clamp(2.0 ** -16, 0.25)[..., None]
+
     def _bytes(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Of K and V, as kernels/format/page_layout.h lays pages out: ranges, summary, planes."""
         d, page = self.cache.d, self.variant.page
         k = d + page * d * (key[..., 0] * key[..., 1]).double() / 8
         v = 16 + d + (value > 0).double() * page * self.cache.groups + page * d * value.double() / 8
         return (k + v).sum()
+
+
+def entropy_of(scores: torch.Tensor) -> torch.Tensor:
+    """Of softmax(scores) along the last axis, nats."""
+    p = scores.softmax(-1)
+    return scores.logsumexp(-1) - (p * scores).sum(-1)
 
 
 def at_least(bits: torch.Tensor, depths: tuple[int, ...]) -> torch.Tensor:

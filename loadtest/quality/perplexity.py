@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import adaattn
+from quality import audit
 from quality.arms import Arm
 from quality.mixture import Mixture
 from quality.model import Model, Prefill
@@ -89,16 +90,18 @@ class Window:
 
 
 def run(client: adaattn.Client, model: Model, windows: Sequence[Window], prefill_tokens: int, arms: Sequence[Arm],
-        parallel: int = 16, quiet: bool = False) -> tuple[list[ArmResult], list[TaskResult]]:
+        parallel: int = 16, quiet: bool = False) -> tuple[list[ArmResult], list[TaskResult], list[audit.AuditResult]]:
     """Of each window the first prefill_tokens are imported exactly, every later row is a decode step, in
     `parallel` segments side by side.
 
     Scored are the rows from prefill_tokens on that have a next token, and the last words of sentences among
-    them: right when every token is the most probable one. The first result of both is exact.
+    them: right when every token is the most probable one. The first result of both is exact. The third list has
+    the errors of every arm's answers.
     """
     scores = [[] for _ in range(1 + len(arms))]
     right = [[] for _ in range(1 + len(arms))]
     totals = [BytesRead() for _ in arms]
+    audits = [[] for _ in arms]
     for window in windows:
         prefill = Prefill(prefill_tokens)
         exact = model.hidden(window.ids[None], 0, prefill)[0, prefill_tokens:-1]
@@ -106,7 +109,8 @@ def run(client: adaattn.Client, model: Model, windows: Sequence[Window], prefill
         new = window.ids[prefill_tokens:][None].expand(len(arms), -1)
         lanes = [segments(i, new.shape[1], parallel) for i in range(len(arms))]
         mixture = Mixture(client, model.shape, arms, lanes, prefill, quiet)
-        hidden = model.hidden(new, prefill_tokens, mixture)[:, :-1]
+        audited = audit.Audited(mixture, prefill)
+        hidden = model.hidden(new, prefill_tokens, audited)[:, :-1]
         # Row r of hidden stands at prefill_tokens + r and says the token after it.
         words = [(first - prefill_tokens - 1, last - prefill_tokens - 1) for first, last in window.words
                  if first > prefill_tokens]
@@ -114,6 +118,7 @@ def run(client: adaattn.Client, model: Model, windows: Sequence[Window], prefill
             scores[i].append(one)
             right[i].append(np.array([one.right[first:last + 1].all() for first, last in words], bool))
         for i, arm in enumerate(arms):
+            audits[i].append(audited.of_entry(i))
             if not arm.simulated:
                 totals[i].merge(mixture.bytes_read(i))
     names = ["exact", *(arm.name for arm in arms)]
@@ -124,8 +129,9 @@ def run(client: adaattn.Client, model: Model, windows: Sequence[Window], prefill
     right = [np.concatenate(one) for one in right]
     rows = [result_of(name, joined[0], one, *ratio) for name, one, ratio in zip(names, joined, ratios)]
     blocks = np.arange(len(right[0]))
-    return rows, [compare("last words", name, right[0], one, blocks, ratio[0])
-                  for name, one, ratio in zip(names, right, ratios)]
+    words = [compare("last words", name, right[0], one, blocks, ratio[0])
+             for name, one, ratio in zip(names, right, ratios)]
+    return rows, words, [audit.result_of(arm.name, arm.target, of_arm) for arm, of_arm in zip(arms, audits)]
 
 
 def result_of(name: str, exact: RowScores, scores: RowScores, ratio: float, basis_ratio: float) -> ArmResult:

@@ -17,6 +17,7 @@ import torch
 
 import adaattn
 from quality.arms import Arm
+from quality.ladder import fit_basis
 from quality.model import Prefill, Shape
 
 PAGE_TOKENS = 64
@@ -88,8 +89,10 @@ class Served:
         prefix_q, prefix_k, prefix_v = (to_rows(x[layer][0]) for x in
                                         (self.prefill.q, self.prefill.k, self.prefill.v))
         progressive = self.arms[0].page_format is adaattn.PageFormat.PROGRESSIVE
-        for base in bases:
-            base.import_kv(prefix_k, prefix_v, query_sample=prefix_q if progressive else None)
+        for base, arm in zip(bases, self.arms):
+            mean, rotation = self._basis(arm, layer)
+            base.import_kv(prefix_k, prefix_v, query_sample=prefix_q if progressive else None, basis_mean=mean,
+                           basis=rotation)
         opened: list[tuple[Lane, adaattn.Session, int]] = []  # lane, session, arm
         for begin in sorted({lane.begin for lanes in self.lanes for lane in lanes}):
             starting = [[lane for lane in lanes if lane.begin == begin] for lanes in self.lanes]
@@ -106,6 +109,14 @@ class Served:
         for base in bases:
             base.close()
         return Pass(self, opened, to_rows(q), k, v)
+
+    def _basis(self, arm: Arm, layer: int) -> tuple[Optional[np.ndarray], Optional[np.ndarray]]:
+        """Mean [kv_heads, d] and rotation [kv_heads, d, d] that the arm brings along, if any."""
+        if not arm.basis:
+            return None, None
+        q, k = self.prefill.q[layer][0].half().float(), self.prefill.k[layer][0, :, :FIT_TOKENS].half().float()
+        mean, rotation = fit_basis(arm.basis, k, q.reshape(len(k), -1, k.shape[2]))
+        return mean[:, 0].cpu().numpy(), np.ascontiguousarray(rotation.cpu().numpy())
 
 
 def wait_until_sealed(client: adaattn.Client, sessions: Sequence[adaattn.Session]) -> None:

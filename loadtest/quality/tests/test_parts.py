@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from quality import arms, dense, ladder, statistics, tasks, text
+from quality import arms, audit, dense, ladder, statistics, tasks, text
 from quality.model import Prefill, attend_rows
 from quality.served import Lane, segments
 
@@ -113,3 +113,19 @@ def test_full_depth_of_the_simulation_is_nearly_exact_and_read_deeper_means_bett
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
     assert errors[2] < 0.02
     assert math.isclose(attend.rows, 4 * 100)
+
+
+def test_errors_of_heads_are_the_audits():
+    exact = torch.zeros(4, 2, 64)
+    exact[0, :, 0], exact[1, :, 1], exact[2, :, 2] = 3, 4, 2  # q heads 0 and 1 share a kv head, 2 and 3 the next
+    o = exact.clone()
+    o[0, 0, 5], o[1, 0, 6] = 0.3, 0.4
+    o[2, 1, 0] = 1
+    kv, q = audit.errors(o, exact, 2)
+    np.testing.assert_allclose(kv, [[0.5 / 5, 0], [0, 0.5]], rtol=1e-6)
+    np.testing.assert_allclose(q, [[0.1, 0], [0.1, 0], [0, 0.5], [0, 0]], rtol=1e-6)
+    result = audit.result_of("budget=.2", 0.2, [[(kv, q), (kv, q)], [(0 * kv, 0 * q), (kv, q)]])
+    assert result.head_steps == 2 * 2 * 4 and len(result.layers) == 2
+    assert result.error == pytest.approx(3 * 0.6 / 16) and result.error_q == pytest.approx(3 * 0.7 / 32)
+    assert result.above == pytest.approx(3 / 16) and result.above_q == pytest.approx(3 / 32)
+    np.testing.assert_allclose(result.layers, [(0.075, 1 / 8), (0.15, 2 / 8)], rtol=1e-6)

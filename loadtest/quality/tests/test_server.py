@@ -1,17 +1,23 @@
 """The harness against a server: rows are live decode steps, and the simulation states what the server does."""
+import re
+import time
+import urllib.request
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 import adaattn
-from conftest import ROOT
+from adaattn.v1 import attention_pb2 as pb
+from conftest import ROOT, SERVER
 from quality.arms import Arm, parse
 from quality.ablation import SHARED
+from quality.audit import Audited, result_of
 from quality.ladder import LadderOverPrefill
 from quality.mixture import Mixture
 from quality.model import Prefill, Shape, attend_rows
-from quality.served import Lane, segments
+from quality.served import Lane, segments, to_rows, wait_until_sealed
 
 TRACE = ROOT / "tests/data/smollm2-135m-layer15-8k.safetensors"
 SHAPE = Shape(1, 9, 3, 64)
@@ -73,3 +79,39 @@ def test_the_simulation_reads_and_errs_as_the_server_does(client, layer, name):
     error = lambda o: float(((o - exact).norm(dim=-1) / exact.norm(dim=-1)).mean())
     assert attend.ratio == pytest.approx(mixture.ratios(0)[0], rel=0.01)
     assert error(simulated) == pytest.approx(error(served), rel=0.05)
+
+
+def test_errors_of_heads_are_those_of_the_servers_audits(layer):
+    prefill, q, k, v, scale = layer
+    rows = 64
+    q, k, v = (x[:, :, :rows] for x in (q, k, v))
+    arm = parse("budget=.05", 64)
+    flags = ["--backend=cpu", "--threads=1", "--max-seal-backlog-pages=0", "--seal-pages-per-slice=4096",
+             "--audit-share=1", "--metrics-listen=127.0.0.1:0"]
+    with adaattn.LocalServer(SERVER, *flags) as server, adaattn.Client(server.unix) as client:
+        with client.open_session(adaattn.ModelShape(1, 9, 3, 64, scale), page_format=arm.page_format,
+                                 options=arm.options, exact_tier=pb.EXACT_TIER_BF16_PAGES) as session:
+            session.import_kv(to_rows(prefill.k[0][0]), to_rows(prefill.v[0][0]), query_sample=to_rows(prefill.q[0][0]))
+            wait_until_sealed(client, [session])
+            answer = lambda t: session.attend(0, q=to_rows(q[0])[t:t + 1], k=to_rows(k[0])[t:t + 1],
+                                              v=to_rows(v[0])[t:t + 1], output_dtype=adaattn.DType.FP32).o
+            o = torch.from_numpy(np.concatenate([answer(t) for t in range(rows)])).transpose(0, 1)
+            audits = audited_errors(server.metrics, 3 * rows)
+    audited = Audited(lambda *_: o[None], prefill)
+    audited(0, q, k, v, scale)
+    result = result_of(arm.name, arm.target, [audited.of_entry(0)])
+    assert result.head_steps == 3 * rows
+    assert 0.25 * arm.target < result.error < arm.target
+    assert result.error == pytest.approx(audits, rel=1e-3)
+
+
+def audited_errors(address, count, seconds=30.0):
+    """Mean of the server's audited errors, once there are `count`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        text = urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read().decode()
+        figure = lambda name: sum(map(float, re.findall(rf"^adaattn_audited_relative_error_{name}(?:{{.*}})? (\S+)$", text, re.M)))
+        if figure("count") == count:
+            return figure("sum") / count
+        time.sleep(0.05)
+    raise AssertionError(f"{figure('count')} of {count} audits within {seconds} s")
