@@ -8,6 +8,8 @@
 namespace adaattn {
 namespace {
 
+constexpr int32_t kMaxBoundedHeadDim = 256;
+
 // The threads of a cluster.
 struct ClusterTeam {
   static constexpr int32_t kLanes = 32;
@@ -59,13 +61,16 @@ __global__ void __cluster_dims__(kBoundedCtas, 1, 1) __launch_bounds__(kBoundedT
 }  // namespace
 
 absl::Status RunBounded(const BoundedParams& params, cudaStream_t stream) {
-  const auto bytes = static_cast<int>(BoundedSharedBytes(params.shape.head_dim));
-  ADAATTN_RETURN_IF_ERROR(FromCuda(
-      cudaFuncSetAttribute(BoundedKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-      "cudaFuncSetAttribute(BoundedKernel)"));
+  // Once, for every head_dim: graphs of other shapes keep theirs.
+  static const absl::Status allowed =
+      FromCuda(cudaFuncSetAttribute(BoundedKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(BoundedSharedBytes(kMaxBoundedHeadDim))),
+               "cudaFuncSetAttribute(BoundedKernel)");
+  ADAATTN_RETURN_IF_ERROR(allowed);
+  const size_t bytes = BoundedSharedBytes(params.shape.head_dim);
   const dim3 grid(static_cast<unsigned>(kBoundedCtas * params.shape.num_kv_heads),
                   static_cast<unsigned>(params.num_sequences));
-  BoundedKernel<<<grid, kBoundedThreads, static_cast<size_t>(bytes), stream>>>(params);
+  BoundedKernel<<<grid, kBoundedThreads, bytes, stream>>>(params);
   return FromCuda(cudaGetLastError(), "BoundedKernel");
 }
 

@@ -184,7 +184,8 @@ TEST_F(ClientServerTest, ReplaysMeetTheirLimitsWhateverTheTiming) {
   EXPECT_LE(first->bytes_fraction, 0.2);
   EXPECT_FLOAT_EQ(first->theta, 0.004f);  // a ladder ran in every step
   EXPECT_EQ(first->bytes_read, second->bytes_read);
-  EXPECT_DOUBLE_EQ(first->relative_error_mean, second->relative_error_mean);
+  // On a GPU another batch is summed up in other parts.
+  EXPECT_NEAR(first->relative_error_mean, second->relative_error_mean, 1e-6);
 }
 
 }  // namespace

@@ -50,10 +50,10 @@ class SmallQueueTest : public BadInputTest {
  protected:
   ServerOptions Options() const override {
     ServerOptions options = BadInputTest::Options();
-    options.max_message_bytes = 32 << 10;
+    options.max_message_bytes = 20 << 10;
     options.engine.batcher.max_queued_bytes = 32 << 10;
-    options.admission.max_client_inflight_bytes = 32 << 10;
-    options.admission.max_inflight_bytes = 32 << 10;
+    options.admission.max_client_inflight_bytes = 20 << 10;
+    options.admission.max_inflight_bytes = 20 << 10;
     return options;
   }
 };
@@ -61,7 +61,7 @@ class SmallQueueTest : public BadInputTest {
 TEST_F(SmallQueueTest, AFullQueueSaysWhenToComeAgain) {
   // What comes in stays in flight: two messages fill the limit.
   auto hold = std::make_unique<EngineHold>(server_->engine());
-  constexpr int kRows = 12;  // 12 KiB of q: two messages fit, four are refused
+  constexpr int kRows = 8;  // 8 KiB of q: two messages fit, four are refused
   std::vector<v1::AttendRequest> requests(6);
   for (v1::AttendRequest& request : requests) {
     AddSequence(session_, 10, 0, kRows, 0, &request)->set_q_position(20);
