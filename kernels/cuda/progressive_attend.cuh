@@ -3,13 +3,14 @@
 
 // Attend: the values of the pages that select listed, and their keys' finer planes.
 //   out = sum over attended tokens exp2(s - L) x_b(v)
-// L is the estimated global LSE, the same for every page of a head, so partial results just add up.
-// The chunks' lists, one behind the other, are cut into slices of equal length, one a CTA,
-// whichever heads they are of: heads with much to read keep no others waiting. Bulk copies bring
-// what is read of as many pages as there is room for; the warps of a slot take a page, each a group
-// of its values, and keep their sums until the head changes. A slice's part of a head has a place
-// of its own in the workspace, CTA + head: no two pairs share one, since both only grow along the
-// lists. grid (as many CTAs as the device holds, column tiles)
+// L is the estimated global LSE. Partial results are relative to it and to a power of two of their
+// own, since finer planes can move scores far from where four bits saw them.
+// The chunks' lists, one behind the other, are cut into slices of equal cost, one a CTA, whichever
+// heads they are of: heads with much to read keep no others waiting. A slot of warps, one for each
+// group of values, takes every kSlots-th page of the slice; bulk copies bring what is read of its
+// next few pages into a ring of its own. Sums are kept until the head changes. A slice's part of a
+// head has a place of its own in the workspace, CTA + head: no two pairs share one, since both only
+// grow along the lists. grid (multiprocessors, column tiles)
 
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/progressive_slice.cuh"
@@ -17,9 +18,9 @@
 
 namespace adaattn {
 
-inline constexpr int kAttendThreads = kAttendWarps * 32;
-inline constexpr int kBatchPages = 64;         // at most, in shared memory at a time
-inline constexpr int kAttendRoom = 80 * 1024;  // bytes of them
+inline constexpr int kAttendRoom = 152 * 1024;  // bytes of the rings
+inline constexpr int kAttendDepth = 4;          // pages of a ring, at most
+inline constexpr int kAttendPages = 512;        // of a slice that are found at a time
 
 // What of an attended page is brought to shared memory, in this order.
 enum AttendPart : int {
@@ -63,24 +64,36 @@ struct AttendLayout {
   }
 };
 
+// A page of a ring.
+struct RingPage {
+  int offset;    // in the ring
+  int position;  // likewise, counted on from turn to turn
+};
+
 template <class Traits>
 struct AttendShared {
-  alignas(128) std::byte room[kAttendRoom];
-  alignas(16) float4 sums[kAttendWarps][Traits::kTilesPerGroup][32];
+  // A quarter of a multiprocessor holds four warps of 128 registers.
+  static constexpr int kWarps = Traits::kTilesPerGroup > 4 ? 8 : 16;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kSlots = kWarps / Traits::kValueGroups;
+  static constexpr int kRingBytes = kAttendRoom / kSlots / 128 * 128;
+  alignas(128) std::byte room[kSlots][kRingBytes];
+  alignas(16) float4 sums[kWarps][Traits::kTilesPerGroup][32];
   alignas(16) uint2 query[kMaxDeviceBasisRuns][Traits::kTiles * 32];  // of the head
-  alignas(16) __half ranges[kAttendWarps][Traits::kHeadDim];          // spread for the MMA
+  alignas(16) __half ranges[kWarps][Traits::kHeadDim];                // spread for the MMA
+  alignas(16) ListedPage page[kAttendPages];
+  RingPage ring[kSlots][kAttendDepth];
+  alignas(8) uint64_t full[kSlots][kAttendDepth];
   float unit[kMaxDeviceBasisRuns];
   float lse[kTileColumns];
-  float mass[kAttendWarps][kTileColumns];
-  SliceShared<kAttendThreads> slice;
-  alignas(8) uint64_t barrier[kBatchPages];
-  ListedPage page[kBatchPages];
-  int place[kBatchPages];  // in the lists
-  int offset[kBatchPages];
-  int first_bytes;  // of the first 32 pages of the batch
+  float mass[kWarps][kTileColumns];
+  float reference[kWarps][kTileColumns];
+  float factor[kSlots][kTileColumns];  // of a slot's sums, to the reference of all
+  SliceShared<kThreads> slice;
+  int place[kAttendPages];  // in the lists
   static_assert(3 * kTileColumns * 16 + 2 * 512 + Traits::kValueScaleBytes +
                         6 * Traits::kPlaneBytes + Traits::kHeadDim <=
-                    kAttendRoom,
+                    kRingBytes,
                 "at least one page");
 };
 
@@ -94,116 +107,152 @@ __device__ __forceinline__ void SyncSlot(int slot) {
   }
 }
 
+// Brings the pages of a slot, by one of its warps.
+template <class Traits>
+struct PageStreamer {
+  static constexpr int kSlots = AttendShared<Traits>::kSlots;
+  static constexpr int kRingBytes = AttendShared<Traits>::kRingBytes;
+  const ProgressiveArgs& p;
+  AttendShared<Traits>& shared;
+  int tile, lane, slot;
+  int fetched = 0, done = 0;     // pages
+  int offset = 0, position = 0;  // of the next one
+  int next = 0;                  // page of shared.page
+  // What the lane copies of a page: its part and where that stands for page 0 of head 0.
+  const std::byte* source = nullptr;
+  int64_t stride = 0;  // from head to head; for what is in the workspace, from page to page
+
+  __device__ __forceinline__ PageStreamer(const ProgressiveArgs& args, AttendShared<Traits>& room,
+                                          int column_tile, int of_lane, int of_slot)
+      : p(args), shared(room), tile(column_tile), lane(of_lane), slot(of_slot) {
+    const PageLayout& layout = p.layout;
+    int64_t from = 0;
+    if (lane == kStats) {
+      from = p.work.stats + tile * kTileColumns * 16;
+      stride = p.work.columns * 16;
+    } else if (lane <= kScoresHigh) {
+      from = p.work.scores + (tile * 2 + lane - kScoresLow) * 512;
+      stride = p.work.columns * 128;
+    } else if (lane == kValueScales) {
+      from = layout.value_scales.offset;
+      stride = Traits::kValueScaleBytes;
+    } else if (lane < kKeyScales) {  // the planes of one kind follow one another
+      stride = Traits::kPlaneBytes;
+      from = layout.value_plane[0].offset +
+             int64_t{lane - kValuePlanes} * p.shape.num_kv_heads * stride;
+    } else if (lane == kKeyScales) {
+      from = layout.key_scales.offset;
+      stride = Traits::kHeadDim;
+    } else {
+      stride = Traits::kPlaneBytes;
+      from = layout.key_fine[0].offset + int64_t{lane - kKeyFine} * p.shape.num_kv_heads * stride;
+    }
+    source = (lane <= kScoresHigh ? p.workspace : p.pool) + from;
+  }
+
+  // Whether there is room for `bytes` more, which then stand at `offset`.
+  __device__ __forceinline__ bool MakeRoom(int bytes) {
+    if (fetched == done) {
+      offset = 0;
+      return true;
+    }
+    if (fetched - done == kAttendDepth) return false;
+    const int oldest = shared.ring[slot][done % kAttendDepth].position;
+    const int skipped = offset + bytes > kRingBytes ? kRingBytes - offset : 0;
+    if (position + skipped + bytes - oldest > kRingBytes) return false;
+    position += skipped;
+    if (skipped > 0) offset = 0;
+    return true;
+  }
+
+  // Starts the copies of as many of the slot's pages before `end` as there is room for.
+  __device__ __forceinline__ void Fill(int end) {
+    for (; next < end; next += kSlots) {
+      const ListedPage listed = shared.page[next];
+      const AttendLayout<Traits> layout{
+          UnpackPage(listed.packed),
+          min(max(listed.columns - tile * kTileColumns, 0), kTileColumns)};
+      const int all = layout.bytes();
+      if (!MakeRoom(all)) return;
+      const uint32_t full = SharedAddress(&shared.full[slot][fetched % kAttendDepth]);
+      if (lane == 0) {
+        shared.ring[slot][fetched % kAttendDepth] = RingPage{offset, position};
+        ArriveExpectBytes(full, all);
+      }
+      __syncwarp();
+      Copy(listed, layout, full);
+      offset += all;
+      position += all;
+      ++fetched;
+    }
+  }
+
+  __device__ __forceinline__ void Copy(const ListedPage& listed, const AttendLayout<Traits>& layout,
+                                       uint32_t full) const {
+    int target = 0, bytes = 0;
+    const PackedPage& page = layout.page;
+    if (lane == kStats) {
+      bytes = layout.scores();
+    } else if (lane <= kScoresHigh) {
+      bytes = layout.score_bytes();
+      target = layout.scores() + (lane - kScoresLow) * bytes;
+    } else if (lane == kValueScales) {
+      bytes = Traits::kValueScaleBytes;
+      target = layout.value_scales();
+    } else if (lane < kKeyScales) {
+      bytes = lane - kValuePlanes < page.value_planes ? Traits::kPlaneBytes : 0;
+      target = layout.values() + (lane - kValuePlanes) * Traits::kPlaneBytes;
+    } else if (lane == kKeyScales) {
+      bytes = page.fine_planes > 0 ? Traits::kHeadDim : 0;
+      target = layout.key_scales();
+    } else if (lane < kNumAttendParts) {
+      bytes = lane - kKeyFine < page.fine_planes ? layout.key_tiles() * kPlaneTileBytes : 0;
+      target = layout.keys() + (lane - kKeyFine) * bytes;
+    }
+    int64_t index = listed.head_index % p.shape.num_kv_heads;
+    const std::byte* from = source + static_cast<int64_t>(listed.id) * kPageAlignment;
+    if (lane <= kScoresHigh) {
+      index = int64_t{listed.head_index} * p.max_sealed + page.page;
+      from = source;
+    }
+    if (bytes > 0) {
+      BulkCopy(SharedAddress(shared.room[slot] + offset + target), from + index * stride,
+               static_cast<uint32_t>(bytes), full);
+    }
+  }
+};
+
 template <class Traits>
 struct PageAttender {
   static constexpr int kGroups = Traits::kValueGroups;
-  static constexpr int kSlots = kAttendWarps / kGroups;  // pages at a time
-  static constexpr int kCount = 4 / kGroups;             // score tiles that a warp refines
-  static_assert(kAttendWarps % kGroups == 0, "the same warps for each group");
+  static constexpr int kWarps = AttendShared<Traits>::kWarps;
+  static constexpr int kThreads = AttendShared<Traits>::kThreads;
+  static constexpr int kSlots = AttendShared<Traits>::kSlots;
+  static constexpr int kCount = 4 / kGroups;  // score tiles that a warp refines
+  static_assert(kWarps % kGroups == 0, "the same warps for each group");
   const ProgressiveArgs& p;
   AttendShared<Traits>& shared;
   int tile, lane, warp;
+  PageStreamer<Traits> streamer;     // of the slot's last warp
+  int attended = 0;                  // pages of the slot
   int head_index = -1, columns = 0;  // columns: of the tile
   float softcap = 0;
   float out[Traits::kTilesPerGroup][4] = {};
   float mass = 0;                      // of column lane / 4; of the first group's warps
+  float reference = -INFINITY;         // log2 of what mass and out are relative to, beside L
   int key_bytes = 0, value_bytes = 0;  // likewise
 
-  __device__ __forceinline__ int ColumnsOf(const ListedPage& page) const {
-    return min(max(page.columns - tile * kTileColumns, 0), kTileColumns);
-  }
-
-  // Finds the slice's pages from `first` on, as many as there is room for. By the whole CTA.
-  __device__ __forceinline__ int FindBatch(const SliceFinder<kAttendThreads>& finder, int first,
-                                           int end) {
-    static_assert(kBatchPages == 64, "two warps");
-    end = min(end, first + kBatchPages);
-    finder.Locate(first, end, shared.place);
-    __syncthreads();
-    int bytes = 0, before = 0;
-    if (threadIdx.x < kBatchPages) {
-      if (first + static_cast<int>(threadIdx.x) < end) {
-        const uint4 x =
-            reinterpret_cast<const uint4*>(p.workspace + p.work.lists)[shared.place[threadIdx.x]];
-        const ListedPage page{x.x, x.y, static_cast<int>(x.z), static_cast<int>(x.w)};
-        shared.page[threadIdx.x] = page;
-        bytes = AttendLayout<Traits>{UnpackPage(page.packed), ColumnsOf(page)}.bytes();
-      }
-      before = WarpPrefix(bytes, lane);
-      if (threadIdx.x == 31) shared.first_bytes = before;
-    }
-    __syncthreads();
-    if (warp == 1) before += shared.first_bytes;
-    const bool fits = bytes > 0 && before <= kAttendRoom;
-    if (fits) {
-      shared.offset[threadIdx.x] = before - bytes;
-      ArriveExpectBytes(SharedAddress(&shared.barrier[threadIdx.x]), bytes);
-    } else if (threadIdx.x < kBatchPages) {
-      Arrive(SharedAddress(&shared.barrier[threadIdx.x]));  // all go on by a phase
-    }
-    return __syncthreads_count(fits);
-  }
-
-  // Starts the copies of the batch's pages.
-  __device__ __forceinline__ void FetchBatch(int count) {
-    for (int i = threadIdx.x; i < count * 16; i += kAttendThreads) {
-      if (i % 16 < kNumAttendParts) FetchPart(i / 16, i % 16);
-    }
-  }
-
-  __device__ __forceinline__ void FetchPart(int i, int part) {
-    const ListedPage listed = shared.page[i];
-    const AttendLayout<Traits> layout{UnpackPage(listed.packed), ColumnsOf(listed)};
-    const int64_t index = int64_t{listed.head_index} * p.max_sealed + layout.page.page;
-    const int head = listed.head_index % p.shape.num_kv_heads;
-    const std::byte* page = p.pool + static_cast<int64_t>(listed.id) * kPageAlignment;
-    const std::byte* from = nullptr;
-    int target = 0, bytes = 0;
-    if (part == kStats) {
-      bytes = layout.scores();
-      from = reinterpret_cast<const std::byte*>(
-          PageStatsOf(p, listed.head_index, layout.page.page) + tile * kTileColumns);
-    } else if (part <= kScoresHigh) {
-      bytes = layout.score_bytes();
-      target = layout.scores() + (part - kScoresLow) * bytes;
-      from = p.workspace + p.work.scores +
-             ((index * (p.work.columns / kTileColumns) + tile) * 2 + part - kScoresLow) * 512;
-    } else if (part == kValueScales) {
-      bytes = Traits::kValueScaleBytes;
-      target = layout.value_scales();
-      from = page + p.layout.value_scales.offset + head * bytes;
-    } else if (part < kKeyScales) {
-      const int plane = part - kValuePlanes;
-      bytes = plane < layout.page.value_planes ? Traits::kPlaneBytes : 0;
-      target = layout.values() + plane * Traits::kPlaneBytes;
-      // The planes of one kind follow one another.
-      from = page + p.layout.value_plane[0].offset +
-             (int64_t{plane} * p.shape.num_kv_heads + head) * Traits::kPlaneBytes;
-    } else if (part == kKeyScales) {
-      bytes = layout.page.fine_planes > 0 ? Traits::kHeadDim : 0;
-      target = layout.key_scales();
-      from = page + p.layout.key_scales.offset + head * Traits::kHeadDim;
-    } else {
-      const int plane = part - kKeyFine;
-      bytes = plane < layout.page.fine_planes ? layout.key_tiles() * kPlaneTileBytes : 0;
-      target = layout.keys() + plane * bytes;
-      from = page + p.layout.key_fine[0].offset +
-             (int64_t{plane} * p.shape.num_kv_heads + head) * Traits::kPlaneBytes;
-    }
-    if (bytes == 0) return;
-    BulkCopy(SharedAddress(shared.room + shared.offset[i] + target), from,
-             static_cast<uint32_t>(bytes), SharedAddress(&shared.barrier[i]));
-  }
+  __device__ __forceinline__ bool Fetches() const { return warp % kGroups == kGroups - 1; }
 
   // Goes on with the pages of another head. By the whole CTA.
   __device__ __forceinline__ void Enter(const ListedPage& page) {
     const int next = page.head_index;
     head_index = next;
-    columns = ColumnsOf(page);
+    columns = min(max(page.columns - tile * kTileColumns, 0), kTileColumns);
     const ProgressiveSequence& s = p.sequences[next / p.shape.num_kv_heads];
     if constexpr (Traits::kSoftCap) softcap = s.softcap;
     constexpr int kPieces = Traits::kTiles * 32 / 2;
-    for (int i = threadIdx.x; i < s.num_bases * kPieces; i += kAttendThreads) {
+    for (int i = threadIdx.x; i < s.num_bases * kPieces; i += kThreads) {
       const int run = i / kPieces, piece = i % kPieces;
       CopyAsync16(&shared.query[run][2 * piece],
                   QueryFragments<Traits>(p, next, run, tile).halves + 2 * piece);
@@ -221,7 +270,7 @@ struct PageAttender {
     __syncthreads();
   }
 
-  // Page i of the batch: the finer planes to its scores, in place.
+  // A page: the finer planes to its scores, in place.
   __device__ __forceinline__ void Refine(std::byte* data, const AttendLayout<Traits>& layout,
                                          int group) {
     const PackedPage& page = layout.page;
@@ -245,11 +294,27 @@ struct PageAttender {
     SyncSlot<kGroups>(warp / kGroups);
   }
 
-  __device__ __forceinline__ void Attend(int i, uint32_t parity) {
-    const int group = warp % kGroups;
-    const AttendLayout<Traits> layout{UnpackPage(shared.page[i].packed), columns};
-    std::byte* data = shared.room + shared.offset[i];
-    WaitBarrier(SharedAddress(&shared.barrier[i]), parity);
+  // Makes sums relative to `score`, of column lane / 4, where it is larger.
+  __device__ __forceinline__ void Rescale(float score) {
+    const float next = fmaxf(reference, score);
+    const float factor = reference == -INFINITY ? 0.0f : Exp2(reference - next);
+    reference = next;
+    mass *= factor;
+    const float factors[2] = {__shfl_sync(0xffffffffu, factor, lane % 4 * 8),
+                              __shfl_sync(0xffffffffu, factor, lane % 4 * 8 + 4)};
+#pragma unroll
+    for (int i = 0; i < Traits::kTilesPerGroup; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[i][e] *= factors[e % 2];
+    }
+  }
+
+  // The slot's next page.
+  __device__ __forceinline__ void Attend(const ListedPage& page) {
+    const int group = warp % kGroups, slot = warp / kGroups, stage = attended % kAttendDepth;
+    WaitBarrier(SharedAddress(&shared.full[slot][stage]), attended / kAttendDepth % 2);
+    const AttendLayout<Traits> layout{UnpackPage(page.packed), columns};
+    std::byte* data = shared.room[slot] + shared.ring[slot][stage].offset;
     if (layout.page.fine_planes > 0) Refine(data, layout, group);
     uint32_t scores[8] = {}, codes[8];
     float max = -INFINITY;
@@ -262,6 +327,22 @@ struct PageAttender {
       max = reinterpret_cast<const PageStats*>(data)[lane / 4].max;
     }
     LoadTokenScales<Traits>(data + layout.value_scales(), group, lane, codes);
+    if (layout.page.fine_planes > 0) {  // the largest is another now, and anywhere
+      float high = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float2 y = UnpackPair<__half>(scores[j]);
+        high = fmaxf(high, fmaxf(y.x, y.y));
+      }
+      high = QuadMax(high);
+      const float shift = high == -INFINITY ? 0.0f : high;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float2 y = UnpackPair<__half>(scores[j]);
+        scores[j] = PackPair<__half>(y.x - shift, y.y - shift);
+      }
+      max += high;
+    }
     float2 probability[8];
     const float base = SoftCap<Traits>(max, softcap);
 #pragma unroll
@@ -276,7 +357,10 @@ struct PageAttender {
       probability[j] = max == -INFINITY ? make_float2(0, 0) : make_float2(Exp2(y.x), Exp2(y.y));
     }
     const TokenWeights tokens = WeighTokens(probability, codes);
-    const float weight = max == -INFINITY ? 0.0f : Exp2(base - shared.lse[lane / 4]);
+    const float score = max == -INFINITY ? max : base - shared.lse[lane / 4];
+    constexpr float kFar = 32;  // the same for all warps of the slot
+    if (__any_sync(0xffffffffu, score > reference + kFar)) Rescale(score);
+    const float weight = score == -INFINITY ? 0.0f : Exp2(score - reference);
     if (group == 0) {
       mass = fmaf(QuadSum(tokens.probability), weight, mass);
       key_bytes += layout.key_bytes();
@@ -287,6 +371,10 @@ struct PageAttender {
                               __shfl_sync(0xffffffffu, scaled, lane % 4 * 8 + 4)};
     AddValues<Traits>(data + layout.values() + group * Traits::kTilesPerGroup * kPlaneTileBytes,
                       layout.page.value_planes, tokens, weights, lane, out);
+    if (layout.page.fine_planes > 0) FenceAsyncShared();
+    SyncSlot<kGroups>(slot);
+    ++attended;
+    streamer.done = attended;
   }
 
   // The warps' sums to the slot's partial output; they start again from 0. By the whole CTA.
@@ -297,7 +385,11 @@ struct PageAttender {
 #pragma unroll
       for (int e = 0; e < 4; ++e) out[i][e] = 0;
     }
-    if (lane % 4 == 0) shared.mass[warp][lane / 4] = mass;
+    if (lane % 4 == 0) {
+      shared.mass[warp][lane / 4] = mass;
+      shared.reference[warp][lane / 4] = reference;
+    }
+    reference = -INFINITY;
     if (tile == 0 && lane == 0 && value_bytes > 0) {
       HeadDecision& decision = p.decisions[head_index];
       if (key_bytes > 0) AddBytes(&decision.key_bytes, key_bytes);
@@ -307,10 +399,27 @@ struct PageAttender {
     key_bytes = value_bytes = 0;
     __syncthreads();
     const int64_t first = (int64_t{cta} + head_index) * p.work.columns + tile * kTileColumns;
+    if (threadIdx.x < kTileColumns) {
+      float top = -INFINITY, total = 0;
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        top = fmaxf(top, shared.reference[i * kGroups][threadIdx.x]);
+      }
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        const float own = shared.reference[i * kGroups][threadIdx.x];
+        const float factor = own == -INFINITY ? 0.0f : Exp2(own - top);
+        shared.factor[i][threadIdx.x] = factor;
+        total = fmaf(shared.mass[i * kGroups][threadIdx.x], factor, total);
+      }
+      reinterpret_cast<float*>(p.workspace + p.work.mass)[first + threadIdx.x] = total;
+      reinterpret_cast<float*>(p.workspace + p.work.reference)[first + threadIdx.x] = top;
+    }
+    __syncthreads();
     auto* partial =
         reinterpret_cast<float*>(p.workspace + p.work.partial) + first * Traits::kHeadDim;
     // Neighbouring threads take neighbouring channels, as the sums' rows hold them.
-    for (int at = threadIdx.x; at < Traits::kTiles * 32; at += kAttendThreads) {
+    for (int at = threadIdx.x; at < Traits::kTiles * 32; at += kThreads) {
       const int channels = at / 32, from = at % 8 * 4 + at / 8 % 4;  // channels: a tile of them
       const int group = channels / Traits::kTilesPerGroup, column = from % 4 * 2;
       if (column >= columns) continue;
@@ -318,7 +427,9 @@ struct PageAttender {
 #pragma unroll
       for (int i = 0; i < kSlots; ++i) {
         const float4 x = shared.sums[i * kGroups + group][channels % Traits::kTilesPerGroup][from];
-        sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w;
+        const float low = shared.factor[i][column], high = shared.factor[i][column + 1];
+        sum[0] = fmaf(x.x, low, sum[0]), sum[1] = fmaf(x.y, high, sum[1]);
+        sum[2] = fmaf(x.z, low, sum[2]), sum[3] = fmaf(x.w, high, sum[3]);
       }
       float* row = partial + column * Traits::kHeadDim + channels * kTileChannels + from / 4;
       row[0] = sum[0];
@@ -326,55 +437,64 @@ struct PageAttender {
       row[8] = sum[2];
       row[Traits::kHeadDim + 8] = sum[3];
     }
-    if (threadIdx.x < kTileColumns) {
-      float total = 0;
-#pragma unroll
-      for (int i = 0; i < kAttendWarps; ++i) total += shared.mass[i][threadIdx.x];
-      reinterpret_cast<float*>(p.workspace + p.work.mass)[first + threadIdx.x] = total;
-    }
     __syncthreads();
+  }
+
+  // The first `count` pages of shared.page, which are the list's from `first` on.
+  __device__ __forceinline__ void Run(const SliceFinder<kThreads>& finder, int first, int count,
+                                      int cta) {
+    const int slot = warp / kGroups;
+    streamer.next = slot;
+    if (Fetches()) streamer.Fill(count);
+    for (int begin = 0, end = 0, mine = slot; begin < count; begin = end) {
+      const ListedPage& page = shared.page[begin];
+      if (page.head_index != head_index) {
+        if (head_index >= 0) Flush(cta);
+        Enter(page);
+      }
+      end = min(count, finder.Before((head_index + 1) * p.work.chunks).pages - first);
+      for (; mine < end; mine += kSlots) {
+        if (Fetches()) streamer.Fill(count);
+        Attend(shared.page[mine]);
+      }
+    }
   }
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(kAttendThreads, Traits::kSoftCap || Traits::kTilesPerGroup > 4
-                                                      ? 1
-                                                      : kAttendCtasPerSm)
+__global__ void __launch_bounds__(AttendShared<Traits>::kThreads, 1)
     ProgressiveAttendKernel(const __grid_constant__ ProgressiveArgs p) {
+  using Shared = AttendShared<Traits>;
   extern __shared__ __align__(16) std::byte shared_bytes[];
-  auto& shared = *reinterpret_cast<AttendShared<Traits>*>(shared_bytes);
+  auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int cta = blockIdx.x, tile = blockIdx.y;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x < kBatchPages) {
-    InitBarrier(SharedAddress(&shared.barrier[threadIdx.x]), 1);
+  if (threadIdx.x < Shared::kSlots * kAttendDepth) {
+    InitBarrier(SharedAddress(&shared.full[0][threadIdx.x]), 1);
     FenceBarrierInit();
   }
+  PageAttender<Traits> attender{
+      p,    shared, tile,
+      lane, warp,   PageStreamer<Traits>(p, shared, tile, lane, warp / Traits::kValueGroups)};
   WaitForDependencies();
   NoteTime(p.stamps, kAttendStamp);
   LaunchDependents();
-  const SliceFinder<kAttendThreads> finder(p, shared.slice);
+  const SliceFinder<Shared::kThreads> finder(p, shared.slice);
   const Slice slice = finder.SliceOf(cta);
-  PageAttender<Traits> attender{p, shared, tile, lane, warp};
-  uint32_t parity = 0;
-  for (int first = slice.begin, count = 0; first < slice.end; first += count, parity ^= 1) {
-    count = attender.FindBatch(finder, first, slice.end);
-    attender.FetchBatch(count);
-    for (int begin = 0, end = 0; begin < count; begin = end) {
-      const int next = shared.page[begin].head_index;
-      while (end < count && shared.page[end].head_index == next) ++end;
-      if (next != attender.head_index) {
-        if (attender.head_index >= 0) attender.Flush(cta);
-        attender.Enter(shared.page[begin]);
-      }
-      for (int i = begin + warp / Traits::kValueGroups; i < end;
-           i += PageAttender<Traits>::kSlots) {
-        attender.Attend(i, parity);
-      }
+  const auto* lists = reinterpret_cast<const uint4*>(p.workspace + p.work.lists);
+  for (int first = slice.begin; first < slice.end; first += kAttendPages) {
+    const int count = min(kAttendPages, slice.end - first);
+    finder.Locate(first, first + count, shared.place);
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += Shared::kThreads) {
+      reinterpret_cast<uint4*>(shared.page)[i] = lists[shared.place[i]];
     }
-    FenceAsyncShared();
+    __syncthreads();
+    attender.Run(finder, first, count, cta);
     __syncthreads();
   }
   if (attender.head_index >= 0) attender.Flush(cta);
+  if (tile == 0 && cta == p.work.attend_ctas - 1) finder.StoreSpans();
 }
 
 }  // namespace adaattn

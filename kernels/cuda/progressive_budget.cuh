@@ -104,7 +104,7 @@ __device__ __forceinline__ void LoadFirstToken(const ProgressiveArgs& p,
     bool stands = false;
     if (column < group_size * s.q_len && TokenVisible(s, 0, column / group_size)) {
       const PageStats stats = LoadStats(PageStatsOf(p, head_index, 0), column);
-      stands = FirstTokenStandsForPage(true, true, Concentration<Traits>(stats, s.softcap));
+      stands = FirstTokenStandsForPage(true, true, fabsf(stats.concentration));
     }
     shared.stands[threadIdx.x] = stands;
   }
@@ -219,7 +219,7 @@ __device__ __forceinline__ void AddTile(const ProgressiveArgs& p, const Progress
       const PageStats stats = LoadStats(PageStatsOf(p, head_index, page), column_begin + n);
       PageErrorInputs inputs;
       inputs.share = ShareOf<Traits>(stats, shared.lse[column_begin + n]);
-      inputs.concentration = Concentration<Traits>(stats, s.softcap);
+      inputs.concentration = fabsf(stats.concentration);
       inputs.score_variance = stats.variance;
       inputs.mean_distance2 = distance[n];
       inputs.spread = summary.spread;

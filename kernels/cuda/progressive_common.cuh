@@ -29,8 +29,6 @@ inline constexpr int32_t kMaxColumns = 128;  // group size 16, q_len 8
 // Shapes of the CTAs, which the plan has to know.
 inline constexpr int32_t kScanWarps = 8;    // and one that fetches
 inline constexpr int32_t kChunkPages = 64;  // of one select CTA; four threads decide each
-inline constexpr int32_t kAttendWarps = 8;
-inline constexpr int32_t kAttendCtasPerSm = 2;
 ADAATTN_HD constexpr int32_t ScanCtasPerSm(int32_t head_dim) { return head_dim <= 128 ? 2 : 1; }
 
 // Pages that a scan CTA takes at a time: its warps hold one kv head each.
@@ -40,10 +38,11 @@ ADAATTN_HD constexpr int32_t ScanPlaces(int32_t num_kv_heads) {
 
 // Log mass of one page for one column, as far as its keys have been read.
 struct PageStats {
-  float max;       // largest score, before the soft cap
-  float lse;       // log2 sum of exp2, after the soft cap
-  float variance;  // of a score's rounding error, nats squared
-  float squares;   // sum of (exp2(score - max))^2, after the soft cap
+  float max;            // largest score, before the soft cap; where scores are stored
+  float lse;            // log2 sum of exp2, after the soft cap
+  float variance;       // of a score's rounding error, nats squared
+  float concentration;  // sum of squares of exp2 over the square of their sum; 0 of an empty sum.
+                        // Its sign says that the second stage opened the page
 };
 static_assert(sizeof(PageStats) == 16, "stored with one instruction");
 
@@ -91,6 +90,19 @@ struct ListedPage {
 };
 static_assert(sizeof(ListedPage) == 16, "moved with one instruction");
 
+// What it costs attend, in planes: what else it reads and does counts as one. (As four, to which
+// its instructions amount, steps of 64 x 2k take a seventh longer.)
+ADAATTN_HD constexpr int32_t AttendCost(int32_t planes) { return 1 + planes; }
+
+// The list of a chunk.
+struct ChunkList {
+  int32_t pages;
+  int32_t cost;       // of all of them
+  int32_t last_cost;  // of the last one
+  int32_t unused;
+};
+static_assert(sizeof(ChunkList) == 16, "moved with one instruction");
+
 // Byte offsets into the workspace. Row-major, outermost first; H kv heads, S sequences, C columns.
 struct ProgressiveWorkspace {
   int64_t query = 0;       // uint2 [S, H, bases, C / 8, tiles, 32]: q / unit, B fragments of halves
@@ -108,10 +120,12 @@ struct ProgressiveWorkspace {
   int64_t global_lse = 0;   // float [S, H, C]: what all sums are relative to
   int64_t vectors = 0;      // float [S, H, chunks, C, kNumChunkVectors, D]
   int64_t state = 0;        // ChunkState [S, H, chunks, C]
-  int64_t counts = 0;       // int32_t [S, H, chunks]: attended pages
+  int64_t extents = 0;      // ChunkList [S, H, chunks]
   int64_t lists = 0;        // ListedPage [S, H, chunks, kChunkPages], in order of the pages
+  int64_t spans = 0;        // int2 [S, H]: the attend CTAs that have pages of the head
   int64_t partial = 0;      // float [attend CTAs + S H, C, D]: of attended pages
   int64_t mass = 0;         // float [attend CTAs + S H, C]: likewise
+  int64_t reference = 0;    // float [attend CTAs + S H, C]: both are relative to 2^this and L
   int64_t figures = 0;      // float2 [S, H, C]: predicted square relative error, entropy
   int64_t merged = 0;       // int32_t [S, H]: columns that are done
   int64_t taken = 0;        // int32_t: items of the scan taken beyond each CTA's first
@@ -130,7 +144,7 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   w.columns = CeilDiv(p.shape.group_size() * p.max_q_len, kTileColumns) * kTileColumns;
   w.scan_runs = NumScanRuns(p);
   w.chunks = CeilDiv(p.max_sealed, kChunkPages);
-  w.attend_ctas = kAttendCtasPerSm * p.num_sms;
+  w.attend_ctas = p.num_sms;
   const int64_t heads = static_cast<int64_t>(p.num_sequences) * p.shape.num_kv_heads;
   int64_t end = 0;
   auto add = [&end](int64_t bytes) {
@@ -156,10 +170,12 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   const int64_t chunks = heads * w.chunks, slots = w.attend_ctas + heads;
   w.vectors = add(chunks * w.columns * kNumChunkVectors * d * 4);
   w.state = add(chunks * w.columns * static_cast<int64_t>(sizeof(ChunkState)));
-  w.counts = add(chunks * 4);
+  w.extents = add(chunks * static_cast<int64_t>(sizeof(ChunkList)));
   w.lists = add(chunks * kChunkPages * static_cast<int64_t>(sizeof(ListedPage)));
+  w.spans = add(heads * 8);
   w.partial = add(slots * w.columns * d * 4);
   w.mass = add(slots * w.columns * 4);
+  w.reference = add(slots * w.columns * 4);
   w.figures = add(heads * w.columns * 8);
   w.merged = add(heads * 4);
   w.taken = add(4);
@@ -238,16 +254,20 @@ __device__ __forceinline__ float RangeOf(uint32_t scale) {
   return Exp2(fmaf(code, 0.25f, -40.0f));
 }
 
-// s = cap * tanh(s / cap) with s in log2 units and cap in nats; cap 0 leaves s.
+// s = cap * tanh(s / cap) with s in log2 units and cap in nats; cap 0 leaves s, as does a masked
+// token's -inf, which tanh would bring back to -cap.
 template <class Traits>
 __device__ __forceinline__ float SoftCap(float s, float cap) {
   if constexpr (!Traits::kSoftCap) return s;
-  return cap == 0.0f ? s : cap * kLog2E * tanhf(s * kLn2 / cap);
+  return cap == 0.0f || s == -INFINITY ? s : cap * kLog2E * tanhf(s * kLn2 / cap);
 }
 
 // Estimated log mass: half the variance of the rounding error, capped, on top.
+__device__ __forceinline__ float MassCorrection(float variance) {
+  return 0.5f * kLog2E * fminf(variance, 4.0f);
+}
 __device__ __forceinline__ float EstimatedLog2Mass(const PageStats& stats) {
-  return stats.lse + 0.5f * kLog2E * fminf(stats.variance, 4.0f);
+  return stats.lse + MassCorrection(stats.variance);
 }
 
 __device__ __forceinline__ float ColumnMax(float x) {  // over lanes of equal lane % 4
@@ -395,10 +415,9 @@ __device__ __forceinline__ float SpreadKeyRanges(const std::byte* scales, __half
   for (int i = 0; i < kEach; ++i) {
     const int at = lane + 32 * i;
     codes[i] = at < kWords ? reinterpret_cast<const uint32_t*>(scales)[at] : 0;
-    top = __vmaxu4(top, codes[i]);
+    top = __vmaxu2(top, __vmaxu2(codes[i] & 0x00ff00ffu, codes[i] >> 8 & 0x00ff00ffu));
   }
-  top = __vmaxu4(top, top >> 16);
-  top = __reduce_max_sync(0xffffffffu, max(top & 255u, top >> 8 & 255u));
+  top = __reduce_max_sync(0xffffffffu, max(top & 0xffffu, top >> 16));
   // A byte under 0x4b000000 is 2^23 more than itself; the product and the sum below are exact.
   const float base = -2097152.0f - 0.25f * static_cast<float>(top);
   auto range = [base](uint32_t word, uint32_t selector) {
@@ -425,12 +444,6 @@ __device__ __forceinline__ uint32_t FmaHalves(uint32_t a, uint32_t b, uint32_t c
               *reinterpret_cast<const __half2*>(&c));
   return *reinterpret_cast<const uint32_t*>(&d);
 }
-__device__ __forceinline__ uint32_t Exp2Halves(uint32_t x) {
-  uint32_t out;
-  asm("ex2.approx.f16x2 %0, %1;" : "=r"(out) : "r"(x));
-  return out;
-}
-
 // The sum of x over this lane and those before it.
 __device__ __forceinline__ int WarpPrefix(int x, int lane) {
 #pragma unroll

@@ -91,9 +91,9 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
                         dim3(static_cast<unsigned>(p.work.chunks) * tiles, heads, sequences),
                         kSelectThreads, kSelectShared, true, p, stream, "select"));
   const auto attend_ctas = static_cast<unsigned>(p.work.attend_ctas);
-  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveAttendKernel<Traits>,
-                                            dim3(attend_ctas, tiles), kAttendThreads, kAttendShared,
-                                            true, p, stream, "attend"));
+  ADAATTN_RETURN_IF_ERROR(
+      LaunchProgressive(ProgressiveAttendKernel<Traits>, dim3(attend_ctas, tiles),
+                        AttendShared<Traits>::kThreads, kAttendShared, true, p, stream, "attend"));
   const auto columns = static_cast<unsigned>(p.shape.group_size() * p.max_q_len);
   return LaunchProgressive(ProgressiveMergeKernel<Traits>, dim3(columns, heads, sequences),
                            kMergeThreads, kMergeShared, true, p, stream, "merge");

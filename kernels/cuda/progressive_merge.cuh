@@ -6,6 +6,7 @@
 //   mass = sum of partial masses + exp2(dense_lse - L)
 //   out  = (H^T (sum of partial outputs + sum of means) + exp2(dense_lse - L) dense_out) / mass
 //   lse  = L + log2 mass
+// All of it relative to the largest part, which is near 1 but where four bits misjudged L.
 // Every sum has an order of its own: nothing depends on timing. A CTA takes a column; the last one
 // of a head sums up the decision. grid (columns, num_kv_heads, num_sequences)
 
@@ -20,10 +21,11 @@ inline constexpr int kMergeWarps = kMergeThreads / 32;
 template <class Traits>
 struct MergeShared {
   static constexpr int kD = Traits::kHeadDim;
-  SliceShared<kMergeThreads> slice;
-  // Of each warp: partial outputs with the means of skipped pages, weighted means, estimated o.
+  // Of each warp: means of skipped pages, weighted means, estimated o; partial outputs.
   alignas(16) float vectors[kMergeWarps][kNumChunkVectors][kD];
+  alignas(16) float partial[kMergeWarps][kD];
   ChunkState state[kMergeWarps];
+  float mass[kMergeWarps];  // of the partial outputs
 };
 
 // A column's vectors in one warp's registers: channel lane + 32 j in element j.
@@ -33,9 +35,10 @@ struct ColumnVectors {
   static constexpr int kEach = (kD + 31) / 32;
   float x[kNumChunkVectors][kEach];
 
-  // The sum of the warps' parts.
-  __device__ __forceinline__ ColumnVectors(const float (&parts)[kMergeWarps][kNumChunkVectors][kD],
-                                           int lane) {
+  // The sum of the warps' parts: skipped pages times `skipped`, plus partial outputs times
+  // `attended`.
+  __device__ __forceinline__ ColumnVectors(const MergeShared<Traits>& shared, float skipped,
+                                           float attended, int lane) {
 #pragma unroll
     for (int i = 0; i < kNumChunkVectors; ++i) {
 #pragma unroll
@@ -43,7 +46,14 @@ struct ColumnVectors {
         x[i][j] = 0;
         if (lane + 32 * j >= kD) continue;
 #pragma unroll
-        for (int part = 0; part < kMergeWarps; ++part) x[i][j] += parts[part][i][lane + 32 * j];
+        for (int part = 0; part < kMergeWarps; ++part) {
+          x[i][j] += shared.vectors[part][i][lane + 32 * j];
+        }
+        if (i != kSkipped) continue;
+        float sum = 0;
+#pragma unroll
+        for (int part = 0; part < kMergeWarps; ++part) sum += shared.partial[part][lane + 32 * j];
+        x[i][j] = fmaf(sum, attended, x[i][j] * skipped);
       }
     }
   }
@@ -83,10 +93,27 @@ struct ColumnVectors {
   }
 };
 
+// What the column's partial results are relative to, beside L: the largest of their references,
+// -inf without any. The same in every lane.
+__device__ __forceinline__ float LargestReference(const float* references, int stride,
+                                                  const Slice& ctas, int lane) {
+  float top = -INFINITY;
+  for (int cta = ctas.begin + lane; cta < ctas.end; cta += 32) {
+    top = fmaxf(top, references[int64_t{cta} * stride]);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
+  }
+  return top;
+}
+
 // A warp's part of a column's sums: every kMergeWarps-th chunk and slot, a lane a few channels.
+// `reference`: what partial results are brought to.
 template <class Traits>
 __device__ __forceinline__ void SumColumn(const ProgressiveArgs& p, int64_t head_index, int column,
-                                          int chunks, const Slice& ctas, int lane, int warp,
+                                          int chunks, const Slice& ctas, const float* references,
+                                          float reference, int lane, int warp,
                                           MergeShared<Traits>& shared) {
   constexpr int kD = Traits::kHeadDim, kWords = kD / 4, kEach = (kWords + 31) / 32;
   const ProgressiveWorkspace& w = p.work;
@@ -113,10 +140,15 @@ __device__ __forceinline__ void SumColumn(const ProgressiveArgs& p, int64_t head
       for (int i = 0; i < kNumChunkVectors; ++i) add(from[i * kWords], &sums[i]);
     }
     add(sums[kSkipped], &sums[kAttended]);
+    float4 attended{};
 #pragma unroll 8
     for (int cta = ctas.begin + warp; cta < ctas.end; cta += kMergeWarps) {
-      add(partial[int64_t{cta} * w.columns * kWords + at], &sums[kSkipped]);
+      const float own = references[int64_t{cta} * w.columns];
+      const float factor = own == -INFINITY ? 0.0f : Exp2(own - reference);
+      const float4 x = partial[int64_t{cta} * w.columns * kWords + at];
+      add(make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor), &attended);
     }
+    reinterpret_cast<float4*>(shared.partial[warp])[at] = attended;
 #pragma unroll
     for (int i = 0; i < kNumChunkVectors; ++i) {
       reinterpret_cast<float4*>(shared.vectors[warp][i])[at] = sums[i];
@@ -130,11 +162,15 @@ __device__ __forceinline__ void SumColumn(const ProgressiveArgs& p, int64_t head
   for (int chunk = warp; chunk < chunks; chunk += kMergeWarps) {
     sum += states[int64_t{chunk} * w.columns * kFigures + lane];
   }
-#pragma unroll 4
-  for (int cta = ctas.begin + warp; lane == 0 && cta < ctas.end; cta += kMergeWarps) {
-    sum += masses[int64_t{cta} * w.columns];
-  }
   reinterpret_cast<float*>(&shared.state[warp])[lane] = sum;
+  if (lane > 0) return;
+  sum = 0;
+#pragma unroll 4
+  for (int cta = ctas.begin + warp; cta < ctas.end; cta += kMergeWarps) {
+    const float own = references[int64_t{cta} * w.columns];
+    if (own != -INFINITY) sum = fmaf(masses[int64_t{cta} * w.columns], Exp2(own - reference), sum);
+  }
+  shared.mass[warp] = sum;
 }
 
 __device__ __forceinline__ void StoreElement(void* tensor, int64_t at, DType type, float value) {
@@ -172,11 +208,10 @@ struct DensePart {
 // Finishes a column from the warps' sums: out, lse and its figures. By one warp.
 template <class Traits>
 __device__ __forceinline__ void FinishColumn(const ProgressiveArgs& p, int64_t row, float lse,
-                                             const DensePart<Traits>& dense, int lane,
-                                             const MergeShared<Traits>& shared, float2* figures) {
+                                             const DensePart<Traits>& dense, float reference,
+                                             int lane, const MergeShared<Traits>& shared,
+                                             float2* figures) {
   constexpr int kD = Traits::kHeadDim;
-  ColumnVectors<Traits> vectors(shared.vectors, lane);
-  vectors.Transform(lane);
   ChunkState state = shared.state[0];
 #pragma unroll
   for (int i = 1; i < kMergeWarps; ++i) {
@@ -186,14 +221,27 @@ __device__ __forceinline__ void FinishColumn(const ProgressiveArgs& p, int64_t r
                        state.rest + x.rest,     state.amplitude + x.amplitude};
   }
   const float dense_mass = dense.lse == -INFINITY ? 0.0f : Exp2(dense.lse - lse);
-  const float mass = state.mass + dense_mass, inverse = mass > 0 ? 1.0f / mass : 0.0f;
+  // The largest part is what the output's sums are relative to.
+  float top = fmaxf(reference, state.mass > 0 ? Log2(state.mass) : -INFINITY);
+  if (dense.lse != -INFINITY) top = fmaxf(top, dense.lse - lse);
+  if (top == -INFINITY) top = 0;
+  const float skipped = state.mass > 0 ? Exp2(-top) : 0.0f;
+  const float attended = reference == -INFINITY ? 0.0f : Exp2(reference - top);
+  const float tail = dense.lse == -INFINITY ? 0.0f : Exp2(dense.lse - lse - top);
+  ColumnVectors<Traits> vectors(shared, skipped, attended, lane);
+  vectors.Transform(lane);
+  float attended_mass = 0;
+#pragma unroll
+  for (int i = 0; i < kMergeWarps; ++i) attended_mass += shared.mass[i];
+  const float mass = fmaf(state.mass, skipped, fmaf(attended_mass, attended, tail));
+  const float inverse = mass > 0 ? 1.0f / mass : 0.0f;
   float norm = 0, cross = 0;
 #pragma unroll
   for (int j = 0; j < ColumnVectors<Traits>::kEach; ++j) {
     const float part = dense_mass * dense.out[j];
     if (lane + 32 * j < kD) {
       StoreElement(p.out, row * kD + lane + 32 * j, p.out_type,
-                   (vectors.x[kSkipped][j] + part) * inverse);
+                   fmaf(tail, dense.out[j], vectors.x[kSkipped][j]) * inverse);
     }
     const float estimate = vectors.x[kAttended][j] + part;
     norm = fmaf(estimate, estimate, norm);
@@ -202,7 +250,7 @@ __device__ __forceinline__ void FinishColumn(const ProgressiveArgs& p, int64_t r
   norm = WarpSum(norm);
   cross = WarpSum(cross);
   if (lane != 0) return;
-  p.lse[row] = mass > 0 ? (lse + Log2(mass)) * kLn2 : -INFINITY;
+  p.lse[row] = mass > 0 ? (lse + top + Log2(mass)) * kLn2 : -INFINITY;
   ErrorTerms terms;
   terms.square = fmaxf(state.mean_squares - 2 * cross + norm * state.weight + state.rest, 0.0f);
   terms.amplitude = state.amplitude;
@@ -253,13 +301,16 @@ __global__ void __launch_bounds__(kMergeThreads)
   NoteTime(p.stamps, kMergeStamp);
   const DensePart<Traits> dense(p, at, lane);
   const float lse = reinterpret_cast<const float*>(p.workspace + w.global_lse)[at];
-  const SliceFinder<kMergeThreads> finder(p, shared.slice);
-  SumColumn<Traits>(p, head_index, column, chunks, finder.CtasOf(head_index), lane, warp, shared);
+  const int2 span = reinterpret_cast<const int2*>(p.workspace + w.spans)[head_index];
+  const Slice ctas{span.x, span.y};
+  const float* references = reinterpret_cast<const float*>(p.workspace + w.reference) + at;
+  const float reference = LargestReference(references, w.columns, ctas, lane);
+  SumColumn<Traits>(p, head_index, column, chunks, ctas, references, reference, lane, warp, shared);
   __syncthreads();
   if (warp > 0) return;
   auto* figures =
       reinterpret_cast<float2*>(p.workspace + w.figures) + int64_t{head_index} * w.columns;
-  FinishColumn<Traits>(p, row, lse, dense, lane, shared, figures + column);
+  FinishColumn<Traits>(p, row, lse, dense, reference, lane, shared, figures + column);
   if (lane != 0) return;
   __threadfence();
   auto* done = reinterpret_cast<int32_t*>(p.workspace + w.merged) + head_index;

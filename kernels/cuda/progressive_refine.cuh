@@ -194,8 +194,11 @@ struct PageRefiner {
     for (int i = 0; i < 8; ++i) packed[i] = words[i];
     const float offset[2] = {-0.9375f * scale * ones[0], -0.9375f * scale * ones[1]};
     AddScores(sums, 2097152.0f * scale, offset, max, lane, packed, high);
-    PageStats stats[2];
-    TakeStats<Traits>(packed, high, variance, s.softcap, lane, stats);
+    float lse[2], concentration[2];
+    SumPacked<Traits>(packed, high, s.softcap, lane, lse, concentration);
+    PageStats stats[2] = {{high[0], lse[0], 0, concentration[0]},
+                          {high[1], lse[1], 0, concentration[1]}};
+    SpreadVariance(variance, lane, stats);
     StoreStats(p, sinks, page, stats, true, lane);
     StoreScores(p, sinks, page, packed, lane);
     if (lane < 4) {  // once for each column

@@ -13,6 +13,7 @@
 // device holds
 
 #include "kernels/cuda/progressive_scores.cuh"
+#include "kernels/policy/error_model.h"
 
 namespace adaattn {
 
@@ -34,6 +35,7 @@ struct ScanShared {
   alignas(16) std::byte stages[kScanStages][kScanWarps * kPairBytes];
   alignas(16) __half ranges[kScanWarps][Traits::kHeadDim];
   float2 mean[kScanWarps][4];  // q.mu, of each lane's columns
+  float unit[kScanWarps];      // of the query
   alignas(8) uint64_t full[kScanStages], empty[kScanStages];
   StageWork work[kScanStages];
 };
@@ -53,6 +55,9 @@ struct ScanItem {
   __device__ __forceinline__ ScanItem(const ProgressiveArgs& p, int item) {
     const int tiles = p.work.columns / kTileColumns;
     const int groups = CeilDiv(p.shape.num_kv_heads, kScanWarps);
+    run = item;
+    group = tile = 0;
+    if (tiles * groups == 1) return;  // as usual, without divisions
     tile = item % tiles;
     group = item / tiles % groups;
     run = item / tiles / groups;
@@ -80,6 +85,8 @@ struct PageFetcher {
   int lane;
   uint64_t policy = EvictFirstPolicy();
   int stage = 0, round = 0;  // round: turns of the ring
+  int next_item = 0;
+  ScanRun next_run;
 
   __device__ __forceinline__ void Advance() {
     if (++stage == kScanStages) {
@@ -91,7 +98,17 @@ struct PageFetcher {
     if (round > 0) WaitBarrier(SharedAddress(&shared.empty[stage]), (round + 1) % 2);
   }
 
-  __device__ __forceinline__ void FetchRun(int item, const ScanItem& at, const ScanRun& run) {
+  // Takes the item after this one, so that its run is here when it begins. `counter`: items that
+  // have been taken beyond each CTA's first.
+  __device__ __forceinline__ void TakeNext(int items, int32_t* counter) {
+    int taken = 0;
+    if (lane == 0) taken = atomicAdd(counter, 1);
+    next_item = gridDim.x + __shfl_sync(0xffffffffu, taken, 0);
+    next_run = next_item < items ? p.scan_runs[ScanItem(p, next_item).run] : ScanRun();
+  }
+
+  __device__ __forceinline__ void FetchRun(int item, const ScanItem& at, const ScanRun& run,
+                                           int items, int32_t* counter) {
     constexpr int kD = Traits::kHeadDim;
     const ProgressiveSequence& from = p.sequences[run.sequence];
     const SequenceView s(from);
@@ -140,6 +157,7 @@ struct PageFetcher {
       Advance();
       // More at once would only stand in the way of what the kernel before still has to write.
       WaitForDependencies();
+      if (first == run.page_begin) TakeNext(items, counter);
     }
     if (at.tile == 0 && lane < group.heads) {
       AddBytes(&p.decisions[run.sequence * p.shape.num_kv_heads + group.begin + lane].key_bytes,
@@ -147,17 +165,13 @@ struct PageFetcher {
     }
   }
 
-  // `counter`: items that have been taken beyond each CTA's first.
   __device__ __forceinline__ void Run(int items, int32_t* counter) {
     int item = blockIdx.x;
-    while (item < items) {
-      const ScanItem at(p, item);
-      const ScanRun run = p.scan_runs[at.run];
-      if (run.sequence < 0) break;  // empty ones come last
-      FetchRun(item, at, run);
-      int next = 0;
-      if (lane == 0) next = atomicAdd(counter, 1);
-      item = gridDim.x + __shfl_sync(0xffffffffu, next, 0);
+    ScanRun run = p.scan_runs[ScanItem(p, item).run];
+    while (run.sequence >= 0) {  // empty ones come last
+      FetchRun(item, ScanItem(p, item), run, items, counter);
+      item = next_item;
+      run = next_run;
     }
     WaitForRoom();
     if (lane == 0) {
@@ -181,7 +195,6 @@ struct PageScanner {
   RunningMass mass;
   // Of the basis.
   uint2 query[Traits::kTiles] = {};
-  float unit = 0;
 
   __device__ __forceinline__ const ProgressiveSequence& Sequence() const {
     return p.sequences[head_index / p.shape.num_kv_heads];
@@ -211,9 +224,25 @@ struct PageScanner {
     const QueryFragments<Traits> fragments(p, head_index, basis, ScanItem(p, item).tile);
 #pragma unroll
     for (int k = 0; k < Traits::kTiles; ++k) query[k] = fragments.halves[k * 32 + lane];
-    unit = fragments.unit;
+    if (lane == 0) shared.unit[warp] = fragments.unit;
     if (lane < 4) shared.mean[warp][lane] = reinterpret_cast<const float2*>(fragments.mean)[lane];
     __syncwarp();
+  }
+
+  // What an unread channel adds to the variance, r^2 / 6; under a static rank as much more as
+  // ScoreVarianceAt will take off for finer planes, which leave such a channel unread.
+  __device__ __forceinline__ float UnreadWeight() const {
+    const DecisionParams& decision = Sequence().decision;
+    if (decision.policy != Policy::kStatic) return 1.0f / 6;
+    const PageDepth depth = StaticDepth(decision, Traits::kHeadDim, p.stored_bits);
+    return 1.0f / 6 / ScoreVarianceAt(1.0f, depth.key.bits);
+  }
+  // A static rank is all that is attended, too: EstimatedLog2Mass is to find no more mass than
+  // that.
+  __device__ __forceinline__ void TakeOffCorrection(PageStats (&stats)[2]) const {
+    if (Sequence().decision.policy != Policy::kStatic) return;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) stats[c].lse -= MassCorrection(stats[c].variance);
   }
 
   // One page; `release` says that the stage's bytes are no longer needed.
@@ -230,16 +259,16 @@ struct PageScanner {
     }
     __half* ranges = shared.ranges[warp];
     const float scale =
-        unit * SpreadKeyRanges<Traits>(
-                   pair + Traits::kTiles * kKeyTileBytes * heads + Traits::kHeadDim * member,
-                   ranges, lane);
+        shared.unit[warp] * SpreadKeyRanges<Traits>(pair + Traits::kTiles * kKeyTileBytes * heads +
+                                                        Traits::kHeadDim * member,
+                                                    ranges, lane);
     __syncwarp();
-    float sums[4][4], ones[4], high[2];
-    uint32_t squares = 0, packed[8];
+    float sums[4][4], ones[4];
+    uint32_t squares = 0;
     MultiplyPage<Traits>(chunks, ranges, query, 0, chunk_end, lane, sums, ones, &squares);
     float variance = SumHalves(squares) * (1.0f / 768);  // (r / 8)^2 / 12 for what was read
-    if (chunk_end < kChunks) {                           // r^2 / 6 for what was not
-      variance += SumHalves(UnreadSquares<Traits>(ranges, query, chunk_end, lane)) * (1.0f / 6);
+    if (chunk_end < kChunks) {
+      variance += SumHalves(UnreadSquares<Traits>(ranges, query, chunk_end, lane)) * UnreadWeight();
     }
     release();
     variance = QuadSum(variance) * (kLn2 * kLn2) * scale * scale;
@@ -248,19 +277,33 @@ struct PageScanner {
                ScanItem(p, item).tile * kTileColumns + lane % 4 * 2, lane, sums);
     }
     const float2 mean = shared.mean[warp][lane % 4];
-    const float offset[2] = {fmaf(-0.9375f * scale, ones[0], mean.x),
-                             fmaf(-0.9375f * scale, ones[1], mean.y)};
-    PackScores(sums, 2097152.0f * scale, offset, high, packed);  // 2^24 / 8
-    PageStats stats[2];
-    TakeStats<Traits>(packed, high, variance, softcap, lane, stats);
-    StoreStats(p, sinks, page, stats, false, lane);
+    const ScoreUnits units{
+        2097152.0f * scale,  // 2^24 / 8
+        {fmaf(-0.9375f * scale, ones[0], mean.x), fmaf(-0.9375f * scale, ones[1], mean.y)}};
+    float bound[2], lse[2], concentration[2];
+    filter.Bound(mass.high, bound);
+    SumScores<Traits>(sums, units, softcap, bound, lse, concentration);
+    PageStats stats[2] = {{-INFINITY, lse[0], 0, concentration[0]},
+                          {-INFINITY, lse[1], 0, concentration[1]}};
+    SpreadVariance(variance, lane, stats);
+    if (chunk_end < kChunks) TakeOffCorrection(stats);
     const float2 page_mass = make_float2(EstimatedLog2Mass(stats[0]), EstimatedLog2Mass(stats[1]));
     mass.Add(page_mass);
+    const float2 sum = mass.Log2Sum();
+    const float so_far[2] = {sum.x, sum.y};
+    filter.Bound(so_far, bound);
     float spread = 0;
     if (chunk_end < kChunks) spread = Sequence().decision.coarse_z * kLog2E;
-    if (page == 0 || cut || filter.Wants(stats, page_mass, mass.high, spread)) {
+    if (page == 0 || cut || filter.Wants(stats, page_mass, bound, spread)) {
+      float high[2];
+      uint32_t packed[8];
+      LargestScores(sums, units, high);
+      PackScores(sums, units, high, packed);
       StoreScores(p, sinks, page, packed, lane);
+      stats[0].max = high[0];
+      stats[1].max = high[1];
     }
+    StoreStats(p, sinks, page, stats, false, lane);
   }
 
   // Stores the mass of the item's pages.

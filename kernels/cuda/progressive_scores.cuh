@@ -97,60 +97,124 @@ __device__ __forceinline__ void MaskPage(const SequenceView& s, int page, int gr
   }
 }
 
-// Accumulators times `unit` (rows 0..7; a 16th of it for rows 8..15) plus `offset` of the column,
-// as B fragments of halves minus the column's maximum, which goes to `high`: columns 2 (lane % 4),
-// + 1.
-__device__ __forceinline__ void PackScores(const float (&sums)[4][4], float unit,
-                                           const float (&offset)[2], float (&high)[2],
-                                           uint32_t (&packed)[8]) {
-  const float units[2] = {unit, unit * 0.0625f};
+// What a page's accumulators are worth: times `unit` (rows 0..7; a 16th of it for rows 8..15) plus
+// `offset` of the column they are the scores of columns 2 (lane % 4) and + 1.
+struct ScoreUnits {
+  float unit;
+  float offset[2];
+};
+
+// The largest scores of the lane's two columns.
+__device__ __forceinline__ void LargestScores(const float (&sums)[4][4], const ScoreUnits& units,
+                                              float (&high)[2]) {
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
     const float low = fmaxf(fmaxf(sums[0][c], sums[1][c]), fmaxf(sums[2][c], sums[3][c]));
     const float up =
         fmaxf(fmaxf(sums[0][c + 2], sums[1][c + 2]), fmaxf(sums[2][c + 2], sums[3][c + 2]));
-    high[c] = ColumnMax(fmaxf(low * units[0], up * units[1])) + offset[c];
+    high[c] = ColumnMax(fmaxf(low * units.unit, up * (units.unit * 0.0625f))) + units.offset[c];
   }
-  const float shift[2] = {high[0] == -INFINITY ? 0.0f : offset[0] - high[0],
-                          high[1] == -INFINITY ? 0.0f : offset[1] - high[1]};
+}
+
+// Scores minus `high`, the column's maximum, as B fragments of halves.
+__device__ __forceinline__ void PackScores(const float (&sums)[4][4], const ScoreUnits& units,
+                                           const float (&high)[2], uint32_t (&packed)[8]) {
+  const float unit[2] = {units.unit, units.unit * 0.0625f};
+  const float shift[2] = {high[0] == -INFINITY ? 0.0f : units.offset[0] - high[0],
+                          high[1] == -INFINITY ? 0.0f : units.offset[1] - high[1]};
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       packed[2 * t + half] =
-          Transpose8x8(PackPair<__half>(fmaf(sums[t][2 * half], units[half], shift[0]),
-                                        fmaf(sums[t][2 * half + 1], units[half], shift[1])));
+          Transpose8x8(PackPair<__half>(fmaf(sums[t][2 * half], unit[half], shift[0]),
+                                        fmaf(sums[t][2 * half + 1], unit[half], shift[1])));
     }
   }
 }
 
-// Sums over the page of exp2(score - max) and of its square, for columns 2 (lane % 4) and + 1.
+__device__ __forceinline__ float ColumnSum(float x) {  // over lanes of equal lane % 4
+  x += __shfl_xor_sync(0xffffffffu, x, 4);
+  x += __shfl_xor_sync(0xffffffffu, x, 8);
+  return x + __shfl_xor_sync(0xffffffffu, x, 16);
+}
+
+// log2 of the sum of exp2(score) of the lane's two columns, and the concentration. `base`: what the
+// sum is relative to, after the soft cap; where it is too low, or -inf, the page's own maximum is.
+// inf: anything will do.
 template <class Traits>
-__device__ __forceinline__ void SumPage(const uint32_t (&packed)[8], const float (&high)[2],
-                                        float cap, int lane, float (&sum)[4], float (&squares)[4]) {
-  uint32_t weight[8];
+__device__ __forceinline__ void SumScores(const float (&sums)[4][4], const ScoreUnits& units,
+                                          float cap, const float (&base)[2], float (&lse)[2],
+                                          float (&concentration)[2]) {
+  const float unit[2] = {units.unit, units.unit * 0.0625f};
+  float sum[2], squares[2], from[2];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) weight[i] = Exp2Halves(packed[i]);
-  if constexpr (Traits::kSoftCap) {
-    // Packed scores are of column lane / 4.
-    const float even = __shfl_sync(0xffffffffu, high[0], lane / 8);
-    const float odd = __shfl_sync(0xffffffffu, high[1], lane / 8);
-    const float max = lane / 4 % 2 == 0 ? even : odd, top = SoftCap<Traits>(max, cap);
+  for (int c = 0; c < 2; ++c) from[c] = base[c] == INFINITY ? 0.0f : base[c];
+  const auto add = [&] {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float2 y = UnpackPair<__half>(packed[i]);
-      weight[i] = PackPair<__half>(Exp2(SoftCap<Traits>(y.x + max, cap) - top),
-                                   Exp2(SoftCap<Traits>(y.y + max, cap) - top));
+    for (int c = 0; c < 2; ++c) {
+      const float shift = Traits::kSoftCap ? units.offset[c] : units.offset[c] - from[c];
+      float x[2] = {0, 0}, xx[2] = {0, 0};  // shorter chains
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float y = fmaf(sums[t][2 * half + c], unit[half], shift);
+          if constexpr (Traits::kSoftCap) y = SoftCap<Traits>(y, cap) - from[c];
+          y = Exp2(y);
+          x[half] += y;
+          xx[half] = fmaf(y, y, xx[half]);
+        }
+      }
+      sum[c] = ColumnSum(x[0] + x[1]);
+      squares[c] = ColumnSum(xx[0] + xx[1]);
     }
+  };
+  add();
+  constexpr float kMost = 1e18f;  // whose square is finite
+  if (__any_sync(0xffffffffu, !(sum[0] < kMost && sum[1] < kMost))) {
+    LargestScores(sums, units, from);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      from[c] = from[c] == -INFINITY ? 0.0f : SoftCap<Traits>(from[c], cap);
+    }
+    add();
   }
-  const uint32_t kOnes[4] = {kOneHalves, kOneHalves, kOneHalves, kOneHalves};
 #pragma unroll
-  for (int e = 0; e < 4; ++e) sum[e] = squares[e] = 0;
+  for (int c = 0; c < 2; ++c) {
+    lse[c] = from[c] + Log2(sum[c]);
+    concentration[c] = sum[c] > 0 ? __fdividef(squares[c], sum[c] * sum[c]) : 0.0f;
+  }
+}
+
+// The same from packed scores, whose maximum is `high`.
+template <class Traits>
+__device__ __forceinline__ void SumPacked(const uint32_t (&packed)[8], const float (&high)[2],
+                                          float cap, int lane, float (&lse)[2],
+                                          float (&concentration)[2]) {
+  // Packed scores are of column lane / 4.
+  const float even = __shfl_sync(0xffffffffu, high[0], lane / 8);
+  const float odd = __shfl_sync(0xffffffffu, high[1], lane / 8);
+  const float max = lane / 4 % 2 == 0 ? even : odd, top = SoftCap<Traits>(max, cap);
+  float sum = 0, squares = 0;
 #pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    Mma16x8x16<__half>(sum, kOnes, weight[2 * t], weight[2 * t + 1]);
-    Mma16x8x16<__half>(squares, kOnes, MultiplyHalves(weight[2 * t], weight[2 * t]),
-                       MultiplyHalves(weight[2 * t + 1], weight[2 * t + 1]));
+  for (int i = 0; i < 8; ++i) {
+    float2 y = UnpackPair<__half>(packed[i]);
+    if constexpr (Traits::kSoftCap) {
+      y = make_float2(SoftCap<Traits>(y.x + max, cap) - top, SoftCap<Traits>(y.y + max, cap) - top);
+    }
+    const float2 x = make_float2(Exp2(y.x), Exp2(y.y));
+    sum += x.x + x.y;
+    squares = fmaf(x.x, x.x, fmaf(x.y, x.y, squares));
+  }
+  sum = QuadSum(sum);
+  squares = QuadSum(squares);
+  const float all = max == -INFINITY ? max : top + Log2(sum);
+  const float share = max == -INFINITY ? 0.0f : __fdividef(squares, sum * sum);
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    lse[c] = __shfl_sync(0xffffffffu, all, lane % 4 * 8 + 4 * c);
+    concentration[c] = __shfl_sync(0xffffffffu, share, lane % 4 * 8 + 4 * c);
   }
 }
 
@@ -176,23 +240,15 @@ __device__ __forceinline__ PageSinks MakePageSinks(const ProgressiveArgs& p, int
   return sinks;
 }
 
-// A page's statistics for the lane's two columns; `variance` is of column lane / 4.
-template <class Traits>
-__device__ __forceinline__ void TakeStats(const uint32_t (&packed)[8], const float (&high)[2],
-                                          float variance, float cap, int lane,
-                                          PageStats (&stats)[2]) {
-  float sum[4], squares[4];
-  SumPage<Traits>(packed, high, cap, lane, sum, squares);
+// The variance of the lane's two columns; `variance` is of column lane / 4.
+__device__ __forceinline__ void SpreadVariance(float variance, int lane, PageStats (&stats)[2]) {
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    stats[c].max = high[c];
-    stats[c].lse = high[c] == -INFINITY ? -INFINITY : SoftCap<Traits>(high[c], cap) + Log2(sum[c]);
     stats[c].variance = __shfl_sync(0xffffffffu, variance, lane % 4 * 8 + 4 * c);
-    stats[c].squares = squares[c];
   }
 }
 
-// A negative sum of squares says that the page was opened by the second stage.
+// `opened`: by the second stage.
 __device__ __forceinline__ void StoreStats(const ProgressiveArgs& p, const PageSinks& sinks,
                                            int page, const PageStats (&stats)[2], bool opened,
                                            int lane) {
@@ -201,7 +257,7 @@ __device__ __forceinline__ void StoreStats(const ProgressiveArgs& p, const PageS
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
     target[c] = make_float4(stats[c].max, stats[c].lse, stats[c].variance,
-                            opened ? -stats[c].squares : stats[c].squares);
+                            opened ? -stats[c].concentration : stats[c].concentration);
   }
 }
 
@@ -250,16 +306,24 @@ struct ScoreFilter {
     lower[1] = column + 1 < columns ? lse.y : INFINITY;
   }
 
-  // For the warp. `high`: the largest log masses so far, of the lane's columns; `spread`: two
-  // stages: standard deviations of a page's log mass, log2 units.
+  // What L is known to be at least, of the lane's columns; inf: no column. `mass`: log mass of
+  // pages so far.
+  __device__ __forceinline__ void Bound(const float (&mass)[2], float (&bound)[2]) const {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) bound[c] = fmaxf(lower[c], mass[c]);
+  }
+
+  // For the warp. `spread`: two stages: standard deviations that a page's log mass may gain, log2
+  // units.
   __device__ __forceinline__ bool Wants(const PageStats (&stats)[2], float2 mass,
-                                        const float (&high)[2], float spread) const {
+                                        const float (&bound)[2], float spread) const {
     const float x[2] = {mass.x, mass.y};
     bool wanted = false;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const float most = fmaxf(x[c], stats[c].lse + spread * sqrtf(stats[c].variance));
-      wanted |= most - fmaxf(lower[c], high[c]) >= threshold;
+      float most = x[c];
+      if (spread > 0) most = fmaxf(most, stats[c].lse + spread * __fsqrt_rn(stats[c].variance));
+      wanted |= most - bound[c] >= threshold;
     }
     return __any_sync(0xffffffffu, wanted) != 0;
   }

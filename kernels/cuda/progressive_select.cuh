@@ -38,7 +38,7 @@ struct SelectShared {
   uint32_t base[kChunkPages];  // page ids, by position in the chunk
   // mass, entropy, rest, mean squares, weight, amplitude
   float warp_figures[kSelectWarps][kTileColumns][kChunkFigures];
-  int warp_count[kSelectWarps];  // of attended pages
+  ChunkList warp_list[kSelectWarps];  // of each warp's pages
   int key_pages[kNumKeyDepths], value_pages[kNumValueDepths];
   // Of the sequence's first token: what the sink page's summary becomes where it stands for it.
   alignas(16) int8_t first_mean[kD];
@@ -118,7 +118,7 @@ __device__ __forceinline__ void SubstituteSink(const ProgressiveArgs& p, const S
   if (static_cast<int>(threadIdx.x) < columns) {
     const PageStats stats = LoadStats(PageStatsOf(p, head_index, 0), threadIdx.x);
     concentrated = TokenVisible(s, 0, threadIdx.x / p.shape.group_size()) &&
-                   FirstTokenStandsForPage(true, true, Concentration<Traits>(stats, s.softcap));
+                   FirstTokenStandsForPage(true, true, fabsf(stats.concentration));
   }
   if (__syncthreads_or(concentrated) == 0) return;
   for (int c = threadIdx.x; c < Traits::kHeadDim; c += kSelectThreads) {
@@ -155,6 +155,10 @@ __device__ __forceinline__ void PrefetchPage(const ProgressiveArgs& p, uint32_t 
   if (quarter == 1 && fine > 0) bring(p.layout.key_scales, p.layout.key_scales.bytes);
 }
 
+__device__ __forceinline__ ChunkList* ChunkListOf(const ProgressiveArgs& p, int64_t chunk_index) {
+  return reinterpret_cast<ChunkList*>(p.workspace + p.work.extents) + chunk_index;
+}
+
 // A quad decides a page.
 template <class Traits>
 struct PageDecider {
@@ -188,12 +192,12 @@ struct PageDecider {
       for (int i = 0; i < kEach; ++i) {
         const int n = column_begin + quarter + 4 * i;
         if (n >= columns) continue;
-        *opened |= mine[i].squares < 0;
+        *opened |= signbit(mine[i].concentration);
         share = fmaxf(share, TermsOf(mine[i], lse[n]).share);
       }
       for (int n = quarter; columns > kTileColumns && n < columns; n += 4) {  // other tiles too
         const PageStats other = LoadStats(PageStatsOf(p, head_index, page), n);
-        *opened |= other.squares < 0;
+        *opened |= signbit(other.concentration);
         share = fmaxf(share, TermsOf(other, lse[n]).share);
       }
     }
@@ -225,7 +229,7 @@ struct PageDecider {
       const int n = quarter + 4 * i;
       ColumnWeights column;
       if (visible() && column_begin + n < columns) {
-        column = WeighColumn<Traits>(s, mine[i], summary, shared.lse[column_begin + n], depth);
+        column = WeighColumn<Traits>(mine[i], summary, shared.lse[column_begin + n], depth);
       }
       const float share = column.share * summary.mean_scale;
       shared.weights[kSkipped * kTileColumns + n][local] = attended() ? 0.0f : share;
@@ -251,27 +255,45 @@ struct PageDecider {
     }
   }
 
+  __device__ __forceinline__ PackedPage Packed() const {
+    return PackedPage{page, depth.value_bits / 2, (depth.key.bits - kScanBits) / 2,
+                      depth.key.chunks, BasisOfPage(s, page)};
+  }
+
+  // What the warp lists. `quads`: its attended pages, at the first bit of each quad.
+  __device__ __forceinline__ void SumList(uint32_t quads, SelectShared<Traits>& shared) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int cost =
+        attended() ? AttendCost((depth.value_bits + depth.key.bits - kScanBits) / 2) : 0;
+    const int all = __reduce_add_sync(0xffffffffu, quarter == 0 ? cost : 0);
+    const int last = __shfl_sync(0xffffffffu, cost, 31 - __clz(quads | 1));
+    if (lane == 0) shared.warp_list[warp] = ChunkList{__popc(quads), all, last, 0};
+  }
+
   // Lists the chunk's attended pages in order.
   __device__ __forceinline__ void List(int64_t chunk_index, const SelectShared<Traits>& shared,
                                        uint32_t quads) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int count = 0, before = 0;
-#pragma unroll
-    for (int i = 0; i < kSelectWarps; ++i) {
-      if (i == warp) before = count;
-      count += shared.warp_count[i];
-    }
     if (threadIdx.x == 0) {
-      reinterpret_cast<int32_t*>(p.workspace + p.work.counts)[chunk_index] = count;
+      ChunkList list{};
+#pragma unroll 1
+      for (int i = 0; i < kSelectWarps; ++i) {
+        const ChunkList part = shared.warp_list[i];
+        list.pages += part.pages;
+        list.cost += part.cost;
+        if (part.pages > 0) list.last_cost = part.last_cost;
+      }
+      *reinterpret_cast<int4*>(ChunkListOf(p, chunk_index)) =
+          make_int4(list.pages, list.cost, list.last_cost, 0);
     }
+    int before = 0;
+#pragma unroll
+    for (int i = 0; i < kSelectWarps; ++i) before += i < warp ? shared.warp_list[i].pages : 0;
     if (!attended() || quarter != 0) return;
-    const uint32_t packed =
-        PackPage(PackedPage{page, depth.value_bits / 2, (depth.key.bits - kScanBits) / 2,
-                            depth.key.chunks, BasisOfPage(s, page)});
     reinterpret_cast<uint4*>(
         p.workspace +
         p.work.lists)[chunk_index * kChunkPages + before + __popc(quads & ((1u << lane) - 1))] =
-        make_uint4(shared.base[local], packed, static_cast<uint32_t>(head_index),
+        make_uint4(shared.base[local], PackPage(Packed()), static_cast<uint32_t>(head_index),
                    static_cast<uint32_t>(columns));
   }
 };
@@ -391,7 +413,6 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   const int tiles = w.columns / kTileColumns;
   const int chunk = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int head = blockIdx.y, sequence = blockIdx.z;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const ProgressiveSequence& from = p.sequences[sequence];
   const SequenceView s(from);
   const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
@@ -416,7 +437,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   NoteTime(p.stamps, kSelectStamp);
   LaunchDependents();
   if (pages == 0) {
-    if (threadIdx.x == 0) reinterpret_cast<int32_t*>(p.workspace + w.counts)[chunk_index] = 0;
+    if (threadIdx.x == 0) *reinterpret_cast<int4*>(ChunkListOf(p, chunk_index)) = int4{};
     return;
   }
   decider.Load();
@@ -430,7 +451,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
                           : from.decision.theta;
   decider.Decide(theta, shared);
   const uint32_t quads = __ballot_sync(0xffffffffu, decider.attended()) & 0x11111111u;
-  if (lane == 0) shared.warp_count[warp] = __popc(quads);
+  decider.SumList(quads, shared);
   WaitCopies<0>();
   __syncthreads();
   if (begin == 0) SubstituteSink<Traits>(p, s, head_index, shared);

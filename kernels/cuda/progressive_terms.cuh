@@ -41,27 +41,19 @@ __device__ __forceinline__ float MeanSquare(const std::byte* summary, int quarte
   return QuadSum(static_cast<float>(sum) * scale * scale);
 }
 
-// The sum of squares of a page's probabilities, relative to the square of its share.
-template <class Traits>
-__device__ __forceinline__ float Concentration(const PageStats& stats, float softcap) {
-  if (stats.max == -INFINITY) return 0;
-  return fminf(fabsf(stats.squares) * Exp2(2 * (SoftCap<Traits>(stats.max, softcap) - stats.lse)),
-               1.0f);
-}
-
 // One column's weights and figures of a page whose depth is decided.
 struct ColumnWeights {
   float share = 0, weight = 0, mass = 0, entropy = 0, rest = 0, amplitude = 0;
 };
 template <class Traits>
-__device__ __forceinline__ ColumnWeights WeighColumn(const SequenceView& s, const PageStats& stats,
+__device__ __forceinline__ ColumnWeights WeighColumn(const PageStats& stats,
                                                      const ValueSummary& summary, float lse,
                                                      PageDepth depth) {
   ColumnWeights out;
   const ColumnTerms terms = TermsOf(stats, lse);
   PageErrorInputs inputs;
   inputs.share = terms.share;
-  inputs.concentration = Concentration<Traits>(stats, s.softcap);
+  inputs.concentration = fabsf(stats.concentration);
   inputs.score_variance = stats.variance;
   inputs.spread = summary.spread;
   inputs.scale_rms = summary.scale_rms;

@@ -51,7 +51,7 @@ __device__ __forceinline__ void SumPageMasses(const ProgressiveArgs& p, const Se
       const PageStats stats = LoadStats(PageStatsOf(p, head_index, page), column);
       const float share = TermsOf(stats, lse).share;
       if (share > 0) {
-        AddPageMass(share, Concentration<Traits>(stats, s.softcap), stats.variance, &sums);
+        AddPageMass(share, fabsf(stats.concentration), stats.variance, &sums);
       }
     }
   }
