@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "tests/backend/backend_harness.h"
@@ -35,9 +36,44 @@ StepCase Attend(TestSequence* sequence, const std::vector<float>& q) {
   return step;
 }
 
+// Another batch: bit for bit, but that the cuda backend cuts a head's sealed pages by what else is
+// in the batch, which moves FP32 roundings.
+void ExpectSameInAnotherBatch(BackendHarness* harness, const StepOutput& a, const StepOutput& b) {
+  if (harness->backend().info().name != "cuda" || !IsProgressive(harness->options().format)) {
+    EXPECT_EQ(a.out, b.out);
+    EXPECT_EQ(a.lse, b.lse);
+    return;
+  }
+  constexpr double kRoundings = 2e-6;
+  const size_t d = static_cast<size_t>(harness->options().shape.head_dim);
+  ASSERT_EQ(a.out.size(), b.out.size());
+  for (size_t row = 0; row < a.lse.size(); ++row) {
+    double error = 0, norm = 0;
+    for (size_t i = row * d; i < (row + 1) * d; ++i) {
+      error += std::pow(double{a.out[i]} - b.out[i], 2);
+      norm += std::pow(double{a.out[i]}, 2);
+    }
+    EXPECT_LE(std::sqrt(error), kRoundings * std::sqrt(norm)) << "row " << row;
+    EXPECT_NEAR(a.lse[row], b.lse[row], kRoundings) << "row " << row;
+  }
+}
+
+void ExpectSameDecision(const HeadDecision& a, const HeadDecision& b) {
+  for (int i = 0; i < kNumKeyDepths; ++i) EXPECT_EQ(a.key_pages[i], b.key_pages[i]) << i;
+  for (int i = 0; i < kNumValueDepths; ++i) EXPECT_EQ(a.value_pages[i], b.value_pages[i]) << i;
+  EXPECT_EQ(a.dense_tokens, b.dense_tokens);
+  EXPECT_EQ(a.theta, b.theta);
+  // Over dense pages rows add theirs up as they end.
+  EXPECT_NEAR(a.entropy, b.entropy, 2e-5);
+  EXPECT_EQ(a.predicted_error, b.predicted_error);
+  EXPECT_EQ(a.key_bytes, b.key_bytes);
+  EXPECT_EQ(a.value_bytes, b.value_bytes);
+  EXPECT_EQ(a.basis_bytes, b.basis_bytes);
+}
+
 class LawsTest : public ::testing::TestWithParam<PageFormat> {};
 
-TEST_P(LawsTest, SequenceAloneEqualsItselfInABatchBitForBit) {
+TEST_P(LawsTest, SequenceAloneEqualsItselfInABatch) {
   BackendHarness harness(Options(GetParam()));
   ASSERT_TRUE(harness.ok());
   TestSequence first = MakeSequence(&harness), second = MakeSequence(&harness);
@@ -46,8 +82,36 @@ TEST_P(LawsTest, SequenceAloneEqualsItselfInABatchBitForBit) {
   const StepOutput alone = harness.Run({Attend(&second, q)})[0];
   const StepOutput batched =
       harness.Run({Attend(&first, {}), Attend(&second, q), Attend(&third, {})})[1];
-  EXPECT_EQ(alone.out, batched.out);
-  EXPECT_EQ(alone.lse, batched.lse);
+  ExpectSameInAnotherBatch(&harness, alone, batched);
+}
+
+TEST_P(LawsTest, TheSameBatchAgainGivesTheSameBits) {
+  BackendHarness harness(Options(GetParam()));
+  ASSERT_TRUE(harness.ok());
+  TestSequence first = MakeSequence(&harness), second = MakeSequence(&harness);
+  TestSequence third = harness.NewSequence(130);
+  std::vector<StepCase> batch = {Attend(&first, harness.RandomRows(1, 6)),
+                                 Attend(&second, harness.RandomRows(4, 6)),
+                                 Attend(&third, harness.RandomRows(1, 6))};
+  batch[1].q_len = 4;
+  if (harness.Supports(Policy::kBudget)) {
+    batch[0].decision.policy = Policy::kBudget;
+    batch[0].decision.target_relative_error = 0.05f;
+  }
+  const std::vector<StepOutput> expected = harness.Run(batch);
+  for (int repeat = 0; repeat < 20; ++repeat) {
+    harness.Run({batch[2]});  // whose traces in the workspace must not matter
+    const std::vector<StepOutput> again = harness.Run(batch);
+    for (size_t i = 0; i < batch.size(); ++i) {
+      SCOPED_TRACE("repeat " + std::to_string(repeat) + " sequence " + std::to_string(i));
+      EXPECT_EQ(again[i].out, expected[i].out);
+      EXPECT_EQ(again[i].lse, expected[i].lse);
+      ASSERT_EQ(again[i].decisions.size(), expected[i].decisions.size());
+      for (size_t head = 0; head < expected[i].decisions.size(); ++head) {
+        ExpectSameDecision(again[i].decisions[head], expected[i].decisions[head]);
+      }
+    }
+  }
 }
 
 TEST_P(LawsTest, MovingPagesChangesNoBit) {
@@ -97,7 +161,7 @@ TEST_P(LawsTest, NonfiniteValuesAreFlaggedAndLeaveOthersAlone) {
     EXPECT_TRUE(outputs[0].result.nonfinite_q);
     EXPECT_FALSE(outputs[0].result.nonfinite_kv);
     EXPECT_FALSE(outputs[1].result.nonfinite_q);
-    EXPECT_EQ(outputs[1].out, expected.out);
+    ExpectSameInAnotherBatch(&harness, outputs[1], expected);
     for (const bool in_keys : {true, false}) {
       StepCase bad_kv = Attend(&bad, {});
       bad_kv.append_len = 1;
@@ -108,7 +172,7 @@ TEST_P(LawsTest, NonfiniteValuesAreFlaggedAndLeaveOthersAlone) {
       EXPECT_TRUE(outputs[0].result.nonfinite_kv);
       EXPECT_FALSE(outputs[0].result.nonfinite_q);
       EXPECT_FALSE(outputs[1].result.nonfinite_kv);
-      EXPECT_EQ(outputs[1].out, expected.out);
+      ExpectSameInAnotherBatch(&harness, outputs[1], expected);
     }
   }
   // The rows that were written and not counted are gone after the next append.

@@ -200,9 +200,9 @@ void ProgressiveHarness::CompareHead(const StepCase& step, const StepOutput& out
   const float theta = any_page ? expected.decision.theta : 0.0f;
   EXPECT_NEAR(actual.theta, theta, ThetaError(step.decision.policy) * theta);
   // A backend may keep scores as FP16, which moves shares by up to 5e-3.
-  EXPECT_NEAR(actual.entropy, expected.decision.entropy, 1e-2);
+  EXPECT_NEAR(actual.entropy, expected.decision.entropy, 2e-2);
   EXPECT_NEAR(actual.predicted_error, expected.decision.predicted_error,
-              (moved == 0 ? 0.01 : 0.5) * expected.decision.predicted_error + 1e-6);
+              (moved == 0 ? 0.02 : 0.5) * expected.decision.predicted_error + 1e-6);
   const ReadBytes recount = RecountBytes(actual, options_.shape.head_dim, DType::kBf16);
   EXPECT_EQ(actual.key_bytes, recount.key);
   EXPECT_EQ(actual.value_bytes, recount.value);
