@@ -50,10 +50,10 @@ class SmallQueueTest : public BadInputTest {
  protected:
   ServerOptions Options() const override {
     ServerOptions options = BadInputTest::Options();
-    options.max_message_bytes = 20 << 10;
+    options.max_message_bytes = 22 << 10;
     options.engine.batcher.max_queued_bytes = 32 << 10;
-    options.admission.max_client_inflight_bytes = 20 << 10;
-    options.admission.max_inflight_bytes = 20 << 10;
+    options.admission.max_client_inflight_bytes = 22 << 10;
+    options.admission.max_inflight_bytes = 22 << 10;
     return options;
   }
 };
