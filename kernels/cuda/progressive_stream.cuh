@@ -1,0 +1,208 @@
+#ifndef ADAATTN_KERNELS_CUDA_PROGRESSIVE_STREAM_CUH_
+#define ADAATTN_KERNELS_CUDA_PROGRESSIVE_STREAM_CUH_
+
+// How the pages of attend's slots come to shared memory: what of a page is brought, the rings, and
+// who fills them.
+
+#include "kernels/cuda/async_copy.cuh"
+#include "kernels/cuda/progressive_slice.cuh"
+
+namespace adaattn {
+
+inline constexpr int kAttendRoom = 152 * 1024;  // bytes of the rings
+inline constexpr int kAttendDepth = 4;          // pages of a ring, at most
+inline constexpr int kAttendPages = 512;        // of a slice that are found at a time
+
+// What of an attended page is brought to shared memory, in this order.
+enum AttendPart : int {
+  kStats = 0,      // of the tile's columns
+  kScoresLow = 1,  // of columns that exist: 16 bytes of each of the column's four lanes
+  kScoresHigh = 2,
+  kValueScales = 3,
+  kValuePlanes = 4,  // 4..7
+  kKeyScales = 8,    // where finer key planes are read
+  kKeyFine = 9,      // 9, 10
+  kNumAttendParts = 11
+};
+
+// Where the parts of a page stand and how long they are.
+template <class Traits>
+struct AttendLayout {
+  PackedPage page;
+  int columns;  // of the tile
+
+  __device__ __forceinline__ int key_tiles() const {
+    return min(page.key_chunks * Traits::kChunkTiles, Traits::kTiles);
+  }
+  __device__ __forceinline__ int scores() const { return kTileColumns * 16; }
+  __device__ __forceinline__ int score_bytes() const { return columns * 64; }  // half of them
+  __device__ __forceinline__ int value_scales() const { return scores() + 2 * score_bytes(); }
+  __device__ __forceinline__ int values() const {
+    return value_scales() + Traits::kValueScaleBytes;
+  }
+  __device__ __forceinline__ int key_scales() const {
+    return values() + page.value_planes * Traits::kPlaneBytes;
+  }
+  __device__ __forceinline__ int keys() const { return key_scales() + Traits::kHeadDim; }
+  __device__ __forceinline__ int key_bytes() const {
+    return page.fine_planes * key_tiles() * kPlaneTileBytes;
+  }
+  __device__ __forceinline__ int value_bytes() const {
+    return Traits::kValueScaleBytes + page.value_planes * Traits::kPlaneBytes;
+  }
+  __device__ __forceinline__ int bytes() const {
+    return page.fine_planes > 0 ? keys() + key_bytes() : key_scales();
+  }
+};
+
+// A page of a ring.
+struct RingPage {
+  int offset;    // in the ring
+  int position;  // likewise, counted on from turn to turn
+};
+
+template <class Traits>
+struct AttendShared {
+  // A quarter of a multiprocessor holds four warps of 128 registers.
+  static constexpr int kWarps = Traits::kTilesPerGroup > 4 ? 8 : 16;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kSlots = kWarps / Traits::kValueGroups;
+  static constexpr int kRingBytes = kAttendRoom / kSlots / 128 * 128;
+  alignas(128) std::byte room[kSlots][kRingBytes];
+  alignas(16) float4 sums[kWarps][Traits::kTilesPerGroup][32];
+  alignas(16) uint2 query[kMaxDeviceBasisRuns][Traits::kTiles * 32];  // of the head
+  alignas(16) __half ranges[kWarps][Traits::kHeadDim];                // spread for the MMA
+  alignas(16) ListedPage page[kAttendPages];
+  RingPage ring[kSlots][kAttendDepth];
+  alignas(8) uint64_t full[kSlots][kAttendDepth];
+  float unit[kMaxDeviceBasisRuns];
+  float lse[kTileColumns];
+  float mass[kWarps][kTileColumns];
+  float reference[kWarps][kTileColumns];
+  float factor[kSlots][kTileColumns];  // of a slot's sums, to the reference of all
+  SliceShared<kThreads> slice;
+  int place[kAttendPages];  // in the lists
+  static_assert(3 * kTileColumns * 16 + 2 * 512 + Traits::kValueScaleBytes +
+                        6 * Traits::kPlaneBytes + Traits::kHeadDim <=
+                    kRingBytes,
+                "at least one page");
+};
+
+// Brings the pages of a slot, by one of its warps.
+template <class Traits>
+struct PageStreamer {
+  static constexpr int kSlots = AttendShared<Traits>::kSlots;
+  static constexpr int kRingBytes = AttendShared<Traits>::kRingBytes;
+  const ProgressiveArgs& p;
+  AttendShared<Traits>& shared;
+  int tile, lane, slot;
+  int fetched = 0, done = 0;     // pages
+  int offset = 0, position = 0;  // of the next one
+  int next = 0;                  // page of shared.page
+  // What the lane copies of a page: its part and where that stands for page 0 of head 0.
+  const std::byte* source = nullptr;
+  int64_t stride = 0;  // from head to head; for what is in the workspace, from page to page
+
+  __device__ __forceinline__ PageStreamer(const ProgressiveArgs& args, AttendShared<Traits>& room,
+                                          int column_tile, int of_lane, int of_slot)
+      : p(args), shared(room), tile(column_tile), lane(of_lane), slot(of_slot) {
+    const PageLayout& layout = p.layout;
+    int64_t from = 0;
+    if (lane == kStats) {
+      from = p.work.stats + tile * kTileColumns * 16;
+      stride = p.work.columns * 16;
+    } else if (lane <= kScoresHigh) {
+      from = p.work.scores + (tile * 2 + lane - kScoresLow) * 512;
+      stride = p.work.columns * 128;
+    } else if (lane == kValueScales) {
+      from = layout.value_scales.offset;
+      stride = Traits::kValueScaleBytes;
+    } else if (lane < kKeyScales) {  // the planes of one kind follow one another
+      stride = Traits::kPlaneBytes;
+      from = layout.value_plane[0].offset +
+             int64_t{lane - kValuePlanes} * p.shape.num_kv_heads * stride;
+    } else if (lane == kKeyScales) {
+      from = layout.key_scales.offset;
+      stride = Traits::kHeadDim;
+    } else {
+      stride = Traits::kPlaneBytes;
+      from = layout.key_fine[0].offset + int64_t{lane - kKeyFine} * p.shape.num_kv_heads * stride;
+    }
+    source = (lane <= kScoresHigh ? p.workspace : p.pool) + from;
+  }
+
+  // Whether there is room for `bytes` more, which then stand at `offset`.
+  __device__ __forceinline__ bool MakeRoom(int bytes) {
+    if (fetched == done) {
+      offset = 0;
+      return true;
+    }
+    if (fetched - done == kAttendDepth) return false;
+    const int oldest = shared.ring[slot][done % kAttendDepth].position;
+    const int skipped = offset + bytes > kRingBytes ? kRingBytes - offset : 0;
+    if (position + skipped + bytes - oldest > kRingBytes) return false;
+    position += skipped;
+    if (skipped > 0) offset = 0;
+    return true;
+  }
+
+  // Starts the copies of as many of the slot's pages before `end` as there is room for.
+  __device__ __forceinline__ void Fill(int end) {
+    for (; next < end; next += kSlots) {
+      const ListedPage listed = shared.page[next];
+      const AttendLayout<Traits> layout{
+          UnpackPage(listed.packed),
+          min(max(listed.columns - tile * kTileColumns, 0), kTileColumns)};
+      const int all = layout.bytes();
+      if (!MakeRoom(all)) return;
+      const uint32_t full = SharedAddress(&shared.full[slot][fetched % kAttendDepth]);
+      if (lane == 0) {
+        shared.ring[slot][fetched % kAttendDepth] = RingPage{offset, position};
+        ArriveExpectBytes(full, all);
+      }
+      __syncwarp();
+      Copy(listed, layout, full);
+      offset += all;
+      position += all;
+      ++fetched;
+    }
+  }
+
+  __device__ __forceinline__ void Copy(const ListedPage& listed, const AttendLayout<Traits>& layout,
+                                       uint32_t full) const {
+    int target = 0, bytes = 0;
+    const PackedPage& page = layout.page;
+    if (lane == kStats) {
+      bytes = layout.scores();
+    } else if (lane <= kScoresHigh) {
+      bytes = layout.score_bytes();
+      target = layout.scores() + (lane - kScoresLow) * bytes;
+    } else if (lane == kValueScales) {
+      bytes = Traits::kValueScaleBytes;
+      target = layout.value_scales();
+    } else if (lane < kKeyScales) {
+      bytes = lane - kValuePlanes < page.value_planes ? Traits::kPlaneBytes : 0;
+      target = layout.values() + (lane - kValuePlanes) * Traits::kPlaneBytes;
+    } else if (lane == kKeyScales) {
+      bytes = page.fine_planes > 0 ? Traits::kHeadDim : 0;
+      target = layout.key_scales();
+    } else if (lane < kNumAttendParts) {
+      bytes = lane - kKeyFine < page.fine_planes ? layout.key_tiles() * kPlaneTileBytes : 0;
+      target = layout.keys() + (lane - kKeyFine) * bytes;
+    }
+    int64_t index = listed.head_index % p.shape.num_kv_heads;
+    const std::byte* from = source + static_cast<int64_t>(listed.id) * kPageAlignment;
+    if (lane <= kScoresHigh) {
+      index = int64_t{listed.head_index} * p.max_sealed + page.page;
+      from = source;
+    }
+    if (bytes > 0) {
+      BulkCopy(SharedAddress(shared.room[slot] + offset + target), from + index * stride,
+               static_cast<uint32_t>(bytes), full);
+    }
+  }
+};
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_KERNELS_CUDA_PROGRESSIVE_STREAM_CUH_
