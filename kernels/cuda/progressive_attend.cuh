@@ -38,8 +38,7 @@ struct PageAttender {
   const ProgressiveArgs& p;
   AttendShared<Traits>& shared;
   int tile, lane, warp;
-  PageStreamer<Traits> streamer;     // of the slot's last warp
-  int attended = 0;                  // pages of the slot
+  PageStreamer<Traits> streamer;     // of the slot; its last warp fills the ring
   int head_index = -1, columns = 0;  // columns: of the tile
   float softcap = 0;
   float out[Traits::kTilesPerGroup][4] = {};
@@ -53,7 +52,7 @@ struct PageAttender {
   __device__ __forceinline__ void Enter(const ListedPage& page) {
     const int next = page.head_index;
     head_index = next;
-    columns = min(max(page.columns - tile * kTileColumns, 0), kTileColumns);
+    columns = TileColumns(page, tile);
     const ProgressiveSequence& s = p.sequences[next / p.shape.num_kv_heads];
     if constexpr (Traits::kSoftCap) softcap = s.softcap;
     constexpr int kPieces = Traits::kTiles * 32 / 2;
@@ -116,8 +115,8 @@ struct PageAttender {
 
   // The slot's next page.
   __device__ __forceinline__ void Attend(const ListedPage& page) {
-    const int group = warp % kGroups, slot = warp / kGroups, stage = attended % kAttendDepth;
-    WaitBarrier(SharedAddress(&shared.full[slot][stage]), attended / kAttendDepth % 2);
+    const int group = warp % kGroups, slot = warp / kGroups, stage = streamer.done % kAttendDepth;
+    WaitBarrier(SharedAddress(&shared.full[slot][stage]), streamer.done / kAttendDepth % 2);
     const AttendLayout<Traits> layout{UnpackPage(page.packed), columns};
     std::byte* data = shared.room[slot] + shared.ring[slot][stage].offset;
     if (layout.page.fine_planes > 0) Refine(data, layout, group);
@@ -178,8 +177,7 @@ struct PageAttender {
                       layout.page.value_planes, tokens, weights, lane, out);
     if (layout.page.fine_planes > 0) FenceAsyncShared();
     SyncSlot<kGroups>(slot);
-    ++attended;
-    streamer.done = attended;
+    ++streamer.done;
   }
 
   // The warps' sums to the slot's partial output; they start again from 0. By the whole CTA.

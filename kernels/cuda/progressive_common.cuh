@@ -89,6 +89,11 @@ struct ListedPage {
   int32_t columns;  // of the sequence
 };
 static_assert(sizeof(ListedPage) == 16, "moved with one instruction");
+// Its columns in a tile of kTileColumns.
+ADAATTN_HD constexpr int32_t TileColumns(const ListedPage& page, int32_t tile) {
+  const int32_t left = page.columns - tile * kTileColumns;
+  return left < 0 ? 0 : left < kTileColumns ? left : kTileColumns;
+}
 
 // What it costs attend, in planes: what else it reads and does counts as one. (As four, to which
 // its instructions amount, steps of 64 x 2k take a seventh longer.)

@@ -96,7 +96,7 @@ struct PageStreamer {
   const ProgressiveArgs& p;
   AttendShared<Traits>& shared;
   int tile, lane, slot;
-  int fetched = 0, done = 0;     // pages
+  int fetched = 0, done = 0;     // pages brought, pages attended
   int offset = 0, position = 0;  // of the next one
   int next = 0;                  // page of shared.page
   // What the lane copies of a page: its part and where that stands for page 0 of head 0.
@@ -150,9 +150,7 @@ struct PageStreamer {
   __device__ __forceinline__ void Fill(int end) {
     for (; next < end; next += kSlots) {
       const ListedPage listed = shared.page[next];
-      const AttendLayout<Traits> layout{
-          UnpackPage(listed.packed),
-          min(max(listed.columns - tile * kTileColumns, 0), kTileColumns)};
+      const AttendLayout<Traits> layout{UnpackPage(listed.packed), TileColumns(listed, tile)};
       const int all = layout.bytes();
       if (!MakeRoom(all)) return;
       const uint32_t full = SharedAddress(&shared.full[slot][fetched % kAttendDepth]);
