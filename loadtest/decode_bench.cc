@@ -200,7 +200,9 @@ absl::StatusOr<int> Run(const Settings& settings) {
   if (settings.time) {
     ADAATTN_RETURN_IF_ERROR(TimeAll(settings, num_ctas, flush, &report["decode"]));
   }
-  if (settings.steps) ADAATTN_RETURN_IF_ERROR(TimeSteps(10 * settings.runs, &report["steps"]));
+  if (settings.steps) {
+    ADAATTN_RETURN_IF_ERROR(TimeSteps(10 * settings.runs, num_sms, &report["steps"]));
+  }
   if (settings.progressive) {
     ADAATTN_ASSIGN_OR_RETURN(const bool progressive_good,
                              BenchProgressive(settings.progressive_options, settings.runs, flush,

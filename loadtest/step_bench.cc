@@ -12,7 +12,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/attention.h"
+#include "kernels/cuda/plan.h"
 #include "kernels/cuda/status.h"
+#include "kernels/cuda/step.h"
 
 namespace adaattn {
 namespace {
@@ -36,7 +38,9 @@ constexpr int32_t kOpenPages = 2;
 // A batch of equal sequences over zeroed pages: what the host does depends on shapes alone.
 class StepCase {
  public:
-  StepCase(Backend* backend, const StepShape& shape) : backend_(backend), shape_(shape) {}
+  // For a device of `num_sms` multiprocessors.
+  StepCase(Backend* backend, const StepShape& shape, int32_t num_sms)
+      : backend_(backend), shape_(shape), num_sms_(num_sms) {}
 
   absl::Status Prepare() {
     const int32_t num_pages = shape_.kv_len / kPageTokens + 1;
@@ -63,10 +67,26 @@ class StepCase {
       step.softmax_scale = 1.0f / std::sqrt(static_cast<float>(kShape.head_dim));
       steps_.push_back(step);
     }
-    return MakeBuffers();
+    ADAATTN_RETURN_IF_ERROR(MakeBuffers());
+    ADAATTN_ASSIGN_OR_RETURN(const PlanKey key, MakePlanKey(batch_));
+    plan_ = std::make_unique<CudaPlan>(key, num_sms_);
+    block_.resize(plan_->Needs(batch_).block);
+    return absl::OkStatus();
   }
 
-  // One step; seconds that RunAttend took, and until the results were there.
+  // What of the host's part is not the CUDA runtime's: seconds to find the step's key and needs,
+  // and to write its block.
+  absl::StatusOr<double> Pack() {
+    const auto begin = Clock::now();
+    ADAATTN_RETURN_IF_ERROR(MakePlanKey(batch_).status());
+    if (plan_->Needs(batch_).block > static_cast<int64_t>(block_.size())) {
+      return absl::InternalError("the step has outgrown its block");
+    }
+    PackStep(*plan_, batch_, block_.data());
+    return std::chrono::duration<double>(Clock::now() - begin).count();
+  }
+
+  // One step; seconds that PlanAttend and RunAttend took, and until the results were there.
   absl::Status Run(double* host, double* whole) {
     const auto begin = Clock::now();
     ADAATTN_ASSIGN_OR_RETURN(const AttendPlan* plan, backend_->PlanAttend(batch_));
@@ -113,11 +133,14 @@ class StepCase {
 
   Backend* const backend_;
   const StepShape shape_;
+  const int32_t num_sms_;
   std::vector<PageId> pages_;
   std::vector<BasisRun> runs_;
   std::vector<SequenceStep> steps_;
   std::unique_ptr<StepBuffers> buffers_;
   AttendBatch batch_;
+  std::unique_ptr<CudaPlan> plan_;
+  std::vector<std::byte> block_;
 };
 
 double Median(std::vector<double>* values) {
@@ -127,7 +150,7 @@ double Median(std::vector<double>* values) {
 
 }  // namespace
 
-absl::Status TimeSteps(int runs, nlohmann::json* report) {
+absl::Status TimeSteps(int runs, int32_t num_sms, nlohmann::json* report) {
   for (const PageFormat format :
        {PageFormat::kBf16, PageFormat::kF8E4m3, PageFormat::kProgressive}) {
     for (const StepShape& shape :
@@ -135,19 +158,24 @@ absl::Status TimeSteps(int runs, nlohmann::json* report) {
       BackendOptions options;
       options.pool_bytes = int64_t{2} << 30;
       ADAATTN_ASSIGN_OR_RETURN(auto backend, CreateCudaBackend(options));
-      StepCase test(backend.get(), shape);
+      StepCase test(backend.get(), shape, num_sms);
       ADAATTN_RETURN_IF_ERROR(test.Prepare());
-      std::vector<double> hosts, wholes;
+      std::vector<double> hosts, packs, wholes;
       for (int i = -10; i < runs; ++i) {
         double host = 0, whole = 0;
         ADAATTN_RETURN_IF_ERROR(test.Run(&host, &whole));
         if (i < 0) continue;
         hosts.push_back(host);
         wholes.push_back(whole);
+        ADAATTN_ASSIGN_OR_RETURN(const double pack, test.Pack());
+        packs.push_back(pack);
       }
-      const double host = Median(&hosts) * 1e6, whole = Median(&wholes) * 1e6;
-      std::printf("%-28s host %7.2f us  step %8.2f us\n", shape.Name().c_str(), host, whole);
-      report->push_back({{"case", shape.Name()}, {"host_us", host}, {"step_us", whole}});
+      const double host = Median(&hosts) * 1e6, pack = Median(&packs) * 1e6;
+      const double whole = Median(&wholes) * 1e6;
+      std::printf("%-28s host %7.2f us (packing %5.2f)  step %8.2f us\n", shape.Name().c_str(),
+                  host, pack, whole);
+      report->push_back(
+          {{"case", shape.Name()}, {"host_us", host}, {"pack_us", pack}, {"step_us", whole}});
     }
   }
   return absl::OkStatus();

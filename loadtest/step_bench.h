@@ -1,6 +1,7 @@
 #ifndef ADAATTN_LOADTEST_STEP_BENCH_H_
 #define ADAATTN_LOADTEST_STEP_BENCH_H_
 
+#include <cstdint>
 #include <nlohmann/json_fwd.hpp>
 
 #include "absl/status/status.h"
@@ -8,9 +9,10 @@
 namespace adaattn {
 
 // Times whole steps through the CUDA backend, batch 1 and 32, dense and sealed pages: how long
-// RunAttend keeps the host, and how long a step takes until its results stand in host memory.
+// PlanAttend and RunAttend keep the host, how long of that is spent on packing the step rather than
+// in the CUDA runtime, and how long a step takes until its results stand in host memory.
 // Prints, and appends to `report`. Caches stay warm between steps.
-absl::Status TimeSteps(int runs, nlohmann::json* report);
+absl::Status TimeSteps(int runs, int32_t num_sms, nlohmann::json* report);
 
 }  // namespace adaattn
 

@@ -8,6 +8,8 @@
 
 #include <cuda_fp8.h>
 
+#include <cstddef>
+
 #include "kernels/cuda/element.cuh"
 #include "kernels/cuda/stage_stamps.h"
 #include "kernels/cuda/step_params.h"
@@ -134,11 +136,15 @@ __global__ void __launch_bounds__(kAppendThreads)
     reinterpret_cast<uint4*>(header.out)[i] = reinterpret_cast<const uint4*>(p.out)[i];
   }
   for (int64_t i = thread; i < header.num_lse; i += num_threads) header.lse[i] = p.lse[i];
-  const int words = p.shape.num_kv_heads * static_cast<int>(sizeof(HeadDecision) / 4);
+  constexpr int kWords = sizeof(HeadDecision) / 4;
+  constexpr int kErrorWord = offsetof(HeadDecision, predicted_error) / 4;
+  const int words = p.shape.num_kv_heads * kWords;
   for (int i = thread; i < header.num_sequences * words; i += num_threads) {
     const int64_t from = int64_t{p.sequences[i / words].decision} * words + i % words;
-    reinterpret_cast<uint32_t*>(header.decisions)[i] =
-        reinterpret_cast<const uint32_t*>(p.decisions)[from];
+    uint32_t word = reinterpret_cast<const uint32_t*>(p.decisions)[from];
+    // The kernels before leave the mean square.
+    if (i % kWords == kErrorWord) word = __float_as_uint(sqrtf(__uint_as_float(word)));
+    reinterpret_cast<uint32_t*>(header.decisions)[i] = word;
   }
   for (int i = thread; i < header.num_sequences; i += num_threads) {
     const uint32_t flags = p.flags[i];

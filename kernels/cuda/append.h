@@ -21,7 +21,8 @@ cudaError_t ProbeKernelImage();
 absl::Status LaunchAppend(const StepParams& params, int32_t num_decisions, int32_t num_sms,
                           cudaStream_t stream);
 
-// Copies out, lse, decisions and flags to the host and clears the flags.
+// Copies out, lse, decisions and flags to the host and clears the flags. Of predicted errors, which
+// the kernels between the two leave as mean squares, it takes the root.
 absl::Status LaunchReturn(const StepParams& params, int32_t num_sms, cudaStream_t stream);
 
 }  // namespace adaattn

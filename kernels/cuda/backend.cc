@@ -2,7 +2,6 @@
 // one copy of its packed block and one launch of its plan's graph.
 
 #include <array>
-#include <cmath>
 #include <iterator>
 #include <memory>
 #include <string>
@@ -80,8 +79,6 @@ class CudaBackend final : public Backend {
     PinnedBuffer block, stamps;
     Event done;
     int64_t ticket = 0;  // 0 = idle
-    HeadDecision* decisions = nullptr;
-    int64_t num_decisions = 0;
     const CudaPlan* plan = nullptr;
     StageTimes* stage_times = nullptr;
   };
@@ -104,10 +101,11 @@ class CudaBackend final : public Backend {
   }
 
   absl::StatusOr<CudaPlan*> FindPlan(const AttendBatch& batch);
-  // Makes scratch and graph fit for a step of `batch`.
-  absl::Status Prepare(const AttendBatch& batch, CudaPlan* plan);
+  // Makes scratch and graph fit for a step of `plan`.
+  absl::Status Prepare(const ScratchNeeds& needs, CudaPlan* plan);
   void EvictGraph();
-  absl::Status Launch(const CudaPlan& plan, const AttendBatch& batch, Slot* slot);
+  absl::Status Launch(const CudaPlan& plan, const AttendBatch& batch, int64_t block_bytes,
+                      Slot* slot);
   absl::Status Finish(Slot* slot);
   template <class Task>
   absl::Status RunPageTasks(absl::Span<const Task> tasks, bool seal, float* drift);
@@ -127,7 +125,6 @@ class CudaBackend final : public Backend {
   std::vector<std::unique_ptr<CudaPlan>> plans_;
   int32_t num_graphs_ = 0;
   int64_t clock_ = 0;
-  DecodeSchedule schedule_;
   std::array<Slot, kSlots> slots_;
   int64_t last_ticket_ = 0;
 };
@@ -199,9 +196,8 @@ void CudaBackend::EvictGraph() {
   --num_graphs_;
 }
 
-absl::Status CudaBackend::Prepare(const AttendBatch& batch, CudaPlan* plan) {
+absl::Status CudaBackend::Prepare(const ScratchNeeds& needs, CudaPlan* plan) {
   plan->last_used = ++clock_;
-  const ScratchNeeds needs = plan->Needs(batch);
   if (!scratch_.Covers(needs)) ADAATTN_RETURN_IF_ERROR(scratch_.Grow(needs, stream_.get()));
   if (plan->graph.get() != nullptr && plan->graph_generation == scratch_.generation()) {
     return absl::OkStatus();
@@ -223,7 +219,7 @@ absl::StatusOr<const AttendPlan*> CudaBackend::PlanAttend(const AttendBatch& bat
   ADAATTN_RETURN_IF_ERROR(Enter());
   absl::StatusOr<CudaPlan*> plan = FindPlan(batch);
   if (!plan.ok()) return plan.status();
-  ADAATTN_RETURN_IF_ERROR(Leave(Prepare(batch, *plan)));
+  ADAATTN_RETURN_IF_ERROR(Leave(Prepare((*plan)->Needs(batch), *plan)));
   return *plan;
 }
 
@@ -232,26 +228,25 @@ absl::StatusOr<StepTicket> CudaBackend::RunAttend(const AttendPlan& plan,
   ADAATTN_RETURN_IF_ERROR(Enter());
   // Plans are this backend's own and only it may change them.
   auto* own = const_cast<CudaPlan*>(static_cast<const CudaPlan*>(&plan));
-  ADAATTN_RETURN_IF_ERROR(Leave(Prepare(batch, own)));
+  const ScratchNeeds needs = own->Needs(batch);
+  ADAATTN_RETURN_IF_ERROR(Leave(Prepare(needs, own)));
   Slot* slot = &slots_[(last_ticket_ + 1) % kSlots];
   if (slot->ticket != 0) ADAATTN_RETURN_IF_ERROR(Leave(Finish(slot)));
-  ADAATTN_RETURN_IF_ERROR(Leave(Launch(*own, batch, slot)));
+  ADAATTN_RETURN_IF_ERROR(Leave(Launch(*own, batch, needs.block, slot)));
   slot->ticket = ++last_ticket_;
   return StepTicket{slot->ticket};
 }
 
-absl::Status CudaBackend::Launch(const CudaPlan& plan, const AttendBatch& batch, Slot* slot) {
-  const int64_t needed = plan.Needs(batch).block;
-  if (slot->block.bytes() < needed) {
-    ADAATTN_RETURN_IF_ERROR(slot->block.Allocate(needed + needed / 2));
+absl::Status CudaBackend::Launch(const CudaPlan& plan, const AttendBatch& batch,
+                                 int64_t block_bytes, Slot* slot) {
+  if (slot->block.bytes() < block_bytes) {
+    ADAATTN_RETURN_IF_ERROR(slot->block.Allocate(block_bytes + block_bytes / 2));
   }
-  const int64_t bytes = PackStep(plan, batch, &schedule_, slot->block.data());
+  const int64_t bytes = PackStep(plan, batch, slot->block.data());
   reinterpret_cast<StepHeader*>(slot->block.data())->stamps =
       reinterpret_cast<uint64_t*>(slot->stamps.data());
   slot->plan = &plan;
   slot->stage_times = batch.buffers->stage_times();
-  slot->decisions = batch.buffers->decisions();
-  slot->num_decisions = static_cast<int64_t>(batch.sequences.size()) * batch.shape.num_kv_heads;
   ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(scratch_.block(), slot->block.data(),
                                                static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
                                                stream_.get()));
@@ -262,10 +257,6 @@ absl::Status CudaBackend::Launch(const CudaPlan& plan, const AttendBatch& batch,
 absl::Status CudaBackend::Finish(Slot* slot) {
   slot->ticket = 0;
   ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(slot->done.get()));
-  // The kernels leave the mean square.
-  for (int64_t i = 0; i < slot->num_decisions; ++i) {
-    slot->decisions[i].predicted_error = std::sqrt(slot->decisions[i].predicted_error);
-  }
   *slot->stage_times =
       StagesFromStamps(slot->plan->key(), reinterpret_cast<const uint64_t*>(slot->stamps.data()));
   return absl::OkStatus();

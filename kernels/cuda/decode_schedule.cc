@@ -26,33 +26,45 @@ int32_t NumRowBlocks(const DeviceSequence& sequence, int32_t group_size, int32_t
 // much only idles the last ones, or the shares would shrink until whole groups no longer fit.
 class Dealer {
  public:
-  Dealer(DecodeSchedule* schedule, int64_t pages, int32_t num_ctas)
-      : schedule_(schedule), pages_left_(pages), ctas_left_(num_ctas) {
-    schedule_->cta_items.push_back(0);
+  Dealer(int64_t pages, int32_t num_ctas, DecodeItem* items, int32_t* cta_items)
+      : items_(items), cta_items_(cta_items), pages_left_(pages), ctas_left_(num_ctas) {
+    *cta_items_++ = 0;
     StartCta();
   }
 
-  void AddGroup(DecodeItem item, PageRange pages) {
-    const size_t first_item = schedule_->items.size();
-    item.group = schedule_->num_groups++;
-    item.page_begin = pages.begin;
+  void AddGroup(int32_t sequence, int32_t kv_head, int32_t row_block, PageRange pages) {
+    DecodeItem* const parts = items_ + size_.num_items;
+    int32_t num_parts = 0;
     do {
-      const int64_t rest = pages.end - item.page_begin;
+      const int64_t rest = pages.end - pages.begin;
       if (ctas_left_ > 1 && rest > 0 && room_ < std::min<int64_t>(slack_ + 1, rest)) EndCta();
       const bool last_cta = ctas_left_ <= 1;
       const bool ends_here = rest == 0 || rest <= room_ + slack_;
       const int64_t take = last_cta || ends_here ? rest : room_;
-      item.page_end = item.page_begin + static_cast<int32_t>(take);
-      schedule_->items.push_back(item);
-      item.page_begin = item.page_end;
+      // Field by field and in its place: copies of an item just made wait for its stores.
+      DecodeItem& item = parts[num_parts];
+      item.sequence = sequence;
+      item.kv_head = kv_head;
+      item.row_block = row_block;
+      item.page_begin = pages.begin;
+      item.page_end = pages.begin += static_cast<int32_t>(take);
+      item.group = size_.num_groups;
+      item.num_splits = 1;
+      item.first_slot = size_.num_slots;
+      item.slot = size_.num_slots + num_parts++;
+      ++size_.num_items;
       room_ -= take;
       pages_left_ -= take;
-    } while (item.page_begin < pages.end);
-    NumberParts(first_item);
+    } while (pages.begin < pages.end);
+    ++size_.num_groups;
+    if (num_parts == 1) return;
+    for (int32_t i = 0; i < num_parts; ++i) parts[i].num_splits = num_parts;
+    size_.num_slots += num_parts;
   }
 
-  void Finish() {
+  DecodeScheduleSize Finish() {
     while (ctas_left_ > 0) EndCta();
+    return size_;
   }
 
  private:
@@ -64,25 +76,17 @@ class Dealer {
     slack_ = std::max<int64_t>(1, room_ / 16);
   }
   void EndCta() {
-    schedule_->cta_items.push_back(static_cast<int32_t>(schedule_->items.size()));
+    *cta_items_++ = size_.num_items;
     --ctas_left_;
     StartCta();
-  }
-  void NumberParts(size_t first_item) {
-    const auto parts = static_cast<int32_t>(schedule_->items.size() - first_item);
-    for (int32_t i = 0; i < parts; ++i) {
-      DecodeItem& item = schedule_->items[first_item + i];
-      item.num_splits = parts;
-      item.first_slot = schedule_->num_slots;
-      item.slot = schedule_->num_slots + i;
-    }
-    if (parts > 1) schedule_->num_slots += parts;
   }
 
   // Fewer leave the warps of a CTA without a unit each.
   static constexpr int64_t kMinPages = 2;
 
-  DecodeSchedule* schedule_;
+  DecodeItem* const items_;
+  int32_t* cta_items_;  // where the current CTA's end goes
+  DecodeScheduleSize size_;
   int64_t pages_left_;
   int32_t ctas_left_;
   int64_t share_ = kMinPages;
@@ -100,17 +104,25 @@ int32_t ChooseRowTiles(int32_t head_dim, int32_t group_size, int32_t max_q_len) 
 
 DecodeSchedule ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_t num_kv_heads,
                               int32_t group_size, int32_t row_tiles, int32_t num_ctas) {
+  int32_t num_groups = 0;
+  for (const DeviceSequence& sequence : sequences) {
+    num_groups += num_kv_heads * NumRowBlocks(sequence, group_size, row_tiles);
+  }
   DecodeSchedule schedule;
-  ScheduleDecode(sequences, num_kv_heads, group_size, row_tiles, num_ctas, &schedule);
+  schedule.items.resize(MaxDecodeItems(num_groups, num_ctas));
+  schedule.cta_items.resize(num_ctas + 1);
+  const DecodeScheduleSize size =
+      ScheduleDecode(sequences, num_kv_heads, group_size, row_tiles, num_ctas,
+                     schedule.items.data(), schedule.cta_items.data());
+  schedule.items.resize(size.num_items);
+  schedule.num_groups = size.num_groups;
+  schedule.num_slots = size.num_slots;
   return schedule;
 }
 
-void ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_t num_kv_heads,
-                    int32_t group_size, int32_t row_tiles, int32_t num_ctas,
-                    DecodeSchedule* schedule) {
-  schedule->items.clear();
-  schedule->cta_items.clear();
-  schedule->num_groups = schedule->num_slots = 0;
+DecodeScheduleSize ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_t num_kv_heads,
+                                  int32_t group_size, int32_t row_tiles, int32_t num_ctas,
+                                  DecodeItem* items, int32_t* cta_items) {
   int64_t pages = 0;
   for (const DeviceSequence& sequence : sequences) {
     if (sequence.q_len == 0) continue;
@@ -118,22 +130,18 @@ void ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_t num_kv_h
     pages += int64_t{range.end - range.begin} * num_kv_heads *
              NumRowBlocks(sequence, group_size, row_tiles);
   }
-  Dealer dealer(schedule, pages, num_ctas);
+  Dealer dealer(pages, num_ctas, items, cta_items);
   for (size_t i = 0; i < sequences.size(); ++i) {
     if (sequences[i].q_len == 0) continue;
     const PageRange range = AttendedPages(sequences[i]);
     const int32_t num_blocks = NumRowBlocks(sequences[i], group_size, row_tiles);
     for (int32_t head = 0; head < num_kv_heads; ++head) {
       for (int32_t block = 0; block < num_blocks; ++block) {
-        DecodeItem item;
-        item.sequence = static_cast<int32_t>(i);
-        item.kv_head = head;
-        item.row_block = block;
-        dealer.AddGroup(item, range);
+        dealer.AddGroup(static_cast<int32_t>(i), head, block, range);
       }
     }
   }
-  dealer.Finish();
+  return dealer.Finish();
 }
 
 }  // namespace adaattn

@@ -20,11 +20,17 @@ int32_t ChooseRowTiles(int32_t head_dim, int32_t group_size, int32_t max_q_len);
 // part and row in shared memory.
 inline constexpr int32_t kMaxDecodeCtas = 384;
 
+struct DecodeScheduleSize {
+  int32_t num_items = 0;
+  int32_t num_groups = 0;  // counters that the kernel needs
+  int32_t num_slots = 0;   // partial slots
+};
+
 struct DecodeSchedule {
   std::vector<DecodeItem> items;
   std::vector<int32_t> cta_items;  // [num_ctas + 1]
-  int32_t num_groups = 0;          // counters that the kernel needs
-  int32_t num_slots = 0;           // partial slots
+  int32_t num_groups = 0;
+  int32_t num_slots = 0;
 };
 
 // Deals the pages of all (sequence, kv head, row block) groups to `num_ctas` CTAs, in order, in
@@ -40,10 +46,11 @@ struct DecodeSchedule {
 // out = 0, lse = -inf. Requires: num_ctas > 0, row_tiles as from ChooseRowTiles.
 DecodeSchedule ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_t num_kv_heads,
                               int32_t group_size, int32_t row_tiles, int32_t num_ctas);
-// Likewise, into a schedule whose memory is used again.
-void ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_t num_kv_heads,
-                    int32_t group_size, int32_t row_tiles, int32_t num_ctas,
-                    DecodeSchedule* schedule);
+// Likewise, into memory of the caller's: items [MaxDecodeItems of its groups], cta_items
+// [num_ctas + 1].
+DecodeScheduleSize ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_t num_kv_heads,
+                                  int32_t group_size, int32_t row_tiles, int32_t num_ctas,
+                                  DecodeItem* items, int32_t* cta_items);
 
 // Bounds on a schedule of `num_groups` (sequence, kv head, row block) groups: every CTA's end adds
 // at most one item, and at most two partial slots.

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <new>
 
 #include "kernels/cuda/append.h"
+#include "kernels/cuda/decode_schedule.h"
 #include "kernels/cuda/stage_stamps.h"
 #include "kernels/cuda/status.h"
 
@@ -29,6 +31,7 @@ RowPositions ClipPositions(const SequenceStep& sequence) {
   return {static_cast<int32_t>(q_start), static_cast<int32_t>(window)};
 }
 
+// Fills the block in its place: copies of structures just made wait for their stores.
 class Packer {
  public:
   Packer(const CudaPlan& plan, const AttendBatch& batch, std::byte* block)
@@ -45,12 +48,12 @@ class Packer {
     for (int32_t i = 0; i < kNumSealedGroups; ++i) next_sealed_[i] = plan.FirstSealed(i);
   }
 
-  int64_t Pack(DecodeSchedule* schedule) {
+  int64_t Pack() {
     for (const SequenceStep& sequence : batch_.sequences) AddSequence(sequence);
     AddRuns();
     AddScanRuns();
     FillHeader();
-    if (plan_.exact() != nullptr) AddSchedule(schedule);
+    if (plan_.exact() != nullptr) AddSchedule();
     return header_->runs_offset + header_->num_runs * int64_t{sizeof(AppendRun)};
   }
 
@@ -63,7 +66,7 @@ class Packer {
   int32_t AddScales(absl::Span<const float> scales);
   void AddRuns();
   void AddScanRuns();
-  void AddSchedule(DecodeSchedule* schedule);
+  void AddSchedule();
   void FillHeader();
 
   const CudaPlan& plan_;
@@ -88,7 +91,7 @@ class Packer {
 
 void Packer::AddSequence(const SequenceStep& sequence) {
   const bool sealed = UsesSealedPages(sequence), bounded = IsBounded(sequence);
-  DeviceSequence device;
+  DeviceSequence& device = *new (sequences_ + num_sequences_) DeviceSequence;
   device.q_start = sequence.q_start;
   device.window = sequence.window;
   device.q_row = q_row_;
@@ -104,7 +107,7 @@ void Packer::AddSequence(const SequenceStep& sequence) {
     device.key_scales = AddScales(sequence.key_scales);
     device.value_scales = AddScales(sequence.value_scales);
   }
-  StepSequence step;
+  StepSequence& step = *new (steps_ + num_sequences_) StepSequence;
   step.q_row = q_row_;
   step.q_len = sequence.q_len;
   step.decision = num_sequences_;
@@ -118,8 +121,6 @@ void Packer::AddSequence(const SequenceStep& sequence) {
     step.decision = plan_.key().max_sequences + plan_.FirstBounded() + num_bounded_;
     AddBounded(sequence, device, bounded_ + num_bounded_++);
   }
-  sequences_[num_sequences_] = device;
-  steps_[num_sequences_] = step;
   ++num_sequences_;
   q_row_ += sequence.q_len;
   kv_row_ += sequence.append_len;
@@ -129,7 +130,7 @@ void Packer::AddSequence(const SequenceStep& sequence) {
 void Packer::AddProgressive(const SequenceStep& sequence, const DeviceSequence& device,
                             ProgressiveSequence* out) const {
   const RowPositions positions = ClipPositions(sequence);
-  ProgressiveSequence made;
+  ProgressiveSequence& made = *new (out) ProgressiveSequence;
   made.table_begin = device.page_table;
   made.num_sealed = sequence.num_sealed_pages;
   made.kv_len = device.total_len;
@@ -147,13 +148,12 @@ void Packer::AddProgressive(const SequenceStep& sequence, const DeviceSequence& 
     made.basis[i] = static_cast<uint32_t>(sequence.bases[i].basis);
   }
   made.decision = sequence.decision;
-  *out = made;
 }
 
 void Packer::AddBounded(const SequenceStep& sequence, const DeviceSequence& device,
                         BoundedSequence* out) {
   const RowPositions positions = ClipPositions(sequence);
-  BoundedSequence made;
+  BoundedSequence& made = *new (out) BoundedSequence;
   made.table_begin = device.page_table;
   if (!sequence.exact_pages.empty()) {
     made.exact_begin = num_entries_;
@@ -178,7 +178,6 @@ void Packer::AddBounded(const SequenceStep& sequence, const DeviceSequence& devi
   made.key_scales = device.key_scales;
   made.value_scales = device.value_scales;
   made.decision = sequence.decision;
-  *out = made;
 }
 
 void Packer::AddPages(absl::Span<const PageId> pages) {
@@ -203,7 +202,7 @@ void Packer::AddRuns() {
     const DeviceSequence& sequence = sequences_[i];
     for (int32_t row = 0; row < sequence.append_len;) {
       const int32_t position = sequence.kv_len + row;
-      AppendRun run;
+      AppendRun& run = *new (runs + num_runs++) AppendRun;
       run.kv_row = sequence.kv_row + row;
       run.page = table_[sequence.page_table + position / kPageTokens];
       run.slot = position % kPageTokens;
@@ -212,7 +211,6 @@ void Packer::AddRuns() {
       run.key_scales = sequence.key_scales;
       run.value_scales = sequence.value_scales;
       row += run.num_rows;
-      runs[num_runs++] = run;
     }
   }
   header_->num_runs = num_runs;
@@ -245,21 +243,17 @@ void Packer::FillHeader() {
   header_->max_q_len = max_q_len_;
 }
 
-void Packer::AddSchedule(DecodeSchedule* schedule) {
+void Packer::AddSchedule() {
   ScheduleDecode(absl::MakeConstSpan(sequences_, num_sequences_), batch_.shape.num_kv_heads,
                  batch_.shape.group_size(), plan_.key().exact_row_tiles, plan_.num_ctas(),
-                 schedule);
-  std::memcpy(block_ + plan_.layout().cta_items, schedule->cta_items.data(),
-              schedule->cta_items.size() * sizeof(int32_t));
-  std::memcpy(block_ + plan_.layout().items, schedule->items.data(),
-              schedule->items.size() * sizeof(DecodeItem));
+                 reinterpret_cast<DecodeItem*>(block_ + plan_.layout().items),
+                 reinterpret_cast<int32_t*>(block_ + plan_.layout().cta_items));
 }
 
 }  // namespace
 
-int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, DecodeSchedule* schedule,
-                 std::byte* block) {
-  return Packer(plan, batch, block).Pack(schedule);
+int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, std::byte* block) {
+  return Packer(plan, batch, block).Pack();
 }
 
 ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,

@@ -9,16 +9,14 @@
 
 #include "absl/status/status.h"
 #include "kernels/attention.h"
-#include "kernels/cuda/decode_schedule.h"
 #include "kernels/cuda/plan.h"
 #include "kernels/cuda/scratch.h"
 
 namespace adaattn {
 
-// Writes the block of `batch` to `block` and returns its bytes. `schedule` is working memory.
+// Writes the block of `batch` to `block` and returns its bytes.
 // Requires: `plan` has the batch's key; `block` has room for plan.Needs(batch).block.
-int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, DecodeSchedule* schedule,
-                 std::byte* block);
+int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, std::byte* block);
 
 // What the progressive launch of one group of sealed sequences gets: shapes from the plan, data
 // from the block in `scratch`. Requires: the plan's key has sequences in `group`.

@@ -10,6 +10,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/cpu/host_memory.h"
+#include "kernels/cuda/decode_schedule.h"
 #include "kernels/cuda/plan.h"
 #include "kernels/cuda/stage_stamps.h"
 #include "kernels/cuda/step.h"
@@ -69,7 +70,7 @@ class Batch {
 struct Packed {
   explicit Packed(Batch* batch)
       : plan(*MakePlanKey(batch->get()), kNumSms), block(plan.Needs(batch->get()).block) {
-    bytes = PackStep(plan, batch->get(), &schedule, block.data());
+    bytes = PackStep(plan, batch->get(), block.data());
   }
   template <class T>
   T At(int64_t offset, int64_t index) const {
@@ -77,10 +78,17 @@ struct Packed {
     std::memcpy(&value, block.data() + offset + index * static_cast<int64_t>(sizeof(T)), sizeof(T));
     return value;
   }
+  // What exact decode is to read.
+  std::vector<DecodeItem> Items() const {
+    std::vector<DecodeItem> items(At<int32_t>(plan.layout().cta_items, plan.num_ctas()));
+    for (size_t i = 0; i < items.size(); ++i) {
+      items[i] = At<DecodeItem>(plan.layout().items, static_cast<int64_t>(i));
+    }
+    return items;
+  }
 
   CudaPlan plan;
   std::vector<std::byte> block;
-  DecodeSchedule schedule;
   int64_t bytes = 0;
 };
 
@@ -135,9 +143,13 @@ TEST(PackStepTest, FitsTheBoundsOfItsPlan) {
     Batch batch(lengths);
     const Packed packed(&batch);
     EXPECT_LE(packed.bytes, static_cast<int64_t>(packed.block.size()));
-    EXPECT_LE(static_cast<int32_t>(packed.schedule.items.size()), packed.plan.max_items());
-    EXPECT_LE(packed.schedule.num_groups, packed.plan.max_groups());
-    EXPECT_LE(packed.schedule.num_slots, MaxDecodeSlots(packed.plan.num_ctas()));
+    const std::vector<DecodeItem> items = packed.Items();
+    ASSERT_GE(static_cast<int32_t>(items.size()), 8 * count);
+    EXPECT_LE(static_cast<int32_t>(items.size()), packed.plan.max_items());
+    for (const DecodeItem& item : items) {
+      EXPECT_LT(item.group, packed.plan.max_groups());
+      EXPECT_LE(item.first_slot + item.num_splits, MaxDecodeSlots(packed.plan.num_ctas()));
+    }
   }
 }
 
@@ -169,7 +181,7 @@ TEST(PackStepTest, SendsSealedSequencesToTheProgressiveKernelsAndTheRestToTheExa
   EXPECT_EQ(packed.At<DeviceSequence>(layout.sequences, 0).q_len, 1);
   EXPECT_EQ(packed.At<DeviceSequence>(layout.sequences, 1).q_len, 0);
   EXPECT_EQ(packed.At<DeviceSequence>(layout.sequences, 2).q_len, 1);
-  for (const DecodeItem& item : packed.schedule.items) EXPECT_NE(item.sequence, 1);
+  for (const DecodeItem& item : packed.Items()) EXPECT_NE(item.sequence, 1);
   const auto sealed = packed.At<ProgressiveSequence>(layout.progressive, 0);
   EXPECT_EQ(sealed.table_begin, 11);
   EXPECT_EQ(sealed.num_sealed, 98);
@@ -200,7 +212,7 @@ TEST(PackStepTest, SendsBoundedSequencesToTheirOwnKernelWithTheirOriginals) {
   EXPECT_EQ(packed.plan.key().bounded.num_sequences, 2);
   EXPECT_EQ(packed.plan.key().bounded.max_pages, 112);  // 101, rounded up
   EXPECT_EQ(packed.plan.key().sealed[SealedGroupOf(8)].num_sequences, 1);
-  for (const DecodeItem& item : packed.schedule.items) EXPECT_EQ(item.sequence, 0);
+  for (const DecodeItem& item : packed.Items()) EXPECT_EQ(item.sequence, 0);
   EXPECT_EQ(packed.At<BoundedSequence>(layout.bounded, 0).exact_begin, -1);
   const auto bounded = packed.At<BoundedSequence>(layout.bounded, 1);
   EXPECT_EQ(bounded.table_begin, 22);
