@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -30,8 +31,23 @@ struct BackendOptions {
   int64_t exact_tier_bytes = 0;
   int32_t num_threads = 0;  // cpu only; 0 = one per core
   int32_t device = 0;       // cuda only: ordinal
-  std::string tuning_file;  // cuda only: see cuda/tuning.h; "" = built-in numbers
+  std::string tuning_file;  // cuda only: see cuda/tuning.h; "" = the table of known devices
 };
+
+// Where a step over sealed pages began to take less time than one over dense 16-bit pages, of those
+// lengths at which both were timed: `tokens` in each sequence, sequences times kv heads together
+// `kv_heads`.
+struct SealCrossover {
+  static constexpr int64_t kNever = std::numeric_limits<int64_t>::max();  // at none of them
+  int32_t kv_heads = 0;
+  int64_t tokens = 0;
+};
+
+// The length from which on sealed pages pay in steps of `kv_heads` kv heads: the crossover of the
+// nearest number below (else the first), moved so that heads times tokens stay the same, since that
+// is how long a step reads. 0 where nothing was timed. Requires: `crossovers` stand by kv_heads,
+// ascending, and kv_heads > 0.
+int64_t TokensToSeal(absl::Span<const SealCrossover> crossovers, double kv_heads);
 
 struct BackendInfo {
   std::string name;     // "cpu" or "cuda"
@@ -44,9 +60,10 @@ struct BackendInfo {
   int32_t max_group_size = 0;
   int32_t max_q_len = 0;  // rows of q per sequence and step
   int64_t pool_bytes = 0;
-  std::string tuning = "built-in";  // or the tuning file, where it knows the device
-  int64_t exact_tier_bytes = 0;     // 0: the backend has no exact tier in host memory
-  bool bounds_errors = false;       // whether DecisionParams::bounded is supported
+  std::string tuning = "built-in";             // whose numbers split the work; see cuda/tuning.h
+  std::vector<SealCrossover> seal_crossovers;  // by kv_heads, ascending; empty: not timed
+  int64_t exact_tier_bytes = 0;                // 0: the backend has no exact tier in host memory
+  bool bounds_errors = false;                  // whether DecisionParams::bounded is supported
 };
 
 // Page ids name the pool and the exact tier alike: offsets in [0, pool_bytes) lie in the pool,

@@ -1,8 +1,20 @@
+#include <cmath>
+
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/attention.h"
 
 namespace adaattn {
+
+int64_t TokensToSeal(absl::Span<const SealCrossover> crossovers, double kv_heads) {
+  if (crossovers.empty()) return 0;
+  const SealCrossover* nearest = &crossovers.front();
+  for (const SealCrossover& crossover : crossovers) {
+    if (crossover.kv_heads <= kv_heads) nearest = &crossover;
+  }
+  if (nearest->tokens == SealCrossover::kNever) return SealCrossover::kNever;
+  return std::llround(static_cast<double>(nearest->tokens) * nearest->kv_heads / kv_heads);
+}
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(const std::string& name,
                                                        const BackendOptions& options,

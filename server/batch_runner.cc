@@ -114,7 +114,8 @@ void BatchRunner::Reserve(Step* step) {
       return;
     }
     step->status = reservation.status();
-    if (!absl::IsResourceExhausted(step->status) || sealer_->idle()) break;
+    if (!absl::IsResourceExhausted(step->status)) break;
+    if (sealer_->idle() && !sealer_->QueueAll()) break;
     // Sealing gives back more than it takes: the step waits for a slice of it.
     const absl::StatusOr<SealReport> sealed = sealer_->RunSlice();
     if (!sealed.ok()) {
@@ -178,6 +179,7 @@ void BatchRunner::RunCollected() {
     for (Step* step : run_) step->status = status;
     return;
   }
+  if (IsProgressive(batch.format)) NoticeStep();
   const StageTimes& stages = *buffers_->stage_times();
   times_.append += stages.append;
   times_.scan += stages.scan;
@@ -187,6 +189,12 @@ void BatchRunner::RunCollected() {
   const absl::Time ran = clock_->Now();
   TakeResults(batch);
   times_.copy_out += clock_->Now() - ran;
+}
+
+void BatchRunner::NoticeStep() {
+  const auto attending =
+      std::count_if(run_.begin(), run_.end(), [](const Step* step) { return step->q_len() > 0; });
+  if (attending > 0) sealer_->NoticeStep(attending * shape_.num_kv_heads);
 }
 
 absl::Status BatchRunner::Execute(AttendBatch* batch) {

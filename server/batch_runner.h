@@ -46,6 +46,7 @@ class BatchRunner {
   // Makes a run of the steps that can run together; empty when none is left.
   void CollectRun();
   void RunCollected();
+  void NoticeStep();
   absl::Status Execute(AttendBatch* batch);
   void CopyIn();
   void SampleQueries(const Step& step);

@@ -61,7 +61,7 @@ Engine::Engine(const EngineOptions& options, Backend* backend, SessionTable* tab
       allocator_(WithPool(options.pages, backend->info())),
       cache_(backend, &allocator_),
       control_(table, &cache_),
-      sealer_(options.seal, &cache_),
+      sealer_(options.seal, &cache_, table),
       auditor_(options.audit_share, backend, observer_),
       runner_(RunnerOptions(options), &cache_, &sealer_, &auditor_, observer_, clock),
       stop_deadline_ns_(absl::ToUnixNanos(absl::InfiniteFuture())) {}
@@ -161,6 +161,7 @@ bool Engine::BetweenBatches(bool idle) {
 
 void Engine::WhenSealed(std::shared_ptr<Session> session, CancelFlag cancelled,
                         std::function<void(const absl::Status&)> done) {
+  sealer_.Ask(session);
   seal_waiters_.push_back({std::move(session), std::move(cancelled), std::move(done)});
 }
 

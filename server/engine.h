@@ -71,9 +71,10 @@ class Engine {
   // Runs all sealing that is due; returns when it is done. Any thread but the engine's.
   void Quiesce();
 
-  // Calls `done` on the engine thread: with OK once no page of the session is due for sealing (or
-  // it is closed), with kCancelled, within a tick, once `cancelled` is set, with the reason when
-  // the device is lost or the engine stops. A full pool can keep pages due. Use only inside Post.
+  // Has the session sealed however short it is, and calls `done` on the engine thread: with OK once
+  // no page of the session is due for sealing (or it is closed), with kCancelled, within a tick,
+  // once `cancelled` is set, with the reason when the device is lost or the engine stops. A full
+  // pool can keep pages due. Use only inside Post.
   void WhenSealed(std::shared_ptr<Session> session, CancelFlag cancelled,
                   std::function<void(const absl::Status&)> done);
 

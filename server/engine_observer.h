@@ -66,7 +66,7 @@ struct GaugeReport {
   int64_t sessions = 0;
   PageStats pages;
   BatcherLoad load;
-  int64_t seal_backlog = 0;  // pages that could be sealed
+  int64_t seal_backlog = 0;  // pages that are due for sealing
 };
 
 enum class SessionEvent : uint8_t {

@@ -160,7 +160,7 @@ void AddCacheMetrics(std::vector<MetricDescriptor>* table) {
   Add(table, MetricType::kCounter, "pages_sealed_total", "Pages sealed.");
   Add(table, MetricType::kCounter, "bases_fitted_total", "Bases fitted.");
   Add(table, MetricType::kGauge, "seal_backlog_pages",
-      "Pages that could be sealed and are not yet.");
+      "Pages that are due for sealing and not sealed yet.");
   Add(table, MetricType::kGauge, "basis_drift_ratio",
       "Largest drift among the pages sealed last: 1 = the basis fits as when it was made.");
 }

@@ -167,6 +167,10 @@ void AddEngine(ServerOptions* o, std::vector<Setting>* table) {
   table->push_back({"max-seal-backlog-pages", &engine.seal.max_backlog_pages,
                     "Above this many, sealing goes before the next batch; 0 = whenever one is due.",
                     0, kMaxCount});
+  table->push_back({"seal-min-tokens", &engine.seal.min_tokens,
+                    "Tokens of a layer from which on its pages are sealed; -1 = where the device's "
+                    "tuning has it that sealed pages pay, 0 = at any length.",
+                    -1, kMaxInt});
   table->push_back({"refit-drift-ratio", &engine.seal.refit_drift_ratio,
                     "Mean drift above which a new basis is fitted; 0 = never.", 0, 1e6});
   table->push_back({"audit-share", &engine.audit_share,

@@ -9,6 +9,8 @@ namespace {
 
 // Weight of a new page in a layer's running mean of drift: about the last 8 pages count.
 constexpr float kDriftWeight = 0.125f;
+// Of a new step in the running mean of their kv heads: about the last 16 count.
+constexpr double kStepWeight = 1.0 / 16;
 
 bool HasProfileBasis(const SessionConfig& config) {
   return config.profile != nullptr && !config.profile->basis.empty();
@@ -29,6 +31,19 @@ int32_t Sealer::Due(const Session& session, int32_t layer) const {
   return due;
 }
 
+bool Sealer::KnowsShort() const {
+  return options_.min_tokens > 0 ||
+         (options_.min_tokens < 0 && !cache_->backend()->info().seal_crossovers.empty());
+}
+
+bool Sealer::IsShort(const Session& session, int32_t layer) const {
+  const LayerState& state = session.layers()[layer];
+  if (!KnowsShort() || state.num_sealed > 0 || state.seal_asked) return false;
+  if (options_.min_tokens > 0) return state.length < options_.min_tokens;
+  const double kv_heads = std::max<double>(step_kv_heads_, session.config().shape.num_kv_heads);
+  return state.length < TokensToSeal(cache_->backend()->info().seal_crossovers, kv_heads);
+}
+
 bool Sealer::Owes(const Session& session) const {
   for (int32_t layer = 0; layer < session.config().num_layers; ++layer) {
     if (Due(session, layer) > 0) return true;
@@ -41,12 +56,41 @@ void Sealer::Account(int32_t due, LayerState* state) {
   state->seal_backlog = due;
 }
 
-void Sealer::Notice(const std::shared_ptr<Session>& session, int32_t layer) {
-  const int32_t due = Due(*session, layer);
+void Sealer::Enqueue(const std::shared_ptr<Session>& session, int32_t layer, int32_t due) {
   LayerState& state = session->layers()[layer];
-  if (due == state.seal_backlog || due == 0) return;
   if (state.seal_backlog == 0) queue_.push_back({session, layer});
   Account(due, &state);
+}
+
+void Sealer::Notice(const std::shared_ptr<Session>& session, int32_t layer) {
+  const int32_t due = Due(*session, layer);
+  const LayerState& state = session->layers()[layer];
+  if (due == state.seal_backlog || due == 0) return;
+  if (state.seal_backlog == 0 && IsShort(*session, layer)) return;
+  Enqueue(session, layer, due);
+}
+
+void Sealer::NoticeStep(int64_t kv_heads) {
+  const auto heads = static_cast<double>(kv_heads);
+  step_kv_heads_ += step_kv_heads_ == 0 ? heads : kStepWeight * (heads - step_kv_heads_);
+}
+
+void Sealer::Ask(const std::shared_ptr<Session>& session) {
+  for (int32_t layer = 0; layer < session->config().num_layers; ++layer) {
+    session->layers()[layer].seal_asked = true;
+    Notice(session, layer);
+  }
+}
+
+bool Sealer::QueueAll() {
+  if (!KnowsShort()) return false;
+  for (const std::shared_ptr<Session>& session : table_->All()) {
+    for (int32_t layer = 0; layer < session->config().num_layers; ++layer) {
+      const int32_t due = Due(*session, layer);
+      if (due > 0) Enqueue(session, layer, due);
+    }
+  }
+  return !queue_.empty();
 }
 
 absl::StatusOr<SealReport> Sealer::RunSlice() {

@@ -125,6 +125,7 @@ absl::Status Server::StartBackend() {
        {"kernels", device.kernels},
        {"pool_bytes", device.pool_bytes},
        {"exact_tier_bytes", device.exact_tier_bytes},
+       {"tuning", device.tuning},
        {"note", note}});
   MetricsInfo info = BuildInfo();
   info.backend = device.name;

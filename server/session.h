@@ -110,6 +110,7 @@ struct LayerState {
   QuerySample queries;              // empty once a basis stands
   float drift_ratio = 0;            // running mean of SealResult::drift_ratio; 0 = nothing sealed
   int32_t seal_backlog = 0;         // the sealer's: pages it has queued
+  bool seal_asked = false;          // likewise: sealed at any length
   uint64_t batch_serial = 0;        // the runner's: the last batch that this layer was part of
 };
 

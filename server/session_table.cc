@@ -153,6 +153,14 @@ std::vector<std::shared_ptr<Session>> SessionTable::RemoveAll() {
   return all;
 }
 
+std::vector<std::shared_ptr<Session>> SessionTable::All() const {
+  std::vector<std::shared_ptr<Session>> sessions;
+  MutexLock lock(&mutex_);
+  sessions.reserve(sessions_.size());
+  for (const auto& [id, session] : sessions_) sessions.push_back(session);
+  return sessions;
+}
+
 std::vector<std::shared_ptr<Session>> SessionTable::List(absl::string_view tenant,
                                                          absl::string_view after,
                                                          int32_t limit) const {

@@ -54,6 +54,7 @@ class SessionTable {
   // Takes out all.
   std::vector<std::shared_ptr<Session>> RemoveAll();
 
+  std::vector<std::shared_ptr<Session>> All() const;
   // The tenant's sessions in the order of their ids, at most `limit`, those after `after`.
   std::vector<std::shared_ptr<Session>> List(absl::string_view tenant, absl::string_view after,
                                              int32_t limit) const;

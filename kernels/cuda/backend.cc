@@ -133,7 +133,8 @@ absl::Status CudaBackend::Start(const BackendOptions& options) {
   const int64_t pool_bytes = AlignPage(options.pool_bytes);
   cudaDeviceProp properties;
   ADAATTN_RETURN_IF_CUDA_ERROR(cudaGetDeviceProperties(&properties, device_));
-  ADAATTN_ASSIGN_OR_RETURN(tuning_, LoadTuning(options.tuning_file, properties.name));
+  ADAATTN_ASSIGN_OR_RETURN(LoadedTuning loaded, LoadTuning(options.tuning_file, properties.name));
+  tuning_ = std::move(loaded.tuning);
   size_t free_bytes = 0, all_bytes = 0;
   ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemGetInfo(&free_bytes, &all_bytes));
   const absl::Status pool = pool_.Allocate(pool_bytes);
@@ -173,7 +174,8 @@ absl::Status CudaBackend::Start(const BackendOptions& options) {
   info_.pool_bytes = pool_bytes;
   info_.exact_tier_bytes = tier_.bytes();
   info_.bounds_errors = true;
-  if (!tuning_.device.empty()) info_.tuning = options.tuning_file;
+  info_.tuning = std::move(loaded.source);
+  info_.seal_crossovers = SealCrossovers(tuning_);
   return absl::OkStatus();
 }
 

@@ -2,7 +2,8 @@
 #define ADAATTN_KERNELS_CUDA_TUNING_H_
 
 // Numbers that only measuring a device gives: how finely work is split, and from what length on
-// progressive pages pay. `adaattn_bench tune` writes them to a tuning file:
+// progressive pages pay. There is a table of known devices; `adaattn_bench tune` measures the one
+// at hand and writes a tuning file, which goes before the table:
 //
 //   {"version": 1,
 //    "devices": [{"device": "NVIDIA H100 80GB HBM3",
@@ -17,6 +18,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "kernels/attention.h"
 
 namespace adaattn {
 
@@ -33,14 +35,10 @@ struct Crossover {
 };
 
 struct CudaTuning {
-  std::string device;                     // as the runtime names it; "" for the built-in numbers
+  std::string device;                     // as the runtime names it; "" for one nobody measured
   int32_t exact_ctas_per_sm = 2;          // 1 to 8
   int32_t progressive_cta_percent = 100;  // 25 to 400: multiprocessors that a plan counts on
   std::vector<Crossover> crossovers;      // by kv_heads, ascending; empty: not measured
-
-  // The entry for a step of that many kv heads: the nearest measured below, else the first.
-  // A default one, whose lengths are 0, where nothing was measured.
-  Crossover CrossoverAt(int32_t kv_heads) const;
 };
 
 // Reads the text of a tuning file. Errors: kInvalidArgument, naming the field, what it holds and
@@ -50,10 +48,23 @@ absl::StatusOr<std::vector<CudaTuning>> ParseTuning(absl::string_view text);
 // The text of a tuning file that holds `tuning`; `provenance` is a JSON object.
 std::string FormatTuning(const CudaTuning& tuning, absl::string_view provenance);
 
-// What `path` says of the device called `device`; the built-in numbers (`device` empty) where path
-// is "" or the file does not know the device. Errors: kNotFound, or as ParseTuning with the path in
-// front.
-absl::StatusOr<CudaTuning> LoadTuning(const std::string& path, absl::string_view device);
+// What the table says of the device called `device`: what docs/kernels.md has measured on it. The
+// defaults, with `device` empty, of a device that it does not know.
+CudaTuning BuiltInTuning(absl::string_view device);
+
+// A tuning and who gave it, for people: the file's path, "built-in, NAME", or "built-in".
+struct LoadedTuning {
+  CudaTuning tuning;
+  std::string source;
+};
+
+// What `path` says of the device called `device`; BuiltInTuning where path is "" or the file does
+// not know the device. Errors: kNotFound, or as ParseTuning with the path in front.
+absl::StatusOr<LoadedTuning> LoadTuning(const std::string& path, absl::string_view device);
+
+// From what length on sessions seal their pages: the crossovers over 16-bit pages, which is what
+// sessions hold that have not sealed theirs.
+std::vector<SealCrossover> SealCrossovers(const CudaTuning& tuning);
 
 }  // namespace adaattn
 

@@ -165,7 +165,8 @@ def main(arguments=None):
     # Pages that are due are sealed before the next step, as a server with spare time would: lanes of one length
     # fill their pages in the same step.
     flags = [f"--backend={options.backend}", f"--threads={options.threads}", "--pool-bytes=6442450944",
-             "--max-seal-backlog-pages=0", "--seal-pages-per-slice=4096", f"--fit-tokens={FIT_TOKENS}", "--audit-share=0"]
+             "--max-seal-backlog-pages=0", "--seal-pages-per-slice=4096", "--seal-min-tokens=0",
+             f"--fit-tokens={FIT_TOKENS}", "--audit-share=0"]
     if options.policy_file:
         flags.append(f"--policy-file={options.policy_file}")
     libraries = {"LD_LIBRARY_PATH": options.server_libraries} if options.server_libraries else {}

@@ -39,14 +39,30 @@ TEST(CudaTuningTest, ReadsWhatItWrites) {
   EXPECT_EQ(tuning.crossovers[1].over_fp8, Crossover::kNeverFaster);
 }
 
-TEST(CudaTuningTest, FindsTheNearestCrossoverBelow) {
-  const CudaTuning tuning = Measured();
-  EXPECT_EQ(tuning.CrossoverAt(1).kv_heads, 8);
-  EXPECT_EQ(tuning.CrossoverAt(8).kv_heads, 8);
-  EXPECT_EQ(tuning.CrossoverAt(63).kv_heads, 8);
-  EXPECT_EQ(tuning.CrossoverAt(64).kv_heads, 64);
-  EXPECT_EQ(tuning.CrossoverAt(5000).kv_heads, 64);
-  EXPECT_EQ(CudaTuning().CrossoverAt(8).over_bf16, 0);
+TEST(CudaTuningTest, SessionsSealFromTheCrossoverOver16BitPages) {
+  CudaTuning tuning = Measured();
+  tuning.crossovers.push_back({128, Crossover::kNeverFaster, 0});
+  const std::vector<SealCrossover> crossovers = SealCrossovers(tuning);
+  ASSERT_EQ(crossovers.size(), 3u);
+  EXPECT_EQ(crossovers[0].kv_heads, 8);
+  EXPECT_EQ(crossovers[0].tokens, 4096);
+  EXPECT_EQ(crossovers[1].tokens, 1024);
+  EXPECT_EQ(crossovers[2].tokens, SealCrossover::kNever);
+  EXPECT_TRUE(SealCrossovers(CudaTuning()).empty());
+}
+
+TEST(CudaTuningTest, KnowsTheDevicesThatItWasMeasuredOn) {
+  const CudaTuning h100 = BuiltInTuning("NVIDIA H100 80GB HBM3");
+  EXPECT_EQ(h100.device, "NVIDIA H100 80GB HBM3");
+  ASSERT_FALSE(h100.crossovers.empty());
+  for (size_t i = 1; i < h100.crossovers.size(); ++i) {
+    EXPECT_LT(h100.crossovers[i - 1].kv_heads, h100.crossovers[i].kv_heads);
+  }
+  // What is built in is what a file could say.
+  const auto read = ParseTuning(FormatTuning(h100, "{}"));
+  ASSERT_TRUE(read.ok()) << read.status();
+  EXPECT_EQ(read->front().crossovers.size(), h100.crossovers.size());
+  EXPECT_EQ(BuiltInTuning("NVIDIA H100 80GB").device, "") << "names are compared whole";
 }
 
 TEST(CudaTuningTest, RefusesWhatItDoesNotUnderstandAndSaysWhy) {
@@ -86,18 +102,24 @@ TEST(CudaTuningTest, RefusesWhatItDoesNotUnderstandAndSaysWhy) {
   }
 }
 
-TEST(CudaTuningTest, FallsBackToBuiltInNumbersForOtherDevices) {
+TEST(CudaTuningTest, AFileGoesBeforeTheTableAndTheTableBeforeDefaults) {
   const std::string path = absl::StrCat(testing::TempDir(), "/tuning.json");
   std::ofstream(path) << FormatTuning(Measured(), "{}");
   const auto known = LoadTuning(path, "Some GPU 80GB");
-  const auto unknown = LoadTuning(path, "Another GPU");
-  const auto unset = LoadTuning("", "Some GPU 80GB");
-  ASSERT_TRUE(known.ok() && unknown.ok() && unset.ok());
-  EXPECT_EQ(known->exact_ctas_per_sm, 3);
-  for (const CudaTuning& tuning : {*unknown, *unset}) {
-    EXPECT_EQ(tuning.device, "");
-    EXPECT_EQ(tuning.exact_ctas_per_sm, CudaTuning().exact_ctas_per_sm);
-    EXPECT_TRUE(tuning.crossovers.empty());
+  ASSERT_TRUE(known.ok());
+  EXPECT_EQ(known->tuning.exact_ctas_per_sm, 3);
+  EXPECT_EQ(known->source, path);
+  for (const std::string& file : {path, std::string()}) {
+    const auto table = LoadTuning(file, "NVIDIA H100 80GB HBM3");
+    ASSERT_TRUE(table.ok());
+    EXPECT_EQ(table->tuning.device, "NVIDIA H100 80GB HBM3");
+    EXPECT_EQ(table->source, "built-in, NVIDIA H100 80GB HBM3");
+    const auto defaults = LoadTuning(file, "Another GPU");
+    ASSERT_TRUE(defaults.ok());
+    EXPECT_EQ(defaults->tuning.device, "");
+    EXPECT_EQ(defaults->tuning.exact_ctas_per_sm, CudaTuning().exact_ctas_per_sm);
+    EXPECT_TRUE(defaults->tuning.crossovers.empty());
+    EXPECT_EQ(defaults->source, "built-in");
   }
 }
 

@@ -51,6 +51,10 @@ class FakeBackend final : public Backend {
   void set_on_run(std::function<void()> on_run) { on_run_ = std::move(on_run); }
   void set_run_status(absl::Status status) { run_status_ = std::move(status); }
   void set_drift_ratio(float drift_ratio) { drift_ratio_ = drift_ratio; }
+  // Before an engine runs.
+  void set_seal_crossovers(std::vector<SealCrossover> crossovers) {
+    info_.seal_crossovers = std::move(crossovers);
+  }
   const std::vector<DecisionParams>& decisions() const { return decisions_; }
   int64_t fit_rows() const { return fit_rows_; }
   // Originals that the last sequence came with.
