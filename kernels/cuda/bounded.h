@@ -13,6 +13,7 @@
 
 #include "absl/status/status.h"
 #include "kernels/cuda/page_memory.h"
+#include "kernels/cuda/paged_sequence.h"
 #include "kernels/host_device.h"
 #include "kernels/policy/bound_terms.h"
 #include "kernels/policy/budget.h"
@@ -21,30 +22,16 @@
 
 namespace adaattn {
 
-inline constexpr int32_t kBoundedBasisRuns = 4;
 inline constexpr int32_t kBoundedCtas = 8;  // of a cluster
 inline constexpr int32_t kBoundedThreads = 256;
 inline constexpr int32_t kBoundedMaxColumns = 128;  // rows of q times q heads of a kv head
 
-// One sequence of a bounded launch, in device memory.
-struct BoundedSequence {
-  int32_t table_begin = 0;   // first entry in the page table
-  int32_t exact_begin = -1;  // likewise of the originals [num_sealed]; -1 = not kept
-  int32_t num_sealed = 0;    // pages; the dense ones follow in the table
-  int32_t kv_len = 0;        // tokens, appended ones included
-  int32_t q_begin = 0;       // first row of q
-  int32_t q_len = 0;
-  int32_t q_start = 0;  // cache position of the first row
-  int32_t window = 0;   // 0 = all
-  float softmax_scale = 0;
-  float softcap = 0;  // 0 = none
+// One sequence of a bounded launch; it may have no sealed pages.
+struct BoundedSequence : PagedSequence {
+  int32_t exact_begin = -1;  // first table entry of the originals [num_sealed]; -1 = not kept
   int32_t stored_bits = 8;
-  int32_t num_bases = 0;
-  int32_t basis_end[kBoundedBasisRuns] = {};  // first page after each run
-  PageId basis[kBoundedBasisRuns] = {};
   int32_t key_scales = -1;  // index of [num_kv_heads] floats in `scales`; -1 = all 1
   int32_t value_scales = -1;
-  DecisionParams decision;
 };
 
 struct BoundedParams {
@@ -140,8 +127,8 @@ ADAATTN_HD BoundedWorkspace MakeBoundedWorkspace(const BoundedParams& p) {
     return begin;
   };
   w.query = add(c * d * 4);
-  w.rotated = add(kBoundedBasisRuns * c * d * 4);
-  w.mean_score = add(kBoundedBasisRuns * c * 8);
+  w.rotated = add(kMaxDeviceBasisRuns * c * d * 4);
+  w.mean_score = add(kMaxDeviceBasisRuns * c * 8);
   w.raw = add(pages * c * kPageTokens * 4);
   w.lse = add(c * pages * 8);
   w.log_mass = add(c * pages * 8);

@@ -20,6 +20,7 @@
 
 #include "absl/status/status.h"
 #include "absl/types/span.h"
+#include "kernels/cuda/paged_sequence.h"
 #include "kernels/format/page_layout.h"
 #include "kernels/host_device.h"
 #include "kernels/policy/decision.h"
@@ -27,25 +28,10 @@
 
 namespace adaattn {
 
-inline constexpr int32_t kMaxDeviceBasisRuns = 4;
-
-// One sequence of a progressive batch, in device memory.
-struct ProgressiveSequence {
-  int32_t table_begin = 0;  // first entry in the page table
-  int32_t num_sealed = 0;   // pages; the dense ones follow in the table
-  int32_t kv_len = 0;       // tokens, appended ones included
-  int32_t q_begin = 0;      // first row of q
-  int32_t q_len = 0;
-  int32_t q_start = 0;  // cache position of the first row
-  int32_t window = 0;   // 0 = all
-  float softmax_scale = 0;
-  float softcap = 0;  // 0 = none
-  int32_t num_bases = 0;
-  int32_t basis_end[kMaxDeviceBasisRuns] = {};  // first page after each run
-  uint32_t basis[kMaxDeviceBasisRuns] = {};     // PageId of its block
-  int32_t scan_begin = 0;                       // its first ScanRun
+// One sequence of a progressive batch.
+struct ProgressiveSequence : PagedSequence {
+  int32_t scan_begin = 0;  // its first ScanRun
   int32_t num_scan_runs = 0;
-  DecisionParams decision;
 };
 
 // Neighbouring sealed pages of one sequence, scanned by the same CTA.

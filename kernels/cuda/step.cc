@@ -31,6 +31,27 @@ RowPositions ClipPositions(const SequenceStep& sequence) {
   return {static_cast<int32_t>(q_start), static_cast<int32_t>(window)};
 }
 
+void FillPaged(const SequenceStep& sequence, const DeviceSequence& device, PagedSequence* out) {
+  const RowPositions positions = ClipPositions(sequence);
+  out->table_begin = device.page_table;
+  out->num_sealed = sequence.num_sealed_pages;
+  out->kv_len = device.total_len;
+  out->q_begin = device.q_row;
+  out->q_len = sequence.q_len;
+  out->q_start = positions.q_start;
+  out->window = positions.window;
+  out->softmax_scale = sequence.softmax_scale;
+  out->softcap = sequence.softcap;
+  out->num_bases = static_cast<int32_t>(sequence.bases.size());
+  int32_t end = 0;
+  for (int32_t i = 0; i < out->num_bases; ++i) {
+    end += sequence.bases[i].num_pages;
+    out->basis_end[i] = end;
+    out->basis[i] = sequence.bases[i].basis;
+  }
+  out->decision = sequence.decision;
+}
+
 // Fills the block in its place: copies of structures just made wait for their stores.
 class Packer {
  public:
@@ -59,8 +80,6 @@ class Packer {
 
  private:
   void AddSequence(const SequenceStep& sequence);
-  void AddProgressive(const SequenceStep& sequence, const DeviceSequence& device,
-                      ProgressiveSequence* out) const;
   void AddBounded(const SequenceStep& sequence, const DeviceSequence& device, BoundedSequence* out);
   void AddPages(absl::Span<const PageId> pages);
   int32_t AddScales(absl::Span<const float> scales);
@@ -114,12 +133,12 @@ void Packer::AddSequence(const SequenceStep& sequence) {
   if (sealed) {
     const int32_t at = next_sealed_[SealedGroupOf(sequence.stored_bits)]++;
     step.decision = plan_.key().max_sequences + at;
-    AddProgressive(sequence, device, progressive_ + at);
+    FillPaged(sequence, device, new (progressive_ + at) ProgressiveSequence);
   }
   AddPages(sequence.pages);
   if (bounded) {
     step.decision = plan_.key().max_sequences + plan_.FirstBounded() + num_bounded_;
-    AddBounded(sequence, device, bounded_ + num_bounded_++);
+    AddBounded(sequence, device, new (bounded_ + num_bounded_++) BoundedSequence);
   }
   ++num_sequences_;
   q_row_ += sequence.q_len;
@@ -127,57 +146,16 @@ void Packer::AddSequence(const SequenceStep& sequence) {
   max_q_len_ = std::max(max_q_len_, sequence.q_len);
 }
 
-void Packer::AddProgressive(const SequenceStep& sequence, const DeviceSequence& device,
-                            ProgressiveSequence* out) const {
-  const RowPositions positions = ClipPositions(sequence);
-  ProgressiveSequence& made = *new (out) ProgressiveSequence;
-  made.table_begin = device.page_table;
-  made.num_sealed = sequence.num_sealed_pages;
-  made.kv_len = device.total_len;
-  made.q_begin = device.q_row;
-  made.q_len = sequence.q_len;
-  made.q_start = positions.q_start;
-  made.window = positions.window;
-  made.softmax_scale = sequence.softmax_scale;
-  made.softcap = sequence.softcap;
-  made.num_bases = static_cast<int32_t>(sequence.bases.size());
-  int32_t end = 0;
-  for (int32_t i = 0; i < made.num_bases; ++i) {
-    end += sequence.bases[i].num_pages;
-    made.basis_end[i] = end;
-    made.basis[i] = static_cast<uint32_t>(sequence.bases[i].basis);
-  }
-  made.decision = sequence.decision;
-}
-
 void Packer::AddBounded(const SequenceStep& sequence, const DeviceSequence& device,
                         BoundedSequence* out) {
-  const RowPositions positions = ClipPositions(sequence);
-  BoundedSequence& made = *new (out) BoundedSequence;
-  made.table_begin = device.page_table;
+  FillPaged(sequence, device, out);
   if (!sequence.exact_pages.empty()) {
-    made.exact_begin = num_entries_;
+    out->exact_begin = num_entries_;
     AddPages(sequence.exact_pages);
   }
-  made.num_sealed = sequence.num_sealed_pages;
-  made.kv_len = device.total_len;
-  made.q_begin = device.q_row;
-  made.q_len = sequence.q_len;
-  made.q_start = positions.q_start;
-  made.window = positions.window;
-  made.softmax_scale = sequence.softmax_scale;
-  made.softcap = sequence.softcap;
-  made.stored_bits = sequence.stored_bits;
-  made.num_bases = static_cast<int32_t>(sequence.bases.size());
-  int32_t end = 0;
-  for (int32_t i = 0; i < made.num_bases; ++i) {
-    end += sequence.bases[i].num_pages;
-    made.basis_end[i] = end;
-    made.basis[i] = sequence.bases[i].basis;
-  }
-  made.key_scales = device.key_scales;
-  made.value_scales = device.value_scales;
-  made.decision = sequence.decision;
+  out->stored_bits = sequence.stored_bits;
+  out->key_scales = device.key_scales;
+  out->value_scales = device.value_scales;
 }
 
 void Packer::AddPages(absl::Span<const PageId> pages) {

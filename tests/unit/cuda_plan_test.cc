@@ -189,7 +189,7 @@ TEST(PackStepTest, SendsSealedSequencesToTheProgressiveKernelsAndTheRestToTheExa
   EXPECT_EQ(sealed.q_begin, 1);
   EXPECT_EQ(sealed.num_bases, 1);
   EXPECT_EQ(sealed.basis_end[0], 98);
-  EXPECT_EQ(sealed.basis[0], 99u);
+  EXPECT_EQ(sealed.basis[0], PageId{99});
   // Decisions of the progressive launch follow those of all exact sequences, rounded up to 4.
   EXPECT_EQ(packed.At<StepSequence>(layout.steps, 0).decision, 0);
   EXPECT_EQ(packed.At<StepSequence>(layout.steps, 1).decision, 4);
