@@ -1,6 +1,7 @@
 // The Backend of kernels/attention.h on one GPU. Everything runs on one stream, in order; a step is
 // one copy of its packed block and one launch of its plan's graph.
 
+#include <algorithm>
 #include <array>
 #include <iterator>
 #include <memory>
@@ -122,9 +123,9 @@ class CudaBackend final : public Backend {
   Scratch scratch_;
   DeviceBuffer task_memory_;
   PinnedBuffer task_staging_, transfer_;
+  // The one asked for last comes first: steps repeat, and a server sees thousands of shapes.
   std::vector<std::unique_ptr<CudaPlan>> plans_;
   int32_t num_graphs_ = 0;
-  int64_t clock_ = 0;
   std::array<Slot, kSlots> slots_;
   int64_t last_ticket_ = 0;
 };
@@ -181,25 +182,25 @@ absl::Status CudaBackend::Start(const BackendOptions& options) {
 
 absl::StatusOr<CudaPlan*> CudaBackend::FindPlan(const AttendBatch& batch) {
   ADAATTN_ASSIGN_OR_RETURN(const PlanKey key, MakePlanKey(batch));
-  for (const std::unique_ptr<CudaPlan>& plan : plans_) {
-    if (plan->key() == key) return plan.get();
+  auto found =
+      std::find_if(plans_.begin(), plans_.end(),
+                   [&key](const std::unique_ptr<CudaPlan>& plan) { return plan->key() == key; });
+  if (found == plans_.end()) {
+    found = plans_.insert(found, std::make_unique<CudaPlan>(key, num_sms_, tuning_));
   }
-  plans_.push_back(std::make_unique<CudaPlan>(key, num_sms_, tuning_));
-  return plans_.back().get();
+  std::rotate(plans_.begin(), found, found + 1);
+  return plans_.front().get();
 }
 
 void CudaBackend::EvictGraph() {
-  CudaPlan* oldest = nullptr;
-  for (const std::unique_ptr<CudaPlan>& plan : plans_) {
-    if (plan->graph.get() == nullptr) continue;
-    if (oldest == nullptr || plan->last_used < oldest->last_used) oldest = plan.get();
-  }
-  oldest->graph.Reset(nullptr);
+  const auto oldest = std::find_if(
+      plans_.rbegin(), plans_.rend(),
+      [](const std::unique_ptr<CudaPlan>& plan) { return plan->graph.get() != nullptr; });
+  (*oldest)->graph.Reset(nullptr);
   --num_graphs_;
 }
 
 absl::Status CudaBackend::Prepare(const ScratchNeeds& needs, CudaPlan* plan) {
-  plan->last_used = ++clock_;
   if (!scratch_.Covers(needs)) ADAATTN_RETURN_IF_ERROR(scratch_.Grow(needs, stream_.get()));
   if (plan->graph.get() != nullptr && plan->graph_generation == scratch_.generation()) {
     return absl::OkStatus();

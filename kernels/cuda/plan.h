@@ -142,7 +142,6 @@ class CudaPlan final : public AttendPlan {
   // The captured step. Valid while scratch has the generation that it was captured with.
   GraphExec graph;
   int64_t graph_generation = -1;
-  int64_t last_used = 0;
 
  private:
   const PlanKey key_;
