@@ -22,6 +22,7 @@ namespace {
 
 constexpr int32_t kQHeads = 32, kKvHeads = 8;
 constexpr int64_t kMostTokens = 262144;  // of all sequences of a step
+constexpr int32_t kLongest = 131072;     // of one sequence
 constexpr double kWorthwhile = 0.99;  // a time beyond that share of the default's changes nothing
 
 struct Step {
@@ -137,7 +138,7 @@ absl::Status Tuner::FindCrossover(int32_t num_sequences, CudaTuning* tuning) con
   Crossover crossover;
   crossover.kv_heads = num_sequences * kKvHeads;
   bool beats_bf16 = true, beats_fp8 = true;
-  for (int32_t kv_len = 32768; kv_len >= 1024 && (beats_bf16 || beats_fp8); kv_len /= 2) {
+  for (int32_t kv_len = kLongest; kv_len >= 1024 && (beats_bf16 || beats_fp8); kv_len /= 2) {
     const Step step = {num_sequences, kv_len};
     if (int64_t{num_sequences} * kv_len > kMostTokens) continue;
     const int32_t ctas = tuning->exact_ctas_per_sm;
@@ -166,7 +167,7 @@ absl::Status TuneDevice(const ProgressiveBenchOptions& options, int runs, const 
   const AttentionShape shape{kQHeads, kKvHeads, trace.shape.head_dim};
   int64_t free_bytes = 0;
   for (int32_t count = 1; count <= 64; count *= 2) {
-    const auto kv_len = static_cast<int32_t>(std::min<int64_t>(kMostTokens / count, 32768));
+    const auto kv_len = static_cast<int32_t>(std::min<int64_t>(kMostTokens / count, kLongest));
     free_bytes =
         std::max(free_bytes, TracePool::CaseBytes(shape, options.stored_bits, count, kv_len));
   }
