@@ -20,19 +20,23 @@ inline constexpr int kSelectThreads = 4 * kChunkPages;
 inline constexpr int kSelectWarps = kSelectThreads / 32;
 inline constexpr int kWeightRows = kNumChunkVectors * kTileColumns;
 inline constexpr int kChunkFigures = 6;
+// Behind the chunk's pages, in the chunk of the sink page: the sequence's first token, as if it
+// were a page. The means are added 16 pages at a time.
+inline constexpr int kFirstToken = kChunkPages;
+inline constexpr int kChunkRows = kChunkPages + 16;
 
 template <class Traits>
 struct SelectShared {
   static constexpr int kD = Traits::kHeadDim;
   static constexpr int kSummaryBytes = static_cast<int>(sizeof(ValueSummary)) + kD;
-  alignas(16) std::byte summaries[kChunkPages][kSummaryBytes];
+  alignas(16) std::byte summaries[kChunkRows][kSummaryBytes];
   union {
     float2 lse_parts[kSelectWarps][kMaxColumns];
     // What the means are weighted with, by page; rows ChunkVector * 8 + column of the tile.
-    float weights[kWeightRows][kChunkPages];
+    float weights[kWeightRows][kFirstToken + 2];
   };
   // As halves relative to the row's largest; the last 8 rows make an MMA whole.
-  alignas(16) __half scaled[kWeightRows + kTileColumns][kChunkPages + 8];
+  alignas(16) __half scaled[kWeightRows + kTileColumns][kChunkRows + 8];
   float row_scale[kWeightRows];
   float lse[kMaxColumns];      // L
   uint32_t base[kChunkPages];  // page ids, by position in the chunk
@@ -40,9 +44,6 @@ struct SelectShared {
   float warp_figures[kSelectWarps][kTileColumns][kChunkFigures];
   ChunkList warp_list[kSelectWarps];  // of each warp's pages
   int key_pages[kNumKeyDepths], value_pages[kNumValueDepths];
-  // Of the sequence's first token: what the sink page's summary becomes where it stands for it.
-  alignas(16) int8_t first_mean[kD];
-  ValueSummary first_summary;
 };
 
 // The depth of one page whose largest share over the columns is `share`.
@@ -60,14 +61,16 @@ __device__ __forceinline__ PageDepth DecidePage(const ProgressiveArgs& p,
 }
 
 // Weights as halves relative to the largest of their row; rows are shared out among the warps.
+// `sink`: they have one for the first token.
 template <class Traits>
-__device__ __forceinline__ void ScaleWeights(SelectShared<Traits>& shared) {
+__device__ __forceinline__ void ScaleWeights(bool sink, SelectShared<Traits>& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   static_assert(kChunkPages == 64, "two pages a lane");
 #pragma unroll
   for (int row = warp; row < kWeightRows; row += kSelectWarps) {
     const float2 x = *reinterpret_cast<const float2*>(&shared.weights[row][2 * lane]);
-    float high = fmaxf(x.x, x.y);
+    const float first = sink ? shared.weights[row][kFirstToken] : 0.0f;
+    float high = fmaxf(fmaxf(x.x, x.y), first);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
       high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, step));
@@ -75,14 +78,18 @@ __device__ __forceinline__ void ScaleWeights(SelectShared<Traits>& shared) {
     const float inverse = high > 0 ? 1.0f / high : 0.0f;
     *reinterpret_cast<uint32_t*>(&shared.scaled[row][2 * lane]) =
         PackPair<__half>(x.x * inverse, x.y * inverse);
+    if (sink && lane < (kChunkRows - kFirstToken) / 2) {
+      *reinterpret_cast<uint32_t*>(&shared.scaled[row][kFirstToken + 2 * lane]) =
+          lane == 0 ? PackPair<__half>(first * inverse, 0.0f) : 0;
+    }
     if (lane == 0) shared.row_scale[row] = high;
   }
 }
 
-// What the sequence's first token would make of its page's summary, to shared memory.
+// The sequence's first token as the summary of a page, to the row of its own.
 template <class Traits>
-__device__ __forceinline__ void LoadSink(const ProgressiveArgs& p, int head,
-                                         SelectShared<Traits>& shared) {
+__device__ __forceinline__ void LoadFirstToken(const ProgressiveArgs& p, int head,
+                                               SelectShared<Traits>& shared) {
   constexpr int kD = Traits::kHeadDim, kGroups = Traits::kValueGroups;
   const std::byte* page = p.pool + static_cast<int64_t>(shared.base[0]) * kPageAlignment;
   const auto* scales = reinterpret_cast<const uint8_t*>(page + p.layout.value_scales.offset +
@@ -95,39 +102,19 @@ __device__ __forceinline__ void LoadSink(const ProgressiveArgs& p, int head,
     squares = fmaf(range, range, squares);
   }
   const float step = top / 127.0f;
+  std::byte* row = shared.summaries[kFirstToken];
   for (int c = threadIdx.x; c < kD; c += kSelectThreads) {
     const float x =
         FirstValue<Traits>(p.layout, page, head, c) * RangeOf(scales[c / (kD / kGroups)]) / step;
-    shared.first_mean[c] = static_cast<int8_t>(__float2int_rn(x));
+    reinterpret_cast<int8_t*>(row + sizeof(ValueSummary))[c] =
+        static_cast<int8_t>(__float2int_rn(x));
   }
   if (threadIdx.x == 0) {
-    shared.first_summary.mean_scale = step;
-    shared.first_summary.spread = shared.first_summary.radius = 0;
-    shared.first_summary.scale_rms = sqrtf(squares / kGroups);
+    auto& summary = *reinterpret_cast<ValueSummary*>(row);
+    summary.mean_scale = step;
+    summary.spread = summary.radius = 0;
+    summary.scale_rms = sqrtf(squares / kGroups);
   }
-}
-
-// Where most of the sink page's mass lies on its first token, that token's value stands for the
-// page's mean in the error terms (policy/error_model.h): it replaces the mean in the CTA's copy of
-// the summary, which nothing else uses, since the sink is never skipped.
-template <class Traits>
-__device__ __forceinline__ void SubstituteSink(const ProgressiveArgs& p, const SequenceView& s,
-                                               int64_t head_index, SelectShared<Traits>& shared) {
-  bool concentrated = false;
-  const int columns = p.shape.group_size() * s.q_len;
-  if (static_cast<int>(threadIdx.x) < columns) {
-    const PageStats stats = LoadStats(PageStatsOf(p, head_index, 0), threadIdx.x);
-    concentrated = TokenVisible(s, 0, threadIdx.x / p.shape.group_size()) &&
-                   FirstTokenStandsForPage(true, true, fabsf(stats.concentration));
-  }
-  if (__syncthreads_or(concentrated) == 0) return;
-  for (int c = threadIdx.x; c < Traits::kHeadDim; c += kSelectThreads) {
-    shared.summaries[0][sizeof(ValueSummary) + c] = static_cast<std::byte>(shared.first_mean[c]);
-  }
-  if (threadIdx.x == 0) {
-    *reinterpret_cast<ValueSummary*>(shared.summaries[0]) = shared.first_summary;
-  }
-  __syncthreads();
 }
 
 // Brings what will be read of an attended page to L2: a thread of the page's quad a part of it.
@@ -217,28 +204,48 @@ struct PageDecider {
     atomicAdd(&shared.value_pages[depth.value_bits / 2], 1);
   }
 
+  // Where most of the sink page's mass in a column lies on its first token, that token's value
+  // stands for the page's mean in the column's error terms (policy/error_model.h). No mean becomes
+  // part of the output by it: every depth of the sink page reads its values.
+  __device__ __forceinline__ bool FirstTokenStands(int column, const PageStats& stats) const {
+    return page == 0 && TokenVisible(s, 0, column / p.shape.group_size()) &&
+           FirstTokenStandsForPage(true, true, fabsf(stats.concentration));
+  }
+
+  // The weights of row n of the tile for row `at` of the summaries.
+  __device__ __forceinline__ void StoreWeights(int n, int at, float share, float weight,
+                                               SelectShared<Traits>& shared) const {
+    shared.weights[kSkipped * kTileColumns + n][at] = attended() ? 0.0f : share;
+    shared.weights[kWeightedMean * kTileColumns + n][at] = weight;
+    shared.weights[kAttended * kTileColumns + n][at] = attended() ? share : 0.0f;
+  }
+
   // The page's weights, and the warp's sums of figures.
   __device__ __forceinline__ void Weigh(SelectShared<Traits>& shared) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const std::byte* summary_bytes = shared.summaries[visible() ? local : 0];
     const float mean2 = MeanSquare<Traits>(summary_bytes, quarter);
-    const auto summary = *reinterpret_cast<const ValueSummary*>(summary_bytes);
+    const auto mean = *reinterpret_cast<const ValueSummary*>(summary_bytes);
+    float first_mean2 = 0;
+    if (page < kChunkPages)
+      first_mean2 = MeanSquare<Traits>(shared.summaries[kFirstToken], quarter);
     float figures[kEach][kChunkFigures];  // as warp_figures
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int n = quarter + 4 * i;
+      const bool any = visible() && column_begin + n < columns;
+      const bool first = any && FirstTokenStands(column_begin + n, mine[i]);
+      ValueSummary summary = mean;
+      if (first) summary = *reinterpret_cast<const ValueSummary*>(shared.summaries[kFirstToken]);
       ColumnWeights column;
-      if (visible() && column_begin + n < columns) {
-        column = WeighColumn<Traits>(mine[i], summary, shared.lse[column_begin + n], depth);
-      }
-      const float share = column.share * summary.mean_scale;
-      shared.weights[kSkipped * kTileColumns + n][local] = attended() ? 0.0f : share;
-      shared.weights[kWeightedMean * kTileColumns + n][local] = column.weight * summary.mean_scale;
-      shared.weights[kAttended * kTileColumns + n][local] = attended() ? share : 0.0f;
+      if (any) column = WeighColumn<Traits>(mine[i], summary, shared.lse[column_begin + n], depth);
+      if (page == 0) StoreWeights(n, first ? local : kFirstToken, 0, 0, shared);
+      StoreWeights(n, first ? kFirstToken : local, column.share * summary.mean_scale,
+                   column.weight * summary.mean_scale, shared);
       figures[i][0] = column.mass;
       figures[i][1] = column.entropy;
       figures[i][2] = column.rest;
-      figures[i][3] = column.weight * mean2;
+      figures[i][3] = column.weight * (first ? first_mean2 : mean2);
       figures[i][4] = column.weight;
       figures[i][5] = column.amplitude;
     }
@@ -346,12 +353,12 @@ __device__ __forceinline__ uint32_t HalvesFromBytes(uint32_t bytes, uint32_t sel
   return FmaHalves(biased, kOneHalves, 0xe480e480u);                                // - 1152
 }
 
-// The weighted sums of the chunk's means, for `columns` columns of the tile, to target
+// The weighted sums of the chunk's first `rows` means, for `columns` columns of the tile, to target
 // [8][kNumChunkVectors][D].
 //   sum[row][c] = sum_page weight[row][page] mean[page][c]: weights are the A of the MMA, rows of
 // the means its B, two channels at a time (a transposed load pairs the bytes of two pages).
 template <class Traits>
-__device__ __forceinline__ void AddMeans(int pages, int columns, const SelectShared<Traits>& shared,
+__device__ __forceinline__ void AddMeans(int rows, int columns, const SelectShared<Traits>& shared,
                                          float* target) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   float scale[kNumChunkVectors];
@@ -360,7 +367,7 @@ __device__ __forceinline__ void AddMeans(int pages, int columns, const SelectSha
   for (int tile = warp; tile < Traits::kTiles; tile += kSelectWarps) {
     float even[2][4] = {}, odd[2][4] = {};
 #pragma unroll 1
-    for (int first = 0; first < pages; first += 16) {
+    for (int first = 0; first < rows; first += 16) {
       uint32_t bytes[2];
       LoadTransposed(bytes, shared.summaries[first + lane % 16] + sizeof(ValueSummary) + tile * 16);
       const uint32_t low[2] = {HalvesFromBytes(bytes[0], 0x4240u),
@@ -368,11 +375,11 @@ __device__ __forceinline__ void AddMeans(int pages, int columns, const SelectSha
       const uint32_t high[2] = {HalvesFromBytes(bytes[0], 0x4341u),
                                 HalvesFromBytes(bytes[1], 0x4341u)};
 #pragma unroll
-      for (int rows = 0; rows < 2; ++rows) {
+      for (int half = 0; half < 2; ++half) {
         uint32_t a[4];
-        LoadMatrices<false>(a, &shared.scaled[16 * rows + lane % 16][first + lane / 16 * 8]);
-        Mma16x8x16<__half>(even[rows], a, low[0], low[1]);
-        Mma16x8x16<__half>(odd[rows], a, high[0], high[1]);
+        LoadMatrices<false>(a, &shared.scaled[16 * half + lane % 16][first + lane / 16 * 8]);
+        Mma16x8x16<__half>(even[half], a, low[0], low[1]);
+        Mma16x8x16<__half>(odd[half], a, high[0], high[1]);
       }
     }
     if (g >= columns) continue;
@@ -420,7 +427,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   const int begin = chunk * kChunkPages, end = min(begin + kChunkPages, from.num_sealed);
   const int pages = max(end - begin, 0);
   FetchSummaries<Traits>(p, from, head, begin, pages, shared);
-  if (begin == 0 && pages > 0) LoadSink<Traits>(p, head, shared);
+  if (begin == 0 && pages > 0) LoadFirstToken<Traits>(p, head, shared);
   const int column_begin = tile * kTileColumns, local = threadIdx.x / 4;
   PageDecider<Traits> decider{p,
                               from.decision,
@@ -454,15 +461,14 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   decider.SumList(quads, shared);
   WaitCopies<0>();
   __syncthreads();
-  if (begin == 0) SubstituteSink<Traits>(p, s, head_index, shared);
   if (tile == 0) decider.List(chunk_index, shared, quads);
   decider.Weigh(shared);
   __syncthreads();
   const int64_t slot = chunk_index * w.columns + column_begin;
   StoreStates<Traits>(shared, reinterpret_cast<ChunkState*>(p.workspace + w.state) + slot);
-  ScaleWeights<Traits>(shared);
+  ScaleWeights<Traits>(begin == 0, shared);
   __syncthreads();
-  AddMeans<Traits>(pages, decider.columns - column_begin, shared,
+  AddMeans<Traits>(begin == 0 ? kChunkRows : pages, decider.columns - column_begin, shared,
                    reinterpret_cast<float*>(p.workspace + w.vectors) +
                        slot * kNumChunkVectors * Traits::kHeadDim);
   if (tile == 0) CountPages<Traits>(p.decisions + head_index, shared);
