@@ -80,8 +80,9 @@ bench: setup build/release/build.ninja  ## Times the kernels, judges control, a 
 	@build/release/loadtest/adaattn-echo-bench --server=build/release/server/adaattn-server
 
 cuda: setup build/cuda/build.ninja  ## Compiles the CUDA backend and tests its host side (needs nvcc, no GPU)
-	@ninja -C build/cuda -j$(JOBS) adaattn_kernels adaattn_decode_bench adaattn_backend_tests adaattn_cuda_host_tests
-	@build/cuda/tests/adaattn_cuda_host_tests --gtest_brief=1
+	@ninja -C build/cuda -j$(JOBS) adaattn_kernels adaattn_decode_bench adaattn_control_bench adaattn_backend_tests \
+	    adaattn_cuda_host_tests
+	@cd tests && ../build/cuda/tests/adaattn_cuda_host_tests --gtest_brief=1
 
 lint: setup-check build/release/build.ninja  ## clang-tidy over every source; findings are errors
 	@ninja -C build/release -j$(JOBS) adaattn_proto

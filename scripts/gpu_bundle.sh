@@ -19,6 +19,10 @@ binaries=(loadtest/adaattn_decode_bench tests/adaattn_backend_tests tests/adaatt
 if [ $# -eq 0 ]; then
   cmake --preset cuda -Wno-dev --log-level=WARNING
 fi
+if grep -q '^ADAATTN_BENCHMARKS:BOOL=ON' "$build/CMakeCache.txt"; then
+  targets+=(adaattn_control_bench)
+  binaries+=(loadtest/adaattn_control_bench)
+fi
 if grep -q '^ADAATTN_SERVER:BOOL=ON' "$build/CMakeCache.txt"; then
   targets+=(adaattn_server adaattn_cli)
   binaries+=(server/adaattn-server client/adaattn-cli)
@@ -79,7 +83,8 @@ cat >"$bundle/run-tests" <<'EOF'
 #
 #   run-tests                     all of them
 #   run-tests bench               and the timings too, into $OUT/decode.json
-#   run-tests SUITE...            these: host, decode, backend, server, client_server, process
+#   run-tests SUITE...            these: host, decode, backend, server, client_server, process,
+#                                 estimators (their cost, bias and spread on the device)
 #   run-tests sanitize [TOOL]...  small shapes under compute-sanitizer: memcheck, racecheck, synccheck
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -137,6 +142,7 @@ for name in server client_server process; do
   [ ! -x "$here/bin/adaattn_${name}_tests" ] || suites+=("$name")
 done
 if [ "${1:-}" = bench ]; then
+  [ ! -x "$here/bin/adaattn_control_bench" ] || suites+=(estimators)
   set -- "${suites[@]}" bench
 elif [ $# -eq 0 ]; then
   set -- "${suites[@]}"
@@ -145,6 +151,10 @@ for name in "$@"; do
   case "$name" in
     host) run host "$here/bin/adaattn_cuda_host_tests" --gtest_brief=1 ;;
     decode) run decode "$here/bin/adaattn_decode_bench" --check ;;
+    estimators)
+      run estimators "$here/bin/adaattn_control_bench" --backend=cuda --estimators \
+        --trace=data/qwen25-coder-1.5b-layer14-8k.safetensors \
+        --trace=data/smollm2-135m-layer15-8k.safetensors ;;
     bench)
       run bench "$here/bin/adaattn_decode_bench" --time --steps --progressive \
         --json="$out/decode.json" ;;

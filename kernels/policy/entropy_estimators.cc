@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <random>
 #include <vector>
 
 #include "kernels/format/page_layout.h"
@@ -10,8 +9,6 @@
 
 namespace adaattn {
 namespace {
-
-constexpr double kNormalQuantile = 1.959964;  // of .975
 
 absl::Span<const float> PageScores(absl::Span<const float> scores, size_t page) {
   return scores.subspan(page * kPageTokens, kPageTokens);
@@ -34,30 +31,36 @@ EntropyEstimate SampledAttentionEntropy(absl::Span<const float> scores,
   std::vector<double> shares;
   shares.reserve(page_lse.size());
   for (const double lse : page_lse) shares.push_back(std::exp(lse - total));
-  const double between = Entropy(page_lse);
-  std::mt19937_64 random(seed);
-  std::discrete_distribution<size_t> draw(shares.begin(), shares.end());
-  std::vector<double> inside(page_lse.size(), -1);  // of the pages drawn so far
-  double sum = 0, squares = 0;
+  double sum = 0;
+  for (const double share : shares) sum += share;
+  std::vector<double> known(page_lse.size(), -1);  // inside the pages drawn so far
+  std::vector<double> inside;
   for (int32_t i = 0; i < num_draws; ++i) {
-    const size_t page = draw(random);
-    if (inside[page] < 0) {
-      inside[page] = ExactAttentionEntropy(PageScores(scores, page));
+    const auto page = static_cast<size_t>(
+        DrawPage(shares.data(), static_cast<int32_t>(shares.size()), sum, seed, i));
+    if (known[page] < 0) {
+      known[page] = ExactAttentionEntropy(PageScores(scores, page));
       ++estimate.pages_read;
     }
-    sum += inside[page];
-    squares += inside[page] * inside[page];
+    inside.push_back(known[page]);
   }
-  const double mean = sum / num_draws;
-  estimate.entropy = between + mean;
-  const double most = std::log(static_cast<double>(kPageTokens));
-  double half = most;  // one draw says nothing of its spread
-  if (num_draws > 1) {
-    const double variance = std::max(0.0, squares - sum * mean) / (num_draws - 1);
-    half = kNormalQuantile * std::sqrt(variance / num_draws);
+  const int32_t pages_read = estimate.pages_read;
+  estimate = EntropyOfDraws(Entropy(page_lse), inside.data(), num_draws);
+  estimate.pages_read = pages_read;
+  return estimate;
+}
+
+EntropyEstimate EstimateEntropy(absl::Span<const float> scores, absl::Span<const double> page_lse,
+                                EntropyMethod method, int32_t num_draws, uint64_t seed) {
+  if (method == EntropyMethod::kSampled) {
+    return SampledAttentionEntropy(scores, page_lse, num_draws, seed);
   }
-  estimate.low = between + std::max(0.0, mean - half);
-  estimate.high = between + std::min(most, mean + half);
+  const bool exact = method == EntropyMethod::kExact;
+  EntropyEstimate estimate;
+  estimate.entropy = exact ? ExactAttentionEntropy(scores) : ProxyAttentionEntropy(page_lse);
+  estimate.low = estimate.high = estimate.entropy;
+  estimate.pages_read = exact ? static_cast<int32_t>(page_lse.size()) : 0;
+  if (!exact && LogSumExp(page_lse) > -HUGE_VAL) estimate.high += kMaxPageEntropy;
   return estimate;
 }
 

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <functional>
 #include <numeric>
-#include <random>
 
 namespace adaattn {
 namespace {
@@ -14,8 +13,6 @@ using Matrix = Eigen::MatrixXd;
 using Vector = Eigen::VectorXd;
 using FloatRows = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-constexpr double kNormalQuantile = 1.959964;  // of .975
-
 Matrix Load(const RowsView& x) {
   return Eigen::Map<const FloatRows>(x.values.data(), x.rows(), x.dim).cast<double>();
 }
@@ -23,9 +20,10 @@ Matrix Load(const RowsView& x) {
 // X^T X v without the matrix X^T X.
 Matrix ApplyGram(const Matrix& x, const Matrix& v) { return x.transpose() * (x * v); }
 
-Matrix Gaussian(Eigen::Index rows, Eigen::Index cols, std::mt19937_64* random) {
-  std::normal_distribution<double> normal;
-  return Matrix::NullaryExpr(rows, cols, [&] { return normal(*random); });
+Matrix Gaussian(Eigen::Index rows, Eigen::Index cols, uint64_t seed) {
+  return Matrix::NullaryExpr(rows, cols, [seed](Eigen::Index row, Eigen::Index col) {
+    return NormalAt(seed, static_cast<uint64_t>(row), static_cast<uint64_t>(col));
+  });
 }
 
 // An orthonormal basis [rows, min(rows, cols)] of v's columns.
@@ -33,8 +31,6 @@ Matrix Orthonormal(const Matrix& v) {
   const Eigen::HouseholderQR<Matrix> qr(v);
   return qr.householderQ() * Matrix::Identity(v.rows(), std::min(v.rows(), v.cols()));
 }
-
-double EntropyTermOf(double x) { return x > 0 ? -x * std::log(x) : 0; }
 
 // z^T f(G) z / |z|^2 for G = X^T X / trace and f(x) = -x ln x: Gauss quadrature whose nodes and
 // weights are those of the Lanczos matrix that starts at z.
@@ -66,7 +62,7 @@ double LanczosEntropy(const Matrix& x, double trace, const Vector& z, int32_t st
   double sum = 0;
   for (Eigen::Index i = 0; i < size; ++i) {
     const double weight = solver.eigenvectors()(0, i);
-    sum += weight * weight * EntropyTermOf(solver.eigenvalues()(i));
+    sum += weight * weight * ShareEntropy(solver.eigenvalues()(i));
   }
   return sum;
 }
@@ -77,7 +73,7 @@ double RankOfSpectrum(absl::Span<const double> energies) {
   const double total = std::accumulate(energies.begin(), energies.end(), 0.0);
   if (!(total > 0)) return 0;
   double entropy = 0;
-  for (const double energy : energies) entropy += EntropyTermOf(energy / total);
+  for (const double energy : energies) entropy += ShareEntropy(energy / total);
   return std::exp(entropy);
 }
 
@@ -112,8 +108,7 @@ RankEstimate StableRankByPower(const RowsView& x, int32_t iterations, uint64_t s
   const Matrix loaded = Load(x);
   const double trace = loaded.squaredNorm();
   if (!(trace > 0)) return estimate;
-  std::mt19937_64 random(seed);
-  Vector v = Gaussian(x.dim, 1, &random).col(0).normalized();
+  Vector v = Gaussian(x.dim, 1, seed).col(0).normalized();
   double energy = 0;
   for (int32_t i = 0; i < iterations; ++i) {
     const Vector next = ApplyGram(loaded, v);
@@ -121,10 +116,7 @@ RankEstimate StableRankByPower(const RowsView& x, int32_t iterations, uint64_t s
     if (!(energy > 0)) break;
     v = next.normalized();
   }
-  if (!(energy > 0)) return estimate;
-  estimate.rank = estimate.high = trace / energy;
-  estimate.low = 1;
-  return estimate;
+  return StableRankOf(trace, energy);
 }
 
 RankEstimate RankByRandomizedSvd(const RowsView& x, int32_t range, int32_t power_steps,
@@ -135,26 +127,13 @@ RankEstimate RankByRandomizedSvd(const RowsView& x, int32_t range, int32_t power
   const double trace = loaded.squaredNorm();
   if (!(trace > 0)) return estimate;
   const Eigen::Index width = std::min<Eigen::Index>({range, x.dim, loaded.rows()});
-  std::mt19937_64 random(seed);
-  Matrix q = Orthonormal(loaded.transpose() * Gaussian(loaded.rows(), width, &random));
+  Matrix q = Orthonormal(loaded.transpose() * Gaussian(loaded.rows(), width, seed));
   for (int32_t i = 0; i < power_steps; ++i) q = Orthonormal(ApplyGram(loaded, q));
   const Eigen::JacobiSVD<Matrix> svd(loaded * q);
   std::vector<double> energies;
-  double found = 0;
-  for (Eigen::Index i = 0; i < svd.singularValues().size(); ++i) {
-    energies.push_back(svd.singularValues()(i) * svd.singularValues()(i));
-    found += energies.back();
-  }
-  const double rest = std::max(0.0, trace - found);
-  const auto unseen = std::min<Eigen::Index>(x.dim, loaded.rows()) - width;
-  // The rest in one direction, or evenly over all that are left: the least and the most it can be.
-  energies.push_back(rest);
-  estimate.low = RankOfSpectrum(energies);
-  energies.pop_back();
-  energies.insert(energies.end(), static_cast<size_t>(unseen),
-                  unseen > 0 ? rest / static_cast<double>(unseen) : 0.0);
-  estimate.rank = estimate.high = RankOfSpectrum(energies);
-  return estimate;
+  for (const double value : svd.singularValues()) energies.push_back(value * value);
+  return RankOfFoundEnergies(energies.data(), static_cast<int32_t>(width), trace,
+                             std::min<Eigen::Index>(x.dim, loaded.rows()) - width);
 }
 
 RankEstimate RankByHutchinson(const RowsView& x, int32_t probes, int32_t steps, uint64_t seed) {
@@ -163,21 +142,29 @@ RankEstimate RankByHutchinson(const RowsView& x, int32_t probes, int32_t steps, 
   const Matrix loaded = Load(x);
   const double trace = loaded.squaredNorm();
   if (!(trace > 0)) return estimate;
-  std::mt19937_64 random(seed);
-  double sum = 0, squares = 0;
+  std::vector<double> entropies;
   for (int32_t i = 0; i < probes; ++i) {
-    const Vector z = Vector::NullaryExpr(x.dim, [&] { return random() % 2 == 0 ? 1.0 : -1.0; });
-    const double entropy = x.dim * LanczosEntropy(loaded, trace, z, steps);
-    sum += entropy;
-    squares += entropy * entropy;
+    const Vector z = Vector::NullaryExpr(x.dim, [seed, i](Eigen::Index c) {
+      return SignAt(seed, static_cast<uint64_t>(c), static_cast<uint64_t>(i));
+    });
+    entropies.push_back(x.dim * LanczosEntropy(loaded, trace, z, steps));
   }
-  const double mean = sum / probes;
-  const double variance = std::max(0.0, squares - sum * mean) / (probes - 1);
-  const double half = kNormalQuantile * std::sqrt(variance / probes);
-  estimate.rank = std::exp(mean);
-  estimate.low = std::exp(mean - half);
-  estimate.high = std::exp(mean + half);
-  return estimate;
+  return RankOfProbes(entropies.data(), probes);
+}
+
+RankEstimate EstimateRank(const RowsView& x, const RankOptions& options, uint64_t seed) {
+  switch (options.method) {
+    case RankMethod::kRandomizedSvd:
+      return RankByRandomizedSvd(x, options.range, options.power_steps, seed);
+    case RankMethod::kHutchinson:
+      return RankByHutchinson(x, options.probes, options.steps, seed);
+    case RankMethod::kPower:
+      return StableRankByPower(x, options.iterations, seed);
+    case RankMethod::kSpectrum:
+      break;
+  }
+  const double rank = RankOfSpectrum(ExactSpectrum(x));
+  return RankEstimate{rank, rank, rank};
 }
 
 }  // namespace adaattn

@@ -19,13 +19,17 @@
 //                    quadrature, 2017), f(x) = -x ln x; error bars from the spread of the probes
 //   spectrum         all s_i, from the eigenvalues of X^T X; a fitted basis has them already as
 //                    its channels' energies (RankOfSpectrum)
-// Host code in double precision. Any finite X is fine: no rows, constant rows, one row many times.
-// X is taken as it is: subtract a mean first where one is meant.
+// Double precision. Any finite X is fine: no rows, constant rows, one row many times. X is taken as
+// it is: subtract a mean first where one is meant. Random numbers are policy/counter_random.h's, so
+// the estimators of kernels/cuda/estimators.h draw the same.
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
 #include "absl/types/span.h"
+#include "kernels/host_device.h"
+#include "kernels/policy/counter_random.h"
 
 namespace adaattn {
 
@@ -42,6 +46,46 @@ struct RankEstimate {
   double low = 0;   // about 95 % of the time low <= exact <= high; equal to rank where it is exact
   double high = 0;
 };
+
+// One part of an entropy, in nats. 0 of no share.
+ADAATTN_HD double ShareEntropy(double share) { return share > 0 ? -share * log(share) : 0.0; }
+
+// Effective rank where `count` energies are known, and what else of `trace` there is lies in
+// `unseen` further directions: evenly in all of them, the most that it can be, or in one (`low`).
+ADAATTN_HD RankEstimate RankOfFoundEnergies(const double* energies, int32_t count, double trace,
+                                            int64_t unseen) {
+  RankEstimate estimate;
+  double found = 0;
+  for (int32_t i = 0; i < count; ++i) found += energies[i];
+  const double rest = unseen > 0 && trace > found ? trace - found : 0.0;
+  const double total = found + rest;
+  if (!(total > 0)) return estimate;
+  double entropy = 0;
+  for (int32_t i = 0; i < count; ++i) entropy += ShareEntropy(energies[i] / total);
+  estimate.low = exp(entropy + ShareEntropy(rest / total));
+  const double even = unseen > 0 ? static_cast<double>(unseen) : 1.0;
+  estimate.rank = estimate.high = exp(entropy + even * ShareEntropy(rest / total / even));
+  return estimate;
+}
+
+// Effective rank from the entropies that `probes` >= 2 probes say.
+ADAATTN_HD RankEstimate RankOfProbes(const double* entropies, int32_t probes) {
+  double sum = 0, squares = 0;
+  for (int32_t i = 0; i < probes; ++i) {
+    sum += entropies[i];
+    squares += entropies[i] * entropies[i];
+  }
+  const double mean = sum / probes, spread = squares - sum * mean;
+  const double variance = (spread > 0 ? spread : 0.0) / (probes - 1);
+  const double half = kNormalQuantile * sqrt(variance / probes);
+  return RankEstimate{exp(mean), exp(mean - half), exp(mean + half)};
+}
+
+// Stable rank from an iterate's energy, which is at most that of the first direction.
+ADAATTN_HD RankEstimate StableRankOf(double trace, double energy) {
+  if (!(energy > 0)) return RankEstimate();
+  return RankEstimate{trace / energy, 1.0, trace / energy};
+}
 
 // Effective rank from energies s_i^2 >= 0 in any order (not normalised), such as Basis::energy.
 double RankOfSpectrum(absl::Span<const double> energies);
@@ -64,6 +108,18 @@ RankEstimate RankByRandomizedSvd(const RowsView& x, int32_t range, int32_t power
 // Effective rank by stochastic Lanczos quadrature: `probes` >= 2 Rademacher vectors, `steps` of
 // Lanczos each. The interval is that of the probes' mean, carried through the exponential.
 RankEstimate RankByHutchinson(const RowsView& x, int32_t probes, int32_t steps, uint64_t seed);
+
+// One of them by name.
+enum class RankMethod { kSpectrum, kRandomizedSvd, kHutchinson, kPower };
+struct RankOptions {
+  RankMethod method = RankMethod::kSpectrum;
+  int32_t range = 0;        // randomized SVD
+  int32_t power_steps = 0;  // likewise
+  int32_t probes = 0;       // Hutchinson
+  int32_t steps = 0;        // likewise
+  int32_t iterations = 0;   // power iteration, which estimates the stable rank
+};
+RankEstimate EstimateRank(const RowsView& x, const RankOptions& options, uint64_t seed);
 
 }  // namespace adaattn
 

@@ -1,3 +1,4 @@
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -6,6 +7,7 @@
 #include <vector>
 
 #include "kernels/format/page_layout.h"
+#include "kernels/policy/counter_random.h"
 #include "kernels/policy/entropy.h"
 #include "kernels/policy/entropy_estimators.h"
 #include "kernels/policy/rank.h"
@@ -30,6 +32,36 @@ std::vector<float> Scores(size_t count, float spread, uint32_t seed) {
   std::vector<float> scores(count);
   for (float& score : scores) score = normal(random);
   return scores;
+}
+
+// Known answers of the generator's authors (Random123, kat_vectors).
+TEST(CounterRandomTest, IsPhilox) {
+  const auto words = [](uint64_t seed, uint64_t index, uint64_t stream) {
+    const RandomBlock block = RandomBlockAt(seed, index, stream);
+    return std::vector<uint32_t>(block.word, block.word + 4);
+  };
+  EXPECT_THAT(words(0, 0, 0),
+              testing::ElementsAre(0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u));
+  EXPECT_THAT(words(~0ull, ~0ull, ~0ull),
+              testing::ElementsAre(0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu));
+  EXPECT_THAT(words(0x299f31d0a4093822ull, 0x85a308d3243f6a88ull, 0x0370734413198a2eull),
+              testing::ElementsAre(0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u));
+}
+
+TEST(CounterRandomTest, NumbersHaveTheirMoments) {
+  constexpr int kCount = 20000;
+  double uniform = 0, sign = 0, normal = 0, square = 0;
+  for (uint64_t i = 0; i < kCount; ++i) {
+    uniform += UniformAt(7, i, 1) / kCount;
+    sign += SignAt(7, i, 2) / kCount;
+    const double x = NormalAt(7, i, 3);
+    normal += x / kCount;
+    square += x * x / kCount;
+  }
+  EXPECT_NEAR(uniform, 0.5, 0.01);
+  EXPECT_NEAR(sign, 0, 0.03);
+  EXPECT_NEAR(normal, 0, 0.03);
+  EXPECT_NEAR(square, 1, 0.05);
 }
 
 TEST(EntropyEstimatorTest, ProxyLiesBelowExactByAtMostThatOfOnePage) {
