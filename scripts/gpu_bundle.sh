@@ -6,8 +6,9 @@
 #   scripts/gpu_bundle.sh [BUILD_DIR]      default: build/cuda, configured and built first
 #
 # ADAATTN_BUNDLE_DATA=0 leaves the captured traces out: run-tests then takes those of the checkout
-# that the bundle lies in. ADAATTN_BUNDLE_SANITIZER=1 adds compute-sanitizer (28 MB, from PyPI), for
-# `run-tests sanitize`; without it that takes the machine's own.
+# that the bundle lies in. ADAATTN_BUNDLE_SANITIZER=1 adds compute-sanitizer (30 MB, from PyPI) of the
+# toolkit's version, ADAATTN_BUNDLE_SANITIZER=13.5.25 that one, for `run-tests sanitize`; without it
+# that takes the machine's own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -53,22 +54,28 @@ done | awk '$2 == "=>" && $3 ~ /^\// {print $1, $3}' | sort -u |
 if compgen -G "$bundle/lib/*" >/dev/null; then strip --strip-unneeded "$bundle"/lib/*; fi
 install -m 755 loadtest/{adaattn_bench,peers.py,peer_inputs.py} "$bundle/bin/"
 
-if [ "${ADAATTN_BUNDLE_SANITIZER:-0}" != 0 ]; then
+sanitizer=${ADAATTN_BUNDLE_SANITIZER:-0}
+if [ "$sanitizer" != 0 ]; then
+  [ "$sanitizer" != 1 ] || sanitizer=13.0.85
   wheels=.cache/sanitizer
   [ -x .venv/bin/python ] || python3 -m venv .venv
   .venv/bin/python -m pip download -q --disable-pip-version-check --no-deps -d "$wheels" \
-    nvidia-cuda-sanitizer-api==13.0.85
+    "nvidia-cuda-sanitizer-api==$sanitizer"
   mkdir "$bundle/sanitizer"
-  python3 - "$wheels" "$bundle/sanitizer" <<'PY'
+  python3 - "$wheels/nvidia_cuda_sanitizer_api-$sanitizer-"*.whl "$bundle/sanitizer" <<'PY'
 import pathlib, sys, zipfile
-wheels, target = map(pathlib.Path, sys.argv[1:])
-with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+target = pathlib.Path(sys.argv[2])
+with zipfile.ZipFile(sys.argv[1]) as wheel:
+    # The tool looks for its libraries beside itself. Newer wheels have all of it in a folder of its
+    # name, and a script in bin/.
+    folders = {"compute-sanitizer"}
+    if not any(pathlib.PurePath(name).parent.name in folders for name in wheel.namelist()):
+        folders = {"bin", "lib"}
     for name in wheel.namelist():
         path = pathlib.PurePath(name)
-        # The tool looks for its libraries beside itself.
-        if path.parent.name in ("bin", "lib") and path.name != "libsanitizer-public.so":
+        if path.parent.name in folders and path.name != "libsanitizer-public.so":
             (target / path.name).write_bytes(wheel.read(name))
-(target / "compute-sanitizer").chmod(0o755)
+            (target / path.name).chmod(0o755)
 PY
 fi
 
@@ -85,7 +92,9 @@ cat >"$bundle/run-tests" <<'EOF'
 #   run-tests bench               and the timings too, into $OUT/decode.json
 #   run-tests SUITE...            these: host, decode, backend, server, client_server, process,
 #                                 estimators (their cost, bias and spread on the device)
-#   run-tests sanitize [TOOL]...  small shapes under compute-sanitizer: memcheck, racecheck, synccheck
+#   run-tests sanitize [WHAT]...  small shapes under compute-sanitizer; WHAT: tools (memcheck,
+#                                 racecheck, synccheck; all if none) and parts (dense, pages,
+#                                 progressive, progressive_d256, bounded, estimators; all if none)
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=$(cd "${OUT:-.}" && pwd)
@@ -103,7 +112,7 @@ run() {
   shift
   echo "=== $name"
   "$@" || { failed+=("$name") && result=FAILED; }
-  summary+=("$(printf '%-14s %s in %d s' "$name" "$result" $((SECONDS - begin)))")
+  summary+=("$(printf '%-24s %s in %d s' "$name" "$result" $((SECONDS - begin)))")
 }
 finish() {
   echo "=== summary"
@@ -122,16 +131,44 @@ if [ "${1:-}" = sanitize ]; then
     echo "run-tests: no compute-sanitizer here, nor in the bundle (ADAATTN_BUNDLE_SANITIZER=1)" >&2
     exit 1
   }
-  [ $# -gt 0 ] || set -- memcheck racecheck synccheck
-  # Every kernel family once, few launches of each, since a tool makes them a hundred times slower:
-  # dense pages of each type in one split and in many, sealing, reopening, copies, and progressive
-  # decode under every policy and over several bases.
-  small='SealTest.KeepsTokensToTheStoredDepth:*/PageTypeTest.*:CopyPageTest.*:ZeroPageTest.*'
-  small+=':SplitLawTest.*:Fp8ScalesTest.*:*/DenseTest.*_d128_g4'
-  small+=':*/ProgressiveShapeTest.*/d128_g6:ProgressiveTest.MatchesTheReferenceOverSeveralBases'
-  for tool in "$@"; do
-    run "$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 \
-      "$here/bin/adaattn_backend_tests" --gtest_brief=1 --gtest_filter="$small"
+  # Every kernel family once, few launches of each, since a tool makes them a hundred times slower.
+  declare -A filters=(
+    # Pages of each type, in one split and in many.
+    [dense]='*/DenseTest.*_d128_g4:SplitLawTest.*:Fp8ScalesTest.*'
+    # Sealing, reopening, copies.
+    [pages]='SealTest.KeepsTokensToTheStoredDepth:*/PageTypeTest.*:CopyPageTest.*:ZeroPageTest.*'
+    # Every policy where two warps share a page of attend, and four; head_dim 64 over several bases.
+    [progressive]='*/ProgressiveShapeTest.*/d128_g6:ProgressiveTest.MatchesTheReferenceOverSeveralBases'
+    [progressive_d256]='*/ProgressiveShapeTest.*/d256_g3'
+    [bounded]='BoundTest.OriginalsMakeItHold'
+    [estimators]='*/EstimatorTest.RanksOfPages*/device:*/EstimatorTest.Degenerate*/device:*/EstimatorTest.Entropies*/device'
+  )
+  tools=()
+  parts=()
+  for what in "$@"; do
+    case "$what" in
+      memcheck | racecheck | synccheck) tools+=("$what") ;;
+      *)
+        if [ -z "${filters[$what]:-}" ]; then
+          echo "run-tests: sanitize $what: neither a tool nor a part" >&2
+          exit 2
+        fi
+        parts+=("$what") ;;
+    esac
+  done
+  [ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck synccheck)
+  [ ${#parts[@]} -gt 0 ] || parts=(dense pages progressive progressive_d256 bounded estimators)
+  for tool in "${tools[@]}"; do
+    options=(--tool "$tool" --error-exitcode 9)
+    # The tools track as many mbarriers of a CTA as the compiler counts initialisations, which is one
+    # for a whole array of them; what is beyond they take for no synchronisation. Attend has 64.
+    [ "$tool" = memcheck ] || options+=(--num-cuda-barriers 256)
+    for part in "${parts[@]}"; do
+      binary=adaattn_backend_tests
+      [ "$part" != estimators ] || binary=adaattn_cuda_host_tests
+      run "$tool $part" "$sanitizer" "${options[@]}" \
+        "$here/bin/$binary" --gtest_brief=1 --gtest_filter="${filters[$part]}"
+    done
   done
   finish
   exit
