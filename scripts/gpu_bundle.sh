@@ -141,7 +141,7 @@ if [ "${1:-}" = sanitize ]; then
     [progressive]='*/ProgressiveShapeTest.*/d128_g6:ProgressiveTest.MatchesTheReferenceOverSeveralBases'
     [progressive_d256]='*/ProgressiveShapeTest.*/d256_g3'
     [bounded]='BoundTest.OriginalsMakeItHold'
-    [estimators]='*/EstimatorTest.RanksOfPages*/device:*/EstimatorTest.Degenerate*/device:*/EstimatorTest.Entropies*/device'
+    [estimators]='*/EstimatorTest.RanksOfPages*/device:*/EstimatorTest.Finds*/device:*/EstimatorTest.Degenerate*/device:*/EstimatorTest.Entropies*/device'
   )
   tools=()
   parts=()

@@ -116,7 +116,11 @@ class GramTile {
  private:
   ADAATTN_HD float Element(int64_t row, int32_t channel) const {
     if (channel >= p_.x.dim) return 0;
-    const int64_t at = matrix_ * p_.x.stride + row * p_.x.dim + channel;
+    int64_t at = matrix_ * p_.x.stride + row * p_.x.dim + channel;
+    if (p_.x.pages != nullptr) {
+      at = p_.x.pages[matrix_ * PagesOf(p_.x.rows) + row / kPageTokens] +
+           row % kPageTokens * p_.x.dim + channel;
+    }
     if (p_.x.type == DType::kF32) return reinterpret_cast<const float*>(p_.x.values)[at];
     const uint16_t bits = reinterpret_cast<const uint16_t*>(p_.x.values)[at];
     return p_.x.type == DType::kF16 ? ToFloat(Fp16{bits}) : ToFloat(Bf16{bits});

@@ -17,6 +17,8 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "kernels/format/page_layout.h"
+#include "kernels/host_device.h"
 #include "kernels/policy/entropy_estimators.h"
 #include "kernels/policy/rank.h"
 #include "kernels/shape.h"
@@ -28,17 +30,24 @@ inline constexpr int32_t kMaxRankRange = 64;  // directions of the randomized SV
 inline constexpr int32_t kMaxRankSteps = 32;  // of Lanczos
 inline constexpr int32_t kMaxEntropyDraws = 64;
 
-// `count` matrices of [rows, dim] elements in device memory, row-major, `stride` elements apart:
-// keys or values of pages or of whole heads.
+// `count` matrices of [rows, dim] elements in device memory, row-major: keys or values of pages or
+// of whole heads, `stride` elements apart or wherever their pages are.
 struct MatrixBatch {
   const std::byte* values = nullptr;
   DType type = DType::kF32;  // kF32, kF16 or kBf16
   int32_t dim = 0;           // 1..kMaxRankDim
   int64_t rows = 0;
   int64_t stride = 0;
+  // Device memory [count, PagesOf(rows)]: where each kPageTokens rows of a matrix begin, in
+  // elements from `values`; null where matrices are in one piece.
+  const int64_t* pages = nullptr;
   int32_t count = 0;
   bool centred = false;  // each column less its mean
 };
+
+ADAATTN_HD constexpr int64_t PagesOf(int64_t rows) {
+  return (rows + kPageTokens - 1) / kPageTokens;
+}
 
 struct RankParams {
   MatrixBatch x;

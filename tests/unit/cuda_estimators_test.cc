@@ -145,6 +145,36 @@ TEST_P(EstimatorTest, TakesEveryShapeAndTypeAsItIs) {
   }
 }
 
+// Of two heads, as a pool holds them: page after page, in no order.
+TEST_P(EstimatorTest, FindsRowsInTheirPages) {
+  constexpr int32_t kDim = 64;
+  constexpr int64_t kRows = 150, kPages = PagesOf(kRows), kPageSize = kPageTokens * kDim;
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  std::vector<float> whole(2 * kRows * kDim);
+  for (float& x : whole) x = normal(random);
+  std::vector<int64_t> pages;
+  for (int64_t i = 0; i < 2 * kPages; ++i) pages.push_back(i * kPageSize);
+  std::shuffle(pages.begin(), pages.end(), random);
+  std::vector<float> pool(2 * kPages * kPageSize, std::nanf(""));
+  for (int64_t i = 0; i < 2 * kRows * kDim; ++i) {
+    const int64_t row = i / kDim % kRows, matrix = i / kDim / kRows;
+    pool[pages[matrix * kPages + row / kPageTokens] + row % kPageTokens * kDim + i % kDim] =
+        whole[i];
+  }
+  RankParams params;
+  params.x = BatchOf(whole.data(), DType::kF32, kDim, kRows, 2);
+  params.options = RankOptions{RankMethod::kRandomizedSvd, 16, 1};
+  const Ranks expected = runner_->Run(params, whole.size() * sizeof(float));
+  params.x.values = reinterpret_cast<const std::byte*>(pool.data());
+  params.x.pages = pages.data();
+  const Ranks actual = runner_->Run(params, pool.size() * sizeof(float));
+  for (size_t i = 0; i < 2; ++i) {
+    EXPECT_GT(expected.estimates[i].rank, 1);
+    EXPECT_EQ(actual.estimates[i].rank, expected.estimates[i].rank);
+  }
+}
+
 TEST_P(EstimatorTest, DegenerateRowsHaveTheirRank) {
   constexpr int32_t kDim = 32;
   constexpr int64_t kRows = 100;

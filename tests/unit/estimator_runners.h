@@ -119,8 +119,12 @@ class EstimatorsByDevice : public EstimatorsUnderTest {
   Ranks Run(RankParams params, size_t bytes) override {
     const auto count = static_cast<size_t>(params.x.count);
     Ranks ranks{std::vector<RankEstimate>(count), std::vector<double>(count * params.x.dim)};
-    DeviceBuffer values, workspace, out, energies;
+    DeviceBuffer values, pages, workspace, out, energies;
     Upload(params.x.values, bytes, &values);
+    if (params.x.pages != nullptr) {
+      Upload(params.x.pages, count * PagesOf(params.x.rows) * sizeof(int64_t), &pages);
+      params.x.pages = reinterpret_cast<const int64_t*>(pages.data());
+    }
     Allocate(RankWorkspaceBytes(params), &workspace);
     Allocate(count * sizeof(RankEstimate), &out);
     Allocate(ranks.energies.size() * sizeof(double), &energies);
