@@ -115,8 +115,9 @@ struct PageAttender {
 
   // The slot's next page.
   __device__ __forceinline__ void Attend(const ListedPage& page) {
-    const int group = warp % kGroups, slot = warp / kGroups, stage = streamer.done % kAttendDepth;
-    WaitBarrier(SharedAddress(&shared.full[slot][stage]), streamer.done / kAttendDepth % 2);
+    const int group = warp % kGroups, slot = warp / kGroups,
+              stage = streamer.ring.done % kRingDepth;
+    WaitBarrier(SharedAddress(&shared.full[slot][stage]), streamer.ring.done / kRingDepth % 2);
     const AttendLayout<Traits> layout{UnpackPage(page.packed), columns};
     std::byte* data = shared.room[slot] + shared.ring[slot][stage].offset;
     if (layout.page.fine_planes > 0) Refine(data, layout, group);
@@ -177,7 +178,7 @@ struct PageAttender {
                       layout.page.value_planes, tokens, weights, lane, out);
     if (layout.page.fine_planes > 0) FenceAsyncShared();
     SyncSlot<kGroups>(slot);
-    ++streamer.done;
+    ++streamer.ring.done;
   }
 
   // The warps' sums to the slot's partial output; they start again from 0. By the whole CTA.
@@ -272,7 +273,7 @@ __global__ void __launch_bounds__(AttendShared<Traits>::kThreads, 1)
   auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int cta = blockIdx.x, tile = blockIdx.y;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x < Shared::kSlots * kAttendDepth) {
+  if (threadIdx.x < Shared::kSlots * kRingDepth) {
     InitBarrier(SharedAddress(&shared.full[0][threadIdx.x]), 1);
     FenceBarrierInit();
   }

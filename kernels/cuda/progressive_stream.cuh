@@ -5,12 +5,12 @@
 // who fills them.
 
 #include "kernels/cuda/async_copy.cuh"
+#include "kernels/cuda/page_ring.h"
 #include "kernels/cuda/progressive_slice.cuh"
 
 namespace adaattn {
 
 inline constexpr int kAttendRoom = 152 * 1024;  // bytes of the rings
-inline constexpr int kAttendDepth = 4;          // pages of a ring, at most
 inline constexpr int kAttendPages = 512;        // of a slice that are found at a time
 
 // What of an attended page is brought to shared memory, in this order.
@@ -55,12 +55,6 @@ struct AttendLayout {
   }
 };
 
-// A page of a ring.
-struct RingPage {
-  int offset;    // in the ring
-  int position;  // likewise, counted on from turn to turn
-};
-
 template <class Traits>
 struct AttendShared {
   // A quarter of a multiprocessor holds four warps of 128 registers.
@@ -73,8 +67,8 @@ struct AttendShared {
   alignas(16) uint2 query[kMaxDeviceBasisRuns][Traits::kTiles * 32];  // of the head
   alignas(16) __half ranges[kWarps][Traits::kHeadDim];                // spread for the MMA
   alignas(16) ListedPage page[kAttendPages];
-  RingPage ring[kSlots][kAttendDepth];
-  alignas(8) uint64_t full[kSlots][kAttendDepth];
+  RingPage ring[kSlots][kRingDepth];
+  alignas(8) uint64_t full[kSlots][kRingDepth];
   float unit[kMaxDeviceBasisRuns];
   float lse[kTileColumns];
   float mass[kWarps][kTileColumns];
@@ -96,9 +90,8 @@ struct PageStreamer {
   const ProgressiveArgs& p;
   AttendShared<Traits>& shared;
   int tile, lane, slot;
-  int fetched = 0, done = 0;     // pages brought, pages attended
-  int offset = 0, position = 0;  // of the next one
-  int next = 0;                  // page of shared.page
+  PageRing ring;
+  int next = 0;  // page of shared.page
   // What the lane copies of a page: its part and where that stands for page 0 of head 0.
   const std::byte* source = nullptr;
   int64_t stride = 0;  // from head to head; for what is in the workspace, from page to page
@@ -131,38 +124,21 @@ struct PageStreamer {
     source = (lane <= kScoresHigh ? p.workspace : p.pool) + from;
   }
 
-  // Whether there is room for `bytes` more, which then stand at `offset`.
-  __device__ __forceinline__ bool MakeRoom(int bytes) {
-    if (fetched == done) {
-      offset = 0;
-      return true;
-    }
-    if (fetched - done == kAttendDepth) return false;
-    const int oldest = shared.ring[slot][done % kAttendDepth].position;
-    const int skipped = offset + bytes > kRingBytes ? kRingBytes - offset : 0;
-    if (position + skipped + bytes - oldest > kRingBytes) return false;
-    position += skipped;
-    if (skipped > 0) offset = 0;
-    return true;
-  }
-
   // Starts the copies of as many of the slot's pages before `end` as there is room for.
   __device__ __forceinline__ void Fill(int end) {
     for (; next < end; next += kSlots) {
       const ListedPage listed = shared.page[next];
       const AttendLayout<Traits> layout{UnpackPage(listed.packed), TileColumns(listed, tile)};
       const int all = layout.bytes();
-      if (!MakeRoom(all)) return;
-      const uint32_t full = SharedAddress(&shared.full[slot][fetched % kAttendDepth]);
+      if (!ring.MakeRoom(all, kRingBytes, shared.ring[slot])) return;
+      const uint32_t full = SharedAddress(&shared.full[slot][ring.fetched % kRingDepth]);
       if (lane == 0) {
-        shared.ring[slot][fetched % kAttendDepth] = RingPage{offset, position};
+        shared.ring[slot][ring.fetched % kRingDepth] = ring.Next();
         ArriveExpectBytes(full, all);
       }
       __syncwarp();
       Copy(listed, layout, full);
-      offset += all;
-      position += all;
-      ++fetched;
+      ring.Add(all);
     }
   }
 
@@ -195,7 +171,7 @@ struct PageStreamer {
       from = source;
     }
     if (bytes > 0) {
-      BulkCopy(SharedAddress(shared.room[slot] + offset + target), from + index * stride,
+      BulkCopy(SharedAddress(shared.room[slot] + ring.offset + target), from + index * stride,
                static_cast<uint32_t>(bytes), full);
     }
   }
