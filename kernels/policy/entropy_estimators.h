@@ -57,16 +57,14 @@ ADAATTN_HD int32_t DrawPage(const double* shares, int32_t num_pages, double sum,
 
 // The estimate from `between`, the pages' own entropy, and the entropies inside those drawn.
 ADAATTN_HD EntropyEstimate EntropyOfDraws(double between, const double* inside, int32_t num_draws) {
-  double sum = 0, squares = 0;
-  for (int32_t i = 0; i < num_draws; ++i) {
-    sum += inside[i];
-    squares += inside[i] * inside[i];
-  }
+  double sum = 0, spread = 0;
+  for (int32_t i = 0; i < num_draws; ++i) sum += inside[i];
   const double mean = sum / num_draws;
   double half = kMaxPageEntropy;  // one draw says nothing of its spread
   if (num_draws > 1) {
-    const double spread = squares - sum * mean;
-    half = kNormalQuantile * sqrt((spread > 0 ? spread : 0.0) / (num_draws - 1) / num_draws);
+    // Around the mean: where all draws are alike, a difference of sums would leave its rounding.
+    for (int32_t i = 0; i < num_draws; ++i) spread += (inside[i] - mean) * (inside[i] - mean);
+    half = kNormalQuantile * sqrt(spread / (num_draws - 1) / num_draws);
   }
   EntropyEstimate estimate;
   estimate.entropy = between + mean;
