@@ -24,18 +24,35 @@ inline constexpr int kPrepareThreads = 256;
 inline constexpr int kPrepareWarps = kPrepareThreads / 32;
 static_assert(kPrepareWarps == kTileColumns, "a warp a column");
 
+// Rows of head_dim 16-bit channels, kept so that ldmatrix finds eight of them on different banks:
+// pieces of 16 bytes in an order of each row's own, or some room after each row.
+template <class Traits, int kRows>
+struct ChannelRows {
+  static constexpr int kD = Traits::kHeadDim;
+  static constexpr bool kSwizzled = kD % 64 == 0;
+  static constexpr int kStride = kSwizzled ? kD : kD + 8;
+  alignas(16) uint16_t data[kRows * kStride];
+  __device__ __forceinline__ uint16_t* At(int row, int channel) {
+    const int at = kSwizzled ? (channel / 8 ^ row % 8) * 8 + channel % 8 : channel;
+    return data + row * kStride + at;
+  }
+  __device__ __forceinline__ const uint16_t* At(int row, int channel) const {
+    return const_cast<ChannelRows*>(this)->At(row, channel);
+  }
+};
+
+// Little enough for four CTAs a multiprocessor: a step of many short sequences is mostly this.
 template <class Traits>
 struct PrepareShared {
   static constexpr int kD = Traits::kHeadDim;
-  static constexpr int kStride = kD + 8;  // 16-byte rows that ldmatrix finds on different banks
-  static constexpr int kTokens = kD <= 128 ? 2 * kPageTokens : kPageTokens;  // of the tail at once
+  static constexpr int kTokens = kPageTokens;  // of the tail at once
   static constexpr int kEach = kTokens / 32;
-  alignas(16) uint16_t key[kTokens][kStride];
-  alignas(16) uint16_t value[kTokens][kStride];
-  alignas(16) uint16_t query[2 * kTileColumns][kStride];
+  ChannelRows<Traits, kTokens> key;
+  ChannelRows<Traits, 2 * kTileColumns> query;
   union {
-    alignas(16) uint16_t basis[kD][kStride];
+    ChannelRows<Traits, kD> basis;
     struct {  // once the queries are rotated
+      ChannelRows<Traits, kTokens> value;
       alignas(16) float score[kTileColumns][kTokens + 4];
       alignas(16) uint16_t weight[2 * kTileColumns][kTokens + 8];
     };
@@ -116,8 +133,8 @@ __device__ __forceinline__ void StoreQuery(const QueryColumn<Traits>& q, float i
     if (at >= QueryColumn<Traits>::kWords) break;
     const uint2 first = SplitPair<T>(q.x[i][0] * inverse, q.x[i][1] * inverse);
     const uint2 second = SplitPair<T>(q.x[i][2] * inverse, q.x[i][3] * inverse);
-    *reinterpret_cast<uint2*>(&shared.query[column][4 * at]) = make_uint2(first.x, second.x);
-    *reinterpret_cast<uint2*>(&shared.query[kTileColumns + column][4 * at]) =
+    *reinterpret_cast<uint2*>(shared.query.At(column, 4 * at)) = make_uint2(first.x, second.x);
+    *reinterpret_cast<uint2*>(shared.query.At(kTileColumns + column, 4 * at)) =
         make_uint2(first.y, second.y);
   }
 }
@@ -149,7 +166,7 @@ __device__ __forceinline__ void FetchBasis(const std::byte* query_basis,
                                            PrepareShared<Traits>& shared) {
   constexpr int kD = Traits::kHeadDim, kPieces = kD / 8;
   for (int i = threadIdx.x; i < kD * kPieces; i += kPrepareThreads) {
-    CopyAsync16(&shared.basis[i / kPieces][i % kPieces * 8], query_basis + i * 16);
+    CopyAsync16(shared.basis.At(i / kPieces, i % kPieces * 8), query_basis + i * 16);
   }
 }
 
@@ -162,8 +179,8 @@ __device__ __forceinline__ void Rotate(const PrepareShared<Traits>& shared, int 
 #pragma unroll 4
     for (int k = 0; k < Traits::kTiles; ++k) {
       uint32_t a[4], b[4];
-      LoadMatrices<false>(a, &shared.query[lane % 16][16 * k + lane / 16 * 8]);
-      LoadMatrices<true>(b, &shared.basis[16 * k + lane % 16][16 * tile + lane / 16 * 8]);
+      LoadMatrices<false>(a, shared.query.At(lane % 16, 16 * k + lane / 16 * 8));
+      LoadMatrices<true>(b, shared.basis.At(16 * k + lane % 16, 16 * tile + lane / 16 * 8));
       Mma16x8x16<__half>(sums[0], a, b[0], b[1]);
       Mma16x8x16<__half>(sums[1], a, b[2], b[3]);
     }
@@ -186,29 +203,40 @@ __device__ __forceinline__ TokenRange VisibleTail(const ProgressiveSequence& s) 
   return range;
 }
 
-// Starts the copies of K and V rows of tokens [begin, end) of the cache. Value rows after them, up
-// to whole MMAs, become 0.
+// Starts the copies of rows of tokens [begin, end) of the cache, from `offset` of their pages on.
+// Rows after them, up to whole MMAs, become 0.
 template <class Traits>
-__device__ __forceinline__ void FetchTail(const ProgressiveArgs& p, const ProgressiveSequence& s,
-                                          int head, int begin, int end,
-                                          PrepareShared<Traits>& shared) {
+__device__ __forceinline__ void FetchRows(
+    const ProgressiveArgs& p, const ProgressiveSequence& s, int64_t offset, int begin, int end,
+    ChannelRows<Traits, PrepareShared<Traits>::kTokens>* target) {
   constexpr int kD = Traits::kHeadDim, kPieces = kD / 8;
-  const int64_t key = DenseKeyOffset(head, kD, p.page_type);
-  const int64_t value = DenseValueOffset(p.shape, head, p.page_type);
   const int rows = end - begin, whole = (rows + 15) / 16 * 16;
   for (int i = threadIdx.x; i < whole * kPieces; i += kPrepareThreads) {
     const int row = i / kPieces, at = i % kPieces * 8, token = begin + row;
     if (row >= rows) {
-      *reinterpret_cast<uint4*>(&shared.value[row][at]) = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(target->At(row, at)) = make_uint4(0, 0, 0, 0);
       continue;
     }
-    const std::byte* page =
-        p.pool +
-        static_cast<int64_t>(p.table[s.table_begin + token / kPageTokens]) * kPageAlignment +
-        (token % kPageTokens * kD + at) * 2;
-    CopyAsync16(&shared.key[row][at], page + key);
-    CopyAsync16(&shared.value[row][at], page + value);
+    CopyAsync16(
+        target->At(row, at),
+        p.pool + offset +
+            static_cast<int64_t>(p.table[s.table_begin + token / kPageTokens]) * kPageAlignment +
+            (token % kPageTokens * kD + at) * 2);
   }
+  CommitCopies();
+}
+template <class Traits>
+__device__ __forceinline__ void FetchKeys(const ProgressiveArgs& p, const ProgressiveSequence& s,
+                                          int head, int begin, int end,
+                                          PrepareShared<Traits>& shared) {
+  FetchRows<Traits>(p, s, DenseKeyOffset(head, Traits::kHeadDim, p.page_type), begin, end,
+                    &shared.key);
+}
+template <class Traits>
+__device__ __forceinline__ void FetchValues(const ProgressiveArgs& p, const ProgressiveSequence& s,
+                                            int head, int begin, int end,
+                                            PrepareShared<Traits>& shared) {
+  FetchRows<Traits>(p, s, DenseValueOffset(p.shape, head, p.page_type), begin, end, &shared.value);
 }
 
 // Attends the tail for one tile of columns.
@@ -230,9 +258,9 @@ struct TailAttender {
 #pragma unroll 4
       for (int k = 0; k < Traits::kTiles; ++k) {
         uint32_t a[4], b[4];
-        LoadMatrices<false>(a, &shared.query[lane % 16][16 * k + lane / 16 * 8]);
+        LoadMatrices<false>(a, shared.query.At(lane % 16, 16 * k + lane / 16 * 8));
         LoadMatrices<false>(
-            b, &shared.key[first + lane / 16 * 8 + lane % 8][16 * k + lane / 8 % 2 * 8]);
+            b, shared.key.At(first + lane / 16 * 8 + lane % 8, 16 * k + lane / 8 % 2 * 8));
         Mma16x8x16<T>(sums[0], a, b[0], b[1]);
         Mma16x8x16<T>(sums[1], a, b[2], b[3]);
       }
@@ -289,7 +317,7 @@ struct TailAttender {
       for (int k = 0; 16 * k < tokens; ++k) {
         uint32_t a[4], b[4];
         LoadMatrices<false>(a, &shared.weight[lane % 16][16 * k + lane / 16 * 8]);
-        LoadMatrices<true>(b, &shared.value[16 * k + lane % 16][16 * tile + lane / 16 * 8]);
+        LoadMatrices<true>(b, shared.value.At(16 * k + lane % 16, 16 * tile + lane / 16 * 8));
         Mma16x8x16<T>(out[i][0], a, b[0], b[1]);
         Mma16x8x16<T>(out[i][1], a, b[2], b[3]);
       }
@@ -324,7 +352,7 @@ struct TailAttender {
   }
 };
 
-// The tail, whose first tokens are being fetched.
+// The tail, whose first keys are being fetched.
 template <typename T, class Traits>
 __device__ __forceinline__ void AttendTail(const ProgressiveArgs& p,
                                            const ProgressiveSequence& from,
@@ -340,15 +368,14 @@ __device__ __forceinline__ void AttendTail(const ProgressiveArgs& p,
   StoreQuery<T>(q, InverseOfPower(unit), warp, lane, shared);
   for (int begin = tail.begin; begin < tail.end; begin += kTokens) {
     const int tokens = min(kTokens, tail.end - begin);
-    if (begin > tail.begin) {
-      FetchTail<Traits>(p, from, head, begin, begin + tokens, shared);
-      CommitCopies();
-    }
-    WaitCopies<0>();
+    if (begin > tail.begin) FetchKeys<Traits>(p, from, head, begin, begin + tokens, shared);
+    FetchValues<Traits>(p, from, head, begin, begin + tokens, shared);
+    WaitCopies<1>();
     __syncthreads();
     attender.Score(begin, tokens, unit);
     __syncthreads();
     attender.Weigh(tokens);
+    WaitCopies<0>();
     __syncthreads();
     attender.AddValues(tokens);
     __syncthreads();
@@ -369,8 +396,15 @@ __device__ __forceinline__ void StartDecision(HeadDecision* decision, int bases,
   decision->key_bytes = decision->value_bytes = int64_t{tokens} * Traits::kHeadDim * 2;
 }
 
+// What its registers allow, too.
 template <class Traits>
-__global__ void __launch_bounds__(kPrepareThreads, Traits::kHeadDim <= 128 ? 2 : 1)
+constexpr int PrepareCtasPerSm() {
+  if (Traits::kHeadDim > 128) return 1;
+  return Traits::kSoftCap || Traits::kHeadDim % 64 != 0 ? 3 : 4;
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(kPrepareThreads, PrepareCtasPerSm<Traits>())
     ProgressivePrepareKernel(const __grid_constant__ ProgressiveArgs p) {
   NoteTime(p.stamps, kPrepareStamp);
   constexpr int kTokens = PrepareShared<Traits>::kTokens;
@@ -396,8 +430,7 @@ __global__ void __launch_bounds__(kPrepareThreads, Traits::kHeadDim <= 128 ? 2 :
   if (run < s.num_bases) FetchBasis<Traits>(block(run) + layout.query_basis, shared);
   CommitCopies();
   const QueryColumn<Traits> q(p, s, head, tile * kTileColumns + warp, lane);
-  FetchTail<Traits>(p, s, head, tail.begin, min(tail.begin + kTokens, tail.end), shared);
-  CommitCopies();
+  FetchKeys<Traits>(p, s, head, tail.begin, min(tail.begin + kTokens, tail.end), shared);
   // The scan fetches as soon as it runs: its flood of reads must not stand before those above.
   LaunchDependents();
   const float norm = q.Norm();
