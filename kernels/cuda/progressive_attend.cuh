@@ -7,10 +7,11 @@
 // own, since finer planes can move scores far from where four bits saw them.
 // The chunks' lists, one behind the other, are cut into slices of equal cost, one a CTA, whichever
 // heads they are of: heads with much to read keep no others waiting. A slot of warps, one for each
-// group of values, takes every kSlots-th page of the slice; bulk copies bring what is read of its
-// next few pages into a ring of its own. Sums are kept until the head changes. A slice's part of a
-// head has a place of its own in the workspace, CTA + head: no two pairs share one, since both only
-// grow along the lists. grid (multiprocessors, column tiles)
+// group of values, takes some neighbouring pages of the slice and waits for no other slot; bulk
+// copies bring what is read of its next few pages into a ring of its own. Sums are kept until the
+// head changes. A slot's part of a head has a place of its own in the workspace, slot + head, slots
+// counted over all CTAs: no two pairs share one, since both only grow along the lists. grid
+// (multiprocessors, column tiles)
 
 #include "kernels/cuda/progressive_stream.cuh"
 #include "kernels/cuda/progressive_values.cuh"
@@ -30,61 +31,59 @@ __device__ __forceinline__ void SyncSlot(int slot) {
 template <class Traits>
 struct PageAttender {
   static constexpr int kGroups = Traits::kValueGroups;
-  static constexpr int kWarps = AttendShared<Traits>::kWarps;
-  static constexpr int kThreads = AttendShared<Traits>::kThreads;
-  static constexpr int kSlots = AttendShared<Traits>::kSlots;
   static constexpr int kCount = 4 / kGroups;  // score tiles that a warp refines
-  static_assert(kWarps % kGroups == 0, "the same warps for each group");
+  static_assert(AttendShared<Traits>::kWarps % kGroups == 0, "the same warps for each group");
   const ProgressiveArgs& p;
   AttendShared<Traits>& shared;
-  int tile, lane, warp;
+  int tile, lane, warp, slot, group;
   PageStreamer<Traits> streamer;     // of the slot; its last warp fills the ring
   int head_index = -1, columns = 0;  // columns: of the tile
+  int query_run = -1;                // basis of the query in shared memory
+  float unit = 0;                    // of that query
   float softcap = 0;
+  float lse = 0;  // L of column lane / 4
   float out[Traits::kTilesPerGroup][4] = {};
   float mass = 0;                      // of column lane / 4; of the first group's warps
   float reference = -INFINITY;         // log2 of what mass and out are relative to, beside L
   int key_bytes = 0, value_bytes = 0;  // likewise
 
-  __device__ __forceinline__ bool Fetches() const { return warp % kGroups == kGroups - 1; }
+  __device__ __forceinline__ bool Fetches() const { return group == kGroups - 1; }
 
-  // Goes on with the pages of another head. By the whole CTA.
+  // Goes on with the pages of another head.
   __device__ __forceinline__ void Enter(const ListedPage& page) {
-    const int next = page.head_index;
-    head_index = next;
+    head_index = page.head_index;
     columns = TileColumns(page, tile);
-    const ProgressiveSequence& s = p.sequences[next / p.shape.num_kv_heads];
-    if constexpr (Traits::kSoftCap) softcap = s.softcap;
-    constexpr int kPieces = Traits::kTiles * 32 / 2;
-    for (int i = threadIdx.x; i < s.num_bases * kPieces; i += kThreads) {
-      const int run = i / kPieces, piece = i % kPieces;
-      CopyAsync16(&shared.query[run][2 * piece],
-                  QueryFragments<Traits>(p, next, run, tile).halves + 2 * piece);
+    query_run = -1;
+    if constexpr (Traits::kSoftCap) {
+      softcap = p.sequences[head_index / p.shape.num_kv_heads].softcap;
+    }
+    lse = reinterpret_cast<const float*>(
+        p.workspace +
+        p.work.global_lse)[int64_t{head_index} * p.work.columns + tile * kTileColumns + lane / 4];
+  }
+
+  // The head's query for a basis to shared memory. By the slot's warps.
+  __device__ __forceinline__ void LoadQuery(int run) {
+    const QueryFragments<Traits> query(p, head_index, run, tile);
+    for (int i = group * 32 + lane; i < Traits::kTiles * 16; i += 32 * kGroups) {
+      CopyAsync16(&shared.query[slot][2 * i], query.halves + 2 * i);
     }
     CommitCopies();
-    if (static_cast<int>(threadIdx.x) < s.num_bases) {
-      shared.unit[threadIdx.x] = QueryFragments<Traits>(p, next, threadIdx.x, tile).unit;
-    }
-    if (threadIdx.x < kTileColumns) {
-      shared.lse[threadIdx.x] = reinterpret_cast<const float*>(
-          p.workspace +
-          p.work.global_lse)[int64_t{next} * p.work.columns + tile * kTileColumns + threadIdx.x];
-    }
+    query_run = run;
+    unit = query.unit;
     WaitCopies<0>();
-    __syncthreads();
+    SyncSlot<kGroups>(slot);
   }
 
   // A page: the finer planes to its scores, in place.
-  __device__ __forceinline__ void Refine(std::byte* data, const AttendLayout<Traits>& layout,
-                                         int group) {
+  __device__ __forceinline__ void Refine(std::byte* data, const AttendLayout<Traits>& layout) {
     const PackedPage& page = layout.page;
     const float top =
         SpreadKeyRanges<Traits>(data + layout.key_scales(), shared.ranges[warp], lane);
     __syncwarp();
     uint32_t delta[2 * kCount];
-    RefineScores<kCount>(data + layout.keys(), shared.ranges[warp], shared.query[page.basis_run],
-                         shared.unit[page.basis_run] * top, page.fine_planes, layout.key_tiles(),
-                         group * kCount, lane, delta);
+    RefineScores<kCount>(data + layout.keys(), shared.ranges[warp], shared.query[slot], unit * top,
+                         page.fine_planes, layout.key_tiles(), group * kCount, lane, delta);
     if (lane / 4 < columns) {
 #pragma unroll
       for (int i = 0; i < 2 * kCount; ++i) {
@@ -95,7 +94,7 @@ struct PageAttender {
         *at = FmaHalves(kOneHalves, delta[i], *at);
       }
     }
-    SyncSlot<kGroups>(warp / kGroups);
+    SyncSlot<kGroups>(slot);
   }
 
   // Makes sums relative to `score`, of column lane / 4, where it is larger.
@@ -115,12 +114,13 @@ struct PageAttender {
 
   // The slot's next page.
   __device__ __forceinline__ void Attend(const ListedPage& page) {
-    const int group = warp % kGroups, slot = warp / kGroups,
-              stage = streamer.ring.done % kRingDepth;
-    WaitBarrier(SharedAddress(&shared.full[slot][stage]), streamer.ring.done / kRingDepth % 2);
+    const int stage = streamer.ring.done % kRingDepth;
     const AttendLayout<Traits> layout{UnpackPage(page.packed), columns};
+    const bool fine = layout.page.fine_planes > 0;
+    if (fine && layout.page.basis_run != query_run) LoadQuery(layout.page.basis_run);
+    WaitBarrier(SharedAddress(&shared.full[slot][stage]), streamer.ring.done / kRingDepth % 2);
     std::byte* data = shared.room[slot] + shared.ring[slot][stage].offset;
-    if (layout.page.fine_planes > 0) Refine(data, layout, group);
+    if (fine) Refine(data, layout);
     uint32_t scores[8] = {}, codes[8];
     float max = -INFINITY;
     if (lane / 4 < columns) {
@@ -132,7 +132,7 @@ struct PageAttender {
       max = reinterpret_cast<const PageStats*>(data)[lane / 4].max;
     }
     LoadTokenScales<Traits>(data + layout.value_scales(), group, lane, codes);
-    if (layout.page.fine_planes > 0) {  // the largest is another now, and anywhere
+    if (fine) {  // the largest is another now, and anywhere
       float high = -INFINITY;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
@@ -162,7 +162,7 @@ struct PageAttender {
       probability[j] = max == -INFINITY ? make_float2(0, 0) : make_float2(Exp2(y.x), Exp2(y.y));
     }
     const TokenWeights tokens = WeighTokens(probability, codes);
-    const float score = max == -INFINITY ? max : base - shared.lse[lane / 4];
+    const float score = max == -INFINITY ? max : base - lse;
     constexpr float kFar = 32;  // the same for all warps of the slot
     if (__any_sync(0xffffffffu, score > reference + kFar)) Rescale(score);
     const float weight = score == -INFINITY ? 0.0f : Exp2(score - reference);
@@ -176,91 +176,74 @@ struct PageAttender {
                               __shfl_sync(0xffffffffu, scaled, lane % 4 * 8 + 4)};
     AddValues<Traits>(data + layout.values() + group * Traits::kTilesPerGroup * kPlaneTileBytes,
                       layout.page.value_planes, tokens, weights, lane, out);
-    if (layout.page.fine_planes > 0) FenceAsyncShared();
+    if (fine) FenceAsyncShared();
     SyncSlot<kGroups>(slot);
     ++streamer.ring.done;
   }
 
-  // The warps' sums to the slot's partial output; they start again from 0. By the whole CTA.
-  __device__ __forceinline__ void Flush(int cta) {
+  // The slot's number among those of all CTAs.
+  __device__ __forceinline__ int Place() const {
+    return blockIdx.x * AttendShared<Traits>::kSlots + slot;
+  }
+
+  // The slot's sums to its part of the head; they start again from 0.
+  __device__ __forceinline__ void Flush() {
+    const int64_t first = (int64_t{Place()} + head_index) * p.work.columns + tile * kTileColumns;
+    float* row = reinterpret_cast<float*>(p.workspace + p.work.partial) + first * Traits::kHeadDim +
+                 group * Traits::kTilesPerGroup * kTileChannels + lane / 4;
 #pragma unroll
-    for (int i = 0; i < Traits::kTilesPerGroup; ++i) {
-      shared.sums[warp][i][lane] = make_float4(out[i][0], out[i][1], out[i][2], out[i][3]);
+    for (int e = 0; e < 4; ++e) {
+      const int column = lane % 4 * 2 + e % 2;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) out[i][e] = 0;
+      for (int i = 0; i < Traits::kTilesPerGroup; ++i) {
+        if (column < columns) {
+          row[column * Traits::kHeadDim + i * kTileChannels + e / 2 * 8] = out[i][e];
+        }
+        out[i][e] = 0;
+      }
     }
-    if (lane % 4 == 0) {
-      shared.mass[warp][lane / 4] = mass;
-      shared.reference[warp][lane / 4] = reference;
+    if (group == 0 && lane % 4 == 0) {
+      reinterpret_cast<float*>(p.workspace + p.work.mass)[first + lane / 4] = mass;
+      reinterpret_cast<float*>(p.workspace + p.work.reference)[first + lane / 4] = reference;
     }
-    reference = -INFINITY;
     if (tile == 0 && lane == 0 && value_bytes > 0) {
       HeadDecision& decision = p.decisions[head_index];
       if (key_bytes > 0) AddBytes(&decision.key_bytes, key_bytes);
       AddBytes(&decision.value_bytes, value_bytes);
     }
     mass = 0;
+    reference = -INFINITY;
     key_bytes = value_bytes = 0;
-    __syncthreads();
-    const int64_t first = (int64_t{cta} + head_index) * p.work.columns + tile * kTileColumns;
-    if (threadIdx.x < kTileColumns) {
-      float top = -INFINITY, total = 0;
-#pragma unroll
-      for (int i = 0; i < kSlots; ++i) {
-        top = fmaxf(top, shared.reference[i * kGroups][threadIdx.x]);
-      }
-#pragma unroll
-      for (int i = 0; i < kSlots; ++i) {
-        const float own = shared.reference[i * kGroups][threadIdx.x];
-        const float factor = own == -INFINITY ? 0.0f : Exp2(own - top);
-        shared.factor[i][threadIdx.x] = factor;
-        total = fmaf(shared.mass[i * kGroups][threadIdx.x], factor, total);
-      }
-      reinterpret_cast<float*>(p.workspace + p.work.mass)[first + threadIdx.x] = total;
-      reinterpret_cast<float*>(p.workspace + p.work.reference)[first + threadIdx.x] = top;
-    }
-    __syncthreads();
-    auto* partial =
-        reinterpret_cast<float*>(p.workspace + p.work.partial) + first * Traits::kHeadDim;
-    // Neighbouring threads take neighbouring channels, as the sums' rows hold them.
-    for (int at = threadIdx.x; at < Traits::kTiles * 32; at += kThreads) {
-      const int channels = at / 32, from = at % 8 * 4 + at / 8 % 4;  // channels: a tile of them
-      const int group = channels / Traits::kTilesPerGroup, column = from % 4 * 2;
-      if (column >= columns) continue;
-      float sum[4] = {};
-#pragma unroll
-      for (int i = 0; i < kSlots; ++i) {
-        const float4 x = shared.sums[i * kGroups + group][channels % Traits::kTilesPerGroup][from];
-        const float low = shared.factor[i][column], high = shared.factor[i][column + 1];
-        sum[0] = fmaf(x.x, low, sum[0]), sum[1] = fmaf(x.y, high, sum[1]);
-        sum[2] = fmaf(x.z, low, sum[2]), sum[3] = fmaf(x.w, high, sum[3]);
-      }
-      float* row = partial + column * Traits::kHeadDim + channels * kTileChannels + from / 4;
-      row[0] = sum[0];
-      row[Traits::kHeadDim] = sum[1];
-      row[8] = sum[2];
-      row[Traits::kHeadDim + 8] = sum[3];
-    }
-    __syncthreads();
   }
 
-  // The first `count` pages of shared.page, which are the list's from `first` on.
-  __device__ __forceinline__ void Run(const SliceFinder<kThreads>& finder, int first, int count,
-                                      int cta) {
-    const int slot = warp / kGroups;
-    streamer.next = slot;
-    if (Fetches()) streamer.Fill(count);
-    for (int begin = 0, end = 0, mine = slot; begin < count; begin = end) {
-      const ListedPage& page = shared.page[begin];
+  // The slot has no page where the slice ends with one of `head`.
+  __device__ __forceinline__ void LeaveNothing(int head) const {
+    if (group > 0 || lane >= kTileColumns) return;
+    const int64_t first = (int64_t{Place()} + head) * p.work.columns + tile * kTileColumns;
+    reinterpret_cast<float*>(p.workspace + p.work.reference)[first + lane] = -INFINITY;
+  }
+
+  // Where page `i` of `all` in shared.page is a head's first or last one, merge is told.
+  __device__ __forceinline__ void MarkSpan(int i, int all) const {
+    if (tile > 0 || group > 0 || lane > 0) return;
+    int* span = reinterpret_cast<int*>(p.workspace + p.work.spans) + 2 * head_index;
+    if (i == 0 || shared.page[i - 1].head_index != head_index) span[0] = Place();
+    if (i + 1 == all || shared.page[i + 1].head_index != head_index) span[1] = Place() + 1;
+  }
+
+  // Pages [begin, end) of the `all` in shared.page.
+  __device__ __forceinline__ void Run(int begin, int end, int all) {
+    streamer.next = begin;
+    if (Fetches()) streamer.Fill(end);
+    for (int i = begin; i < end; ++i) {
+      const ListedPage& page = shared.page[i];
       if (page.head_index != head_index) {
-        if (head_index >= 0) Flush(cta);
+        if (head_index >= 0) Flush();
         Enter(page);
       }
-      end = min(count, finder.Before((head_index + 1) * p.work.chunks).pages - first);
-      for (; mine < end; mine += kSlots) {
-        if (Fetches()) streamer.Fill(count);
-        Attend(shared.page[mine]);
-      }
+      if (Fetches()) streamer.Fill(end);
+      MarkSpan(i, all);
+      Attend(page);
     }
   }
 };
@@ -277,28 +260,40 @@ __global__ void __launch_bounds__(AttendShared<Traits>::kThreads, 1)
     InitBarrier(SharedAddress(&shared.full[0][threadIdx.x]), 1);
     FenceBarrierInit();
   }
-  PageAttender<Traits> attender{
-      p,    shared, tile,
-      lane, warp,   PageStreamer<Traits>(p, shared, tile, lane, warp / Traits::kValueGroups)};
+  const int slot = warp / Traits::kValueGroups;
+  PageAttender<Traits> attender{p,
+                                shared,
+                                tile,
+                                lane,
+                                warp,
+                                slot,
+                                warp % Traits::kValueGroups,
+                                PageStreamer<Traits>(p, shared, tile, lane, slot)};
   WaitForDependencies();
   NoteTime(p.stamps, kAttendStamp);
   LaunchDependents();
   const SliceFinder<Shared::kThreads> finder(p, shared.slice);
   const Slice slice = finder.SliceOf(cta);
+  const int pages = slice.end - slice.begin, used = min(pages, int{Shared::kSlots});
+  const int begin = slot < used ? slice.begin + pages * slot / used : slice.end;
+  const int end = slot < used ? slice.begin + pages * (slot + 1) / used : slice.end;
   const auto* lists = reinterpret_cast<const uint4*>(p.workspace + p.work.lists);
   for (int first = slice.begin; first < slice.end; first += kAttendPages) {
-    const int count = min(kAttendPages, slice.end - first);
-    finder.Locate(first, first + count, shared.place);
+    const int last = min(first + kAttendPages, slice.end);
+    const int from = max(first - 1, 0), all = min(last + 1, finder.total().pages) - from;
+    finder.Locate(from, from + all, shared.place);
     __syncthreads();
-    for (int i = threadIdx.x; i < count; i += Shared::kThreads) {
+    for (int i = threadIdx.x; i < all; i += Shared::kThreads) {
       reinterpret_cast<uint4*>(shared.page)[i] = lists[shared.place[i]];
     }
     __syncthreads();
-    attender.Run(finder, first, count, cta);
-    __syncthreads();
+    attender.Run(max(begin, first) - from, min(end, last) - from, all);
+    if (slot >= used && last == slice.end) {
+      attender.LeaveNothing(shared.page[last - 1 - from].head_index);
+    }
+    if (last < slice.end) __syncthreads();
   }
-  if (attender.head_index >= 0) attender.Flush(cta);
-  if (tile == 0 && cta == p.work.attend_ctas - 1) finder.StoreSpans();
+  if (attender.head_index >= 0) attender.Flush();
 }
 
 }  // namespace adaattn

@@ -29,6 +29,14 @@ inline constexpr int32_t kMaxColumns = 128;  // group size 16, q_len 8
 // Shapes of the CTAs, which the plan has to know.
 inline constexpr int32_t kScanWarps = 8;    // and one that fetches
 inline constexpr int32_t kChunkPages = 64;  // of one select CTA; four threads decide each
+// Warps of an attend CTA, one a multiprocessor: a quarter of that holds four warps of 128
+// registers, which each take a group of values. As many as there are groups share a slot.
+ADAATTN_HD constexpr int32_t AttendWarps(int32_t head_dim) {
+  return head_dim / ValueGroups(head_dim) > 64 ? 8 : 16;
+}
+ADAATTN_HD constexpr int32_t AttendSlots(int32_t head_dim) {
+  return AttendWarps(head_dim) / ValueGroups(head_dim);
+}
 ADAATTN_HD constexpr int32_t ScanCtasPerSm(int32_t head_dim) { return head_dim <= 128 ? 2 : 1; }
 
 // Pages that a scan CTA takes at a time: its warps hold one kv head each.
@@ -127,10 +135,11 @@ struct ProgressiveWorkspace {
   int64_t state = 0;        // ChunkState [S, H, chunks, C]
   int64_t extents = 0;      // ChunkList [S, H, chunks]
   int64_t lists = 0;        // ListedPage [S, H, chunks, kChunkPages], in order of the pages
-  int64_t spans = 0;        // int2 [S, H]: the attend CTAs that have pages of the head
-  int64_t partial = 0;      // float [attend CTAs + S H, C, D]: of attended pages
-  int64_t mass = 0;         // float [attend CTAs + S H, C]: likewise
-  int64_t reference = 0;    // float [attend CTAs + S H, C]: both are relative to 2^this and L
+  int64_t spans = 0;        // int2 [S, H]: the attend slots that have pages of the head
+  int64_t partial = 0;      // float [attend slots + S H, C, D]: of attended pages
+  int64_t mass = 0;         // float [attend slots + S H, C]: likewise
+  int64_t reference = 0;    // float [attend slots + S H, C]: both are relative to 2^this and L;
+                            // -inf: the slot has no page
   int64_t figures = 0;      // float2 [S, H, C]: predicted square relative error, entropy
   int64_t merged = 0;       // int32_t [S, H]: columns that are done
   int64_t taken = 0;        // int32_t: items of the scan taken beyond each CTA's first
@@ -172,7 +181,7 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   w.theta = add(heads * 4);
   w.budget = add(p.budget ? heads * p.max_sealed * static_cast<int64_t>(sizeof(PageBudget)) : 0);
   w.global_lse = add(heads * w.columns * 4);
-  const int64_t chunks = heads * w.chunks, slots = w.attend_ctas + heads;
+  const int64_t chunks = heads * w.chunks, slots = w.attend_ctas * AttendSlots(d) + heads;
   w.vectors = add(chunks * w.columns * kNumChunkVectors * d * 4);
   w.state = add(chunks * w.columns * static_cast<int64_t>(sizeof(ChunkState)));
   w.extents = add(chunks * static_cast<int64_t>(sizeof(ChunkList)));

@@ -96,10 +96,10 @@ struct ColumnVectors {
 // What the column's partial results are relative to, beside L: the largest of their references,
 // -inf without any. The same in every lane.
 __device__ __forceinline__ float LargestReference(const float* references, int stride,
-                                                  const Slice& ctas, int lane) {
+                                                  const Slice& slots, int lane) {
   float top = -INFINITY;
-  for (int cta = ctas.begin + lane; cta < ctas.end; cta += 32) {
-    top = fmaxf(top, references[int64_t{cta} * stride]);
+  for (int slot = slots.begin + lane; slot < slots.end; slot += 32) {
+    top = fmaxf(top, references[int64_t{slot} * stride]);
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
@@ -112,14 +112,14 @@ __device__ __forceinline__ float LargestReference(const float* references, int s
 // `reference`: what partial results are brought to.
 template <class Traits>
 __device__ __forceinline__ void SumColumn(const ProgressiveArgs& p, int64_t head_index, int column,
-                                          int chunks, const Slice& ctas, const float* references,
+                                          int chunks, const Slice& slots, const float* references,
                                           float reference, int lane, int warp,
                                           MergeShared<Traits>& shared) {
   constexpr int kD = Traits::kHeadDim, kWords = kD / 4, kEach = (kWords + 31) / 32;
   const ProgressiveWorkspace& w = p.work;
-  const int64_t slots = head_index * w.columns + column;  // of CTA 0
-  const auto* partial = reinterpret_cast<const float4*>(p.workspace + w.partial) + slots * kWords;
-  const auto* masses = reinterpret_cast<const float*>(p.workspace + w.mass) + slots;
+  const int64_t row = head_index * w.columns + column;  // of slot 0
+  const auto* partial = reinterpret_cast<const float4*>(p.workspace + w.partial) + row * kWords;
+  const auto* masses = reinterpret_cast<const float*>(p.workspace + w.mass) + row;
   const int64_t first = head_index * w.chunks * w.columns + column;
   const auto* vectors = reinterpret_cast<const float4*>(p.workspace + w.vectors) +
                         first * (kNumChunkVectors * kWords);
@@ -142,10 +142,11 @@ __device__ __forceinline__ void SumColumn(const ProgressiveArgs& p, int64_t head
     add(sums[kSkipped], &sums[kAttended]);
     float4 attended{};
 #pragma unroll 8
-    for (int cta = ctas.begin + warp; cta < ctas.end; cta += kMergeWarps) {
-      const float own = references[int64_t{cta} * w.columns];
+    for (int slot = slots.begin + warp; slot < slots.end; slot += kMergeWarps) {
+      const float own = references[int64_t{slot} * w.columns];
+      float4 x = partial[int64_t{slot} * w.columns * kWords + at];
+      if (own == -INFINITY) x = float4{};  // anything may stand there
       const float factor = own == -INFINITY ? 0.0f : Exp2(own - reference);
-      const float4 x = partial[int64_t{cta} * w.columns * kWords + at];
       add(make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor), &attended);
     }
     reinterpret_cast<float4*>(shared.partial[warp])[at] = attended;
@@ -154,23 +155,22 @@ __device__ __forceinline__ void SumColumn(const ProgressiveArgs& p, int64_t head
       reinterpret_cast<float4*>(shared.vectors[warp][i])[at] = sums[i];
     }
   }
+  float sum = 0;
+  for (int slot = slots.begin + warp * 32 + lane; slot < slots.end; slot += 32 * kMergeWarps) {
+    const float own = references[int64_t{slot} * w.columns];
+    if (own != -INFINITY) sum = fmaf(masses[int64_t{slot} * w.columns], Exp2(own - reference), sum);
+  }
+  sum = WarpSum(sum);
+  if (lane == 0) shared.mass[warp] = sum;
   // Lane i sums figure i.
   constexpr int kFigures = sizeof(ChunkState) / 4;
   if (lane >= kFigures) return;
-  float sum = 0;
+  sum = 0;
 #pragma unroll 4
   for (int chunk = warp; chunk < chunks; chunk += kMergeWarps) {
     sum += states[int64_t{chunk} * w.columns * kFigures + lane];
   }
   reinterpret_cast<float*>(&shared.state[warp])[lane] = sum;
-  if (lane > 0) return;
-  sum = 0;
-#pragma unroll 4
-  for (int cta = ctas.begin + warp; cta < ctas.end; cta += kMergeWarps) {
-    const float own = references[int64_t{cta} * w.columns];
-    if (own != -INFINITY) sum = fmaf(masses[int64_t{cta} * w.columns], Exp2(own - reference), sum);
-  }
-  shared.mass[warp] = sum;
 }
 
 __device__ __forceinline__ void StoreElement(void* tensor, int64_t at, DType type, float value) {
@@ -270,7 +270,7 @@ __device__ __forceinline__ void StoreFigures(const ProgressiveArgs& p, const Pro
     entropy += x.y;
   }
   HeadDecision& decision = p.decisions[head_index];
-  // The mean square; the host takes the root.
+  // The mean square; the return kernel takes the root.
   decision.predicted_error = error / static_cast<float>(columns);
   decision.entropy = entropy / static_cast<float>(columns);
   const PageRange visible = VisiblePages(s);
@@ -281,8 +281,14 @@ __device__ __forceinline__ void StoreFigures(const ProgressiveArgs& p, const Pro
   }
 }
 
+// What its registers allow.
 template <class Traits>
-__global__ void __launch_bounds__(kMergeThreads)
+constexpr int MergeCtasPerSm() {
+  return Traits::kHeadDim > 128 ? 4 : Traits::kHeadDim % 64 != 0 ? 6 : 8;
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(kMergeThreads, MergeCtasPerSm<Traits>())
     ProgressiveMergeKernel(const __grid_constant__ ProgressiveArgs p) {
   extern __shared__ __align__(16) std::byte shared_bytes[];
   auto& shared = *reinterpret_cast<MergeShared<Traits>*>(shared_bytes);
@@ -302,10 +308,11 @@ __global__ void __launch_bounds__(kMergeThreads)
   const DensePart<Traits> dense(p, at, lane);
   const float lse = reinterpret_cast<const float*>(p.workspace + w.global_lse)[at];
   const int2 span = reinterpret_cast<const int2*>(p.workspace + w.spans)[head_index];
-  const Slice ctas{span.x, span.y};
+  const Slice slots{span.x, span.y};
   const float* references = reinterpret_cast<const float*>(p.workspace + w.reference) + at;
-  const float reference = LargestReference(references, w.columns, ctas, lane);
-  SumColumn<Traits>(p, head_index, column, chunks, ctas, references, reference, lane, warp, shared);
+  const float reference = LargestReference(references, w.columns, slots, lane);
+  SumColumn<Traits>(p, head_index, column, chunks, slots, references, reference, lane, warp,
+                    shared);
   __syncthreads();
   if (warp > 0) return;
   auto* figures =

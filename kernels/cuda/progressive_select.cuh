@@ -443,6 +443,9 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   WaitForDependencies();
   NoteTime(p.stamps, kSelectStamp);
   LaunchDependents();
+  if (blockIdx.x == 0 && threadIdx.x == 0) {  // until attend has a page of the head
+    reinterpret_cast<int2*>(p.workspace + w.spans)[head_index] = make_int2(0, 0);
+  }
   if (pages == 0) {
     if (threadIdx.x == 0) *reinterpret_cast<int4*>(ChunkListOf(p, chunk_index)) = int4{};
     return;

@@ -2,8 +2,8 @@
 #define ADAATTN_KERNELS_CUDA_PROGRESSIVE_SLICE_CUH_
 
 // The lists of attended pages that select left, chunk after chunk, as one: which slice of it a CTA
-// of the attend kernel takes, and which CTAs take pages of a head. Slices are equal by cost: a page
-// belongs to the slice in which what all pages before it cost ends.
+// of the attend kernel takes. Slices are equal by cost: a page belongs to the slice in which what
+// all pages before it cost ends.
 
 #include "kernels/cuda/progressive_common.cuh"
 
@@ -72,21 +72,9 @@ struct SliceFinder {
     return ChunkList{x.x, x.y, x.z, 0};
   }
   __device__ __forceinline__ ListPosition total() const { return shared.before[kThreads]; }
-  // What a slice costs; no less than any page, so that each slice between two pages of a head has
-  // pages of it.
+  // What a slice costs; no less than any page, so that each slice but the last has pages.
   __device__ __forceinline__ int Cost() const {
     return max(CeilDiv(total().cost, p.work.attend_ctas), AttendCost(kMaxPlanes));
-  }
-
-  __device__ __forceinline__ ListPosition Before(int chunk) const {
-    if (chunk >= chunks) return total();
-    ListPosition sum = shared.before[chunk / each];
-    for (int i = chunk / each * each; i < chunk; ++i) {
-      const ChunkList list = At(i);
-      sum.pages += list.pages;
-      sum.cost += list.cost;
-    }
-    return sum;
   }
 
   // The pages of a CTA. By the whole CTA: the thread that has a boundary's chunk names it, a warp
@@ -149,23 +137,6 @@ struct SliceFinder {
         place[page - begin] = chunk * kChunkPages + page - at;
       }
       at += count;
-    }
-  }
-
-  // Leaves the CTAs that take pages of each head to merge. By one CTA.
-  __device__ __forceinline__ void StoreSpans() const {
-    const int heads = p.num_sequences * p.shape.num_kv_heads;
-    for (int head = threadIdx.x; head < heads; head += kThreads) {
-      const int first = head * p.work.chunks;
-      const int begin = Before(first).cost, end = Before(first + p.work.chunks).cost;
-      int2 span = make_int2(0, 0);
-      if (begin < end) {
-        int last =
-            first + CeilDiv(p.sequences[head / p.shape.num_kv_heads].num_sealed, kChunkPages) - 1;
-        while (At(last).pages == 0) --last;
-        span = make_int2(begin / Cost(), (end - At(last).last_cost) / Cost() + 1);
-      }
-      reinterpret_cast<int2*>(p.workspace + p.work.spans)[head] = span;
     }
   }
 };

@@ -10,8 +10,8 @@
 
 namespace adaattn {
 
-inline constexpr int kAttendRoom = 152 * 1024;  // bytes of the rings
-inline constexpr int kAttendPages = 512;        // of a slice that are found at a time
+inline constexpr int kAttendRoom = 168 * 1024;  // bytes of the rings
+inline constexpr int kAttendPages = 1024;       // of a slice that are found at a time
 
 // What of an attended page is brought to shared memory, in this order.
 enum AttendPart : int {
@@ -57,25 +57,18 @@ struct AttendLayout {
 
 template <class Traits>
 struct AttendShared {
-  // A quarter of a multiprocessor holds four warps of 128 registers.
-  static constexpr int kWarps = Traits::kTilesPerGroup > 4 ? 8 : 16;
+  static constexpr int kWarps = AttendWarps(Traits::kHeadDim);
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kSlots = kWarps / Traits::kValueGroups;
+  static constexpr int kSlots = AttendSlots(Traits::kHeadDim);
   static constexpr int kRingBytes = kAttendRoom / kSlots / 128 * 128;
   alignas(128) std::byte room[kSlots][kRingBytes];
-  alignas(16) float4 sums[kWarps][Traits::kTilesPerGroup][32];
-  alignas(16) uint2 query[kMaxDeviceBasisRuns][Traits::kTiles * 32];  // of the head
-  alignas(16) __half ranges[kWarps][Traits::kHeadDim];                // spread for the MMA
-  alignas(16) ListedPage page[kAttendPages];
+  alignas(16) uint2 query[kSlots][Traits::kTiles * 32];  // of the slot's head and a basis
+  alignas(16) __half ranges[kWarps][Traits::kHeadDim];   // spread for the MMA
+  alignas(16) ListedPage page[kAttendPages + 2];         // and their neighbours
   RingPage ring[kSlots][kRingDepth];
   alignas(8) uint64_t full[kSlots][kRingDepth];
-  float unit[kMaxDeviceBasisRuns];
-  float lse[kTileColumns];
-  float mass[kWarps][kTileColumns];
-  float reference[kWarps][kTileColumns];
-  float factor[kSlots][kTileColumns];  // of a slot's sums, to the reference of all
   SliceShared<kThreads> slice;
-  int place[kAttendPages];  // in the lists
+  int place[kAttendPages + 2];  // in the lists
   static_assert(3 * kTileColumns * 16 + 2 * 512 + Traits::kValueScaleBytes +
                         6 * Traits::kPlaneBytes + Traits::kHeadDim <=
                     kRingBytes,
@@ -85,7 +78,6 @@ struct AttendShared {
 // Brings the pages of a slot, by one of its warps.
 template <class Traits>
 struct PageStreamer {
-  static constexpr int kSlots = AttendShared<Traits>::kSlots;
   static constexpr int kRingBytes = AttendShared<Traits>::kRingBytes;
   const ProgressiveArgs& p;
   AttendShared<Traits>& shared;
@@ -126,7 +118,7 @@ struct PageStreamer {
 
   // Starts the copies of as many of the slot's pages before `end` as there is room for.
   __device__ __forceinline__ void Fill(int end) {
-    for (; next < end; next += kSlots) {
+    for (; next < end; ++next) {
       const ListedPage listed = shared.page[next];
       const AttendLayout<Traits> layout{UnpackPage(listed.packed), TileColumns(listed, tile)};
       const int all = layout.bytes();
