@@ -203,6 +203,9 @@ struct FitBasisTask {
   // [rows, num_q_heads, head_dim] queries that order the channels by E[(qB)^2] E[(kB)^2]; empty:
   // by key energy alone.
   absl::Span<const float> query_sample;
+  // Of the layer's steps, by which the queries say how far its values err (policy/value_factors.h).
+  float softmax_scale = 0;
+  float softcap = 0;
   PageId target = kNoPage;  // a block of BasisLayout
 };
 

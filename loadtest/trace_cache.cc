@@ -123,6 +123,7 @@ absl::Status TraceCache::SealAll() {
     }
   }
   fit.query_sample = sample;
+  fit.softmax_scale = static_cast<float>(trace_->softmax_scale);
   absl::Status status = backend_->FitBasis(fit);
   if (!status.ok()) return status;
   std::vector<SealTask> tasks;

@@ -141,6 +141,8 @@ absl::Status Sealer::FitBasis(Session* session, int32_t layer) {
       absl::MakeConstSpan(state.pages).subspan(state.num_sealed, options_.fit_tokens / kPageTokens);
   task.page_type = DenseDType(config.format);
   task.query_sample = state.queries.rows();
+  task.softmax_scale = config.softmax_scale;
+  task.softcap = config.layer(layer).softcap;
   task.target = lease->pages().front();
   absl::Status status = cache_->backend()->FitBasis(task);
   if (status.ok()) cache_->CommitBasis(*std::move(lease), &state);

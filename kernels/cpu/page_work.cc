@@ -8,6 +8,7 @@
 #include "kernels/cpu/sealed_kernels.h"
 #include "kernels/format/basis.h"
 #include "kernels/format/seal.h"
+#include "kernels/policy/value_factors.h"
 
 namespace adaattn {
 namespace {
@@ -141,20 +142,27 @@ absl::Status FitBasisOnCpu(const FitBasisTask& task, std::byte* pool, WorkerPool
   std::vector<absl::Status> statuses(shape.num_kv_heads);
   workers->ParallelFor(shape.num_kv_heads, false, [&](int64_t item, int32_t) {
     const int32_t kv_head = static_cast<int32_t>(item);
-    std::vector<float> keys(task.pages.size() * page_floats), queries(num_rows * group_floats);
+    std::vector<float> keys(task.pages.size() * page_floats), values(keys.size());
+    std::vector<float> queries(num_rows * group_floats);
     for (size_t page = 0; page < task.pages.size(); ++page) {
-      ReadDenseRows(pool + PageOffset(task.pages[page]) +
-                        DenseKeyOffset(kv_head, shape.head_dim, task.page_type),
-                    task.page_type, shape.head_dim, 0, kPageTokens, 1,
-                    keys.data() + page * page_floats);
+      const std::byte* source = pool + PageOffset(task.pages[page]);
+      const auto read = [&](int64_t offset, std::vector<float>* rows) {
+        ReadDenseRows(source + offset, task.page_type, shape.head_dim, 0, kPageTokens, 1,
+                      rows->data() + page * page_floats);
+      };
+      read(DenseKeyOffset(kv_head, shape.head_dim, task.page_type), &keys);
+      read(DenseValueOffset(shape, kv_head, task.page_type), &values);
     }
     for (int64_t row = 0; row < num_rows; ++row) {
       const float* from = task.query_sample.data() + row * row_floats + kv_head * group_floats;
       std::copy(from, from + group_floats, queries.begin() + row * group_floats);
     }
-    const absl::StatusOr<Basis> basis = FitBasis(shape.head_dim, keys, queries);
+    absl::StatusOr<Basis> basis = FitBasis(shape.head_dim, keys, queries);
     statuses[kv_head] = basis.status();
-    if (basis.ok()) WriteBasis(*basis, shape, kv_head, pool + PageOffset(task.target));
+    if (!basis.ok()) return;
+    basis->value_factors = MeasureValueFactors(
+        {shape.head_dim, task.softmax_scale, task.softcap, keys, values, queries});
+    WriteBasis(*basis, shape, kv_head, pool + PageOffset(task.target));
   });
   for (const absl::Status& status : statuses) {
     if (!status.ok()) return status;

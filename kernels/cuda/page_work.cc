@@ -9,6 +9,7 @@
 #include "kernels/cuda/status.h"
 #include "kernels/format/basis.h"
 #include "kernels/format/seal.h"
+#include "kernels/policy/value_factors.h"
 
 namespace adaattn {
 namespace {
@@ -140,7 +141,7 @@ absl::Status FitBasisOnHost(const FitBasisTask& task, const PageMover& mover) {
   const AttentionShape& shape = task.shape;
   const int64_t head_floats = int64_t{kPageTokens} * shape.head_dim;
   const int64_t head_bytes = DenseHeadBytes(shape.head_dim, task.page_type);
-  const int64_t page_bytes = head_bytes * shape.num_kv_heads;  // the keys of a page come first
+  const int64_t page_bytes = 2 * head_bytes * shape.num_kv_heads;  // keys, then values
   const auto num_pages = static_cast<int64_t>(task.pages.size());
   ADAATTN_RETURN_IF_ERROR(Reserve(num_pages * page_bytes, mover.staging));
   for (int64_t i = 0; i < num_pages; ++i) {
@@ -155,18 +156,28 @@ absl::Status FitBasisOnHost(const FitBasisTask& task, const PageMover& mover) {
   std::vector<std::byte> block(MakeBasisLayout(shape).block_bytes);
   std::vector<absl::Status> statuses(shape.num_kv_heads);
   ParallelFor(shape.num_kv_heads, [&](int64_t kv_head) {
-    std::vector<float> keys(num_pages * head_floats), queries(num_rows * group_floats);
+    std::vector<float> keys(num_pages * head_floats), values(keys.size());
+    std::vector<float> queries(num_rows * group_floats);
     for (int64_t i = 0; i < num_pages; ++i) {
-      ReadElements(mover.staging->data() + i * page_bytes + kv_head * head_bytes, task.page_type, 0,
-                   head_floats, 1, keys.data() + i * head_floats);
+      const std::byte* page = mover.staging->data() + i * page_bytes;
+      const auto read = [&](int64_t offset, std::vector<float>* rows) {
+        ReadElements(page + offset, task.page_type, 0, head_floats, 1,
+                     rows->data() + i * head_floats);
+      };
+      const auto head = static_cast<int32_t>(kv_head);
+      read(DenseKeyOffset(head, shape.head_dim, task.page_type), &keys);
+      read(DenseValueOffset(shape, head, task.page_type), &values);
     }
     for (int64_t row = 0; row < num_rows; ++row) {
       std::copy_n(task.query_sample.data() + row * row_floats + kv_head * group_floats,
                   group_floats, queries.data() + row * group_floats);
     }
-    const absl::StatusOr<Basis> basis = FitBasis(shape.head_dim, keys, queries);
+    absl::StatusOr<Basis> basis = FitBasis(shape.head_dim, keys, queries);
     statuses[kv_head] = basis.status();
-    if (basis.ok()) WriteBasis(*basis, shape, static_cast<int32_t>(kv_head), block.data());
+    if (!basis.ok()) return;
+    basis->value_factors = MeasureValueFactors(
+        {shape.head_dim, task.softmax_scale, task.softcap, keys, values, queries});
+    WriteBasis(*basis, shape, static_cast<int32_t>(kv_head), block.data());
   });
   for (const absl::Status& status : statuses) ADAATTN_RETURN_IF_ERROR(status);
   return UploadBlock(block, task.target, mover);

@@ -209,7 +209,8 @@ __device__ void SealKeys(const SealParams& p, const PageLayout& layout, const st
 }
 
 template <class Traits>
-__device__ void SealValues(const SealParams& p, const PageLayout& layout, std::byte* page, int head,
+__device__ void SealValues(const SealParams& p, const PageLayout& layout,
+                           const ValueFactors& factors, std::byte* page, int head,
                            SealShared<Traits>& shared) {
   constexpr int kD = Traits::kHeadDim, kStride = SealShared<Traits>::kStride;
   constexpr int kGroups = Traits::kValueGroups, kWidth = kD / kGroups;
@@ -267,8 +268,8 @@ __device__ void SealValues(const SealParams& p, const PageLayout& layout, std::b
       range2 = fmaf(shared.range[i], shared.range[i], range2);
     }
     *reinterpret_cast<ValueSummary*>(summary) =
-        ValueSummary{mean_scale, sqrtf(total / kPageTokens), sqrtf(largest),
-                     sqrtf(range2 / (kPageTokens * kGroups))};
+        ValueSummary{mean_scale, factors.spread * sqrtf(total / kPageTokens), sqrtf(largest),
+                     factors.rounding * sqrtf(range2 / (kPageTokens * kGroups))};
   }
   for (int plane = 0; plane < p.stored_bits / 2; ++plane) {
     const PageLayout::Section& section = layout.value_plane[plane];
@@ -297,7 +298,9 @@ __global__ void __launch_bounds__(kSealThreads, 2)
   __syncthreads();
   LoadRows<Traits>(source + DenseValueOffset(p.shape, head, p.page_type), p.page_type, shared,
                    nullptr);
-  SealValues<Traits>(p, layout, target, head, shared);
+  SealValues<Traits>(p, layout,
+                     *reinterpret_cast<const ValueFactors*>(basis + basis_layout.factors), target,
+                     head, shared);
 }
 
 // The stored bits of a code at (token, channel): its value in units of the range.

@@ -148,6 +148,7 @@ void WriteBasis(const Basis& basis, const AttentionShape& shape, int32_t kv_head
   const auto bytes = static_cast<size_t>(d) * sizeof(float);
   std::memcpy(head + layout.mean, basis.mean.data(), bytes);
   std::memcpy(head + layout.energy, basis.energy.data(), bytes);
+  std::memcpy(head + layout.factors, &basis.value_factors, sizeof(basis.value_factors));
 }
 
 BasisView ViewBasis(const std::byte* block, const AttentionShape& shape, int32_t kv_head) {
@@ -158,6 +159,7 @@ BasisView ViewBasis(const std::byte* block, const AttentionShape& shape, int32_t
   view.query_basis = reinterpret_cast<const Fp16*>(head + layout.query_basis);
   view.key_basis = reinterpret_cast<const float*>(head + layout.key_basis);
   view.energy = reinterpret_cast<const float*>(head + layout.energy);
+  view.value_factors = reinterpret_cast<const ValueFactors*>(head + layout.factors);
   return view;
 }
 

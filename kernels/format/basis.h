@@ -24,6 +24,7 @@ struct Basis {
   std::vector<float> rotation;  // [head_dim, head_dim] row = input channel, column = rank
   // [head_dim] mean square of the fitted keys' (k - mean) rotation; all zero when not known.
   std::vector<float> energy;
+  ValueFactors value_factors;  // of the head's values; 1 when not known
 };
 
 // Fits a basis on `keys` [n, head_dim]: the eigenvectors of the second moment of k - mean, in
@@ -51,6 +52,7 @@ struct BasisView {
   const Fp16* query_basis = nullptr;  // Q [head_dim, head_dim], row = input channel
   const float* key_basis = nullptr;   // K = Q^-T, likewise
   const float* energy = nullptr;      // [head_dim]
+  const ValueFactors* value_factors = nullptr;
 };
 
 // Writes `basis` as the part of `kv_head` of a block of MakeBasisLayout(shape) at `block`: Q is the

@@ -80,9 +80,11 @@ ADAATTN_HD constexpr int32_t ValueGroups(int32_t head_dim) {
 // What is known of a page's values besides their planes; 16 bytes before the value mean.
 struct ValueSummary {
   float mean_scale;  // the int8 mean vector times this is the mean, in the rotated frame
-  float spread;      // sqrt(mean over tokens |v - mean|^2), after rounding the mean
+  float spread;      // sqrt(mean over tokens |v - mean|^2), after rounding the mean,
+                     // times ValueFactors::spread
   float radius;      // max over tokens |v - mean|
-  float scale_rms;   // sqrt(mean of r^2 over tokens and groups): the codes' mean step size
+  float scale_rms;   // sqrt(mean of r^2 over tokens and groups), the codes' mean step size,
+                     // times ValueFactors::rounding
 };
 static_assert(sizeof(ValueSummary) == 16, "the page layout counts on it");
 
@@ -151,11 +153,18 @@ ADAATTN_HD constexpr int64_t ValueReadBytes(int32_t head_dim, int32_t bits) {
 //
 // Scores are q.k = (q Q).((k - mu) K) + q.mu with Q the basis rounded to FP16 and K = Q^-T of that
 // very matrix, so that the rounding cancels.
+//
+// A block also says how far the head's values were seen to err (policy/value_factors.h).
+struct ValueFactors {
+  float spread = 1;    // where a page's mean stands in for them, over what the error model says
+  float rounding = 1;  // likewise where their codes are read
+};
 struct BasisLayout {
   int64_t mean = 0;         // f32 [head_dim]: mu
   int64_t query_basis = 0;  // f16 [head_dim, head_dim]: Q, row = input channel, column = rank
   int64_t key_basis = 0;    // f32 [head_dim, head_dim]: K, likewise
   int64_t energy = 0;       // f32 [head_dim]: mean square of the fitted keys by rank, for drift
+  int64_t factors = 0;      // ValueFactors, then 8 bytes that nothing reads
   int64_t head_bytes = 0;   // from one kv head's block to the next
   int64_t block_bytes = 0;  // of all heads, aligned
 };
@@ -167,7 +176,8 @@ ADAATTN_HD constexpr BasisLayout MakeBasisLayout(const AttentionShape& shape) {
   layout.query_basis = layout.mean + 4 * d;
   layout.key_basis = layout.query_basis + 2 * d * d;
   layout.energy = layout.key_basis + 4 * d * d;
-  layout.head_bytes = layout.energy + 4 * d;
+  layout.factors = layout.energy + 4 * d;
+  layout.head_bytes = layout.factors + 16;
   layout.block_bytes = AlignPage(layout.head_bytes * shape.num_kv_heads);
   return layout;
 }

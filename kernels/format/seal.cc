@@ -79,7 +79,7 @@ void SealKeys(const SealedHead& head, const std::vector<float>& rotated, std::by
 
 // Writes summary and mean of `rotated` [64, head_dim]; scale_rms is filled in already.
 void SealValueSummary(const SealedHead& head, const std::vector<float>& rotated,
-                      ValueSummary summary, std::byte* page) {
+                      const ValueFactors& factors, ValueSummary summary, std::byte* page) {
   const auto d = static_cast<size_t>(head.head_dim);
   std::vector<double> mean(d, 0.0);
   for (size_t i = 0; i < rotated.size(); ++i) mean[i % d] += rotated[i] / double{kPageTokens};
@@ -104,12 +104,13 @@ void SealValueSummary(const SealedHead& head, const std::vector<float>& rotated,
     total += distance2;
     largest = std::max(largest, distance2);
   }
-  summary.spread = static_cast<float>(std::sqrt(total / double{kPageTokens}));
+  summary.spread = factors.spread * static_cast<float>(std::sqrt(total / double{kPageTokens}));
   summary.radius = static_cast<float>(std::sqrt(largest));
   std::memcpy(section, &summary, sizeof(summary));
 }
 
-void SealValues(const SealedHead& head, const float* values, std::byte* page) {
+void SealValues(const SealedHead& head, const ValueFactors& factors, const float* values,
+                std::byte* page) {
   const int32_t d = head.head_dim, groups = ValueGroups(d), width = d / groups;
   const int32_t num_planes = head.layout.stored_bits / 2;
   for (int32_t p = 0; p < num_planes; ++p) Clear(head, head.layout.value_plane[p], page);
@@ -139,8 +140,9 @@ void SealValues(const SealedHead& head, const float* values, std::byte* page) {
     }
   }
   ValueSummary summary{};
-  summary.scale_rms = static_cast<float>(std::sqrt(range2 / (double{kPageTokens} * groups)));
-  SealValueSummary(head, rotated, summary, page);
+  summary.scale_rms =
+      factors.rounding * static_cast<float>(std::sqrt(range2 / (double{kPageTokens} * groups)));
+  SealValueSummary(head, rotated, factors, summary, page);
 }
 
 }  // namespace
@@ -153,7 +155,7 @@ float SealHead(const SealedHead& head, const BasisView& basis, const float* keys
     RotateKey(basis, d, keys + int64_t{t} * d, rotated.data() + int64_t{t} * d);
   }
   SealKeys(head, rotated, page);
-  SealValues(head, values, page);
+  SealValues(head, *basis.value_factors, values, page);
   return DriftRatio(basis, d, rotated);
 }
 

@@ -20,6 +20,8 @@
 // adds: least squares of log(actual / predicted) over the traces of tests/data and a 32k one, with
 // the other coefficients free too, gave 0.30 (and .95, 1.1 for the squares of skipping and values).
 // It takes the standard deviation of that logarithm from .54, .48, .57 to .46, .39, .33.
+// Heads differ in both: what is measured when a basis is fitted (value_factors.h) multiplies spread
+// and scale_rms in the summaries of the pages that are sealed with it.
 //
 // Values that all share one channel much larger than the rest, after the Hadamard rotation, break
 // the independence of rounding: that channel always falls into the same cell, its rounding adds up
@@ -90,7 +92,7 @@ struct PageErrorInputs {
   float concentration = 1;   // sum_j p_j^2 / share^2 over its tokens: 1/64 flat, 1 a single token
   float score_variance = 0;  // var_s at the depth at which K is read
   float mean_distance2 = 0;  // |mean - o|^2, mean as stored, o the estimated output
-  float spread = 0;          // ValueSummary::spread
+  float spread = 0;          // ValueSummary::spread, the head's factor included, as is the next
   float scale_rms = 0;       // ValueSummary::scale_rms
 };
 

@@ -66,6 +66,15 @@ struct ErrorLimits {
   double lse = 0;
 };
 
+// Largest deviation of a step over sealed pages from the reference's.
+struct SealedLimits {
+  double share = 0;      // of a page's share, relative: which pages may pass a threshold
+  double theta = 0;      // relative, of policies that sum exponentials: entropy and learned
+  double entropy = 0;    // nats
+  double predicted = 0;  // of the predicted error, relative
+  ErrorLimits error;     // of out and lse, given the same depths
+};
+
 struct HarnessOptions {
   AttentionShape shape;
   PageFormat format = PageFormat::kBf16;
@@ -125,6 +134,10 @@ class BackendHarness {
   // cores of the cuda backend take the probabilities in BF16 over BF16 pages and in FP16 over FP16
   // and FP8 ones, which leaves half a unit in the last place of each, and q as two such values.
   ErrorLimits exact_limits() const;
+
+  // What steps over sealed pages may be off by: FP32 arithmetic, but that the cuda backend keeps
+  // scores as FP16, which moves shares by up to 5e-3.
+  SealedLimits sealed_limits() const;
 
   // Compares an output with float64 attention over the sequence's tokens: relative L2 error of each
   // row of out, absolute error of lse; empty rows exactly.

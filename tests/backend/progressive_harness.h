@@ -28,6 +28,11 @@ struct ProgressiveOptions {
   // What one channel of keys and of values is multiplied by. Such a channel takes a code's range
   // for itself: bases are orthogonal, so it stays where it is among the keys' ranks.
   float outlier = 1;
+  // Rows of queries that the backend fits its basis with, and measures values by; 0: bases are
+  // brought, and values taken as the error model has them. One basis.
+  int32_t sample_rows = 0;
+  // Every so many tokens the same one comes back, which queries look for; 0 = none.
+  int32_t repeat = 0;
 };
 
 // One sequence of keys with a mean, decaying channels and pages of their own direction, so that
@@ -39,6 +44,10 @@ class ProgressiveHarness {
 
   BackendHarness& harness() { return harness_; }
   TestSequence& sequence() { return sequence_; }
+  // Of the first basis.
+  ValueFactors value_factors(int32_t kv_head) const {
+    return *ViewBasis(basis_blocks_[0].data(), options_.shape, kv_head).value_factors;
+  }
 
   // A step with queries that look like the keys.
   StepCase NewStep(int32_t q_len);
@@ -47,17 +56,23 @@ class ProgressiveHarness {
   ProgressiveResultF64 Reference(const StepCase& step, const StepOutput& output, int32_t kv_head);
 
   // Runs the step and holds every head against the reference: page counts by depth (but for pages
-  // whose share is within 1 % of a threshold), out and lse, entropy, predicted error, bytes.
+  // whose share lies on a threshold as far as sealed_limits() tell), out and lse, entropy,
+  // predicted error, bytes.
   StepOutput RunAndCompare(const StepCase& step);
 
  private:
   std::vector<float> StructuredRows(int64_t rows, int32_t heads, bool keys);
+  void RepeatOneToken(std::vector<float>* keys, std::vector<float>* values);
   void SealRun(int32_t first_page, int32_t count);
+  // The host's bases of the pages' heads, into the newest block; the backend's own.
+  PageId BringBasis(int32_t first_page, int32_t count);
+  PageId FitBasis(int32_t count);
   void CompareHead(const StepCase& step, const StepOutput& output, int32_t kv_head);
 
   const ProgressiveOptions options_;
   BackendHarness harness_;
   TestSequence sequence_;
+  std::vector<float> repeated_keys_;  // [num_kv_heads, head_dim] of the token that comes back
   std::vector<std::vector<std::byte>> basis_blocks_;
   std::vector<std::vector<std::byte>> pages_;  // sealed on the host
   std::vector<int32_t> page_bases_;

@@ -126,6 +126,32 @@ TEST_F(ProgressiveTest, MatchesTheReferenceAtEveryStoredDepth) {
   }
 }
 
+// A token that comes back makes the values err together: the fit sees it, and predictions and the
+// budget's theta follow.
+TEST_F(ProgressiveTest, PredictsByWhatTheFitMeasured) {
+  for (const PageFormat format : {PageFormat::kProgressive, PageFormat::kProgressiveF16}) {
+    ProgressiveOptions options = Options();
+    options.format = format;
+    options.length = 1500;
+    options.repeat = 16;
+    options.sample_rows = 20;
+    ProgressiveHarness progressive(options);
+    ASSERT_TRUE(progressive.harness().ok());
+    for (int32_t head = 0; head < options.shape.num_kv_heads; ++head) {
+      EXPECT_GT(progressive.value_factors(head).spread, 1.3f)
+          << "the data are to make a difference";
+      EXPECT_GT(progressive.value_factors(head).rounding, 1.3f);
+    }
+    for (const DecisionParams& params :
+         {Threshold(0.02f), Static(8, 0, 2), Budget(0.1f), Budget(0.3f)}) {
+      SCOPED_TRACE(DebugString(params));
+      StepCase step = progressive.NewStep(1);
+      step.decision = params;
+      progressive.RunAndCompare(step);
+    }
+  }
+}
+
 TEST_F(ProgressiveTest, MatchesTheReferenceOverSeveralBases) {
   for (const int32_t num_bases : {2, 3, 4}) {
     SCOPED_TRACE(num_bases);

@@ -239,6 +239,31 @@ TEST(SealEdgeTest, LowerStoredDepthIsAPrefixOfTheFullCode) {
   EXPECT_EQ(a, b);
 }
 
+TEST(SealEdgeTest, SummaryTakesInWhatTheBasisSaysOfValues) {
+  const AttentionShape shape{1, 1, 64};
+  const std::vector<float> keys = ModelLikeKeys(4, kPageTokens, 64);
+  const std::vector<float> values = RandomNormal(5, kPageTokens * 64);
+  const SealedHead head = MakeSealedHead(shape, 0, 8, TileOrder::kLanes);
+  ValueSummary summaries[2];
+  std::vector<float> decoded[2];
+  for (int i = 0; i < 2; ++i) {
+    Basis basis = FitBasis(64, keys, {}).value();
+    if (i == 1) basis.value_factors = {1.5f, 2.0f};
+    std::vector<std::byte> block(static_cast<size_t>(MakeBasisLayout(shape).block_bytes));
+    WriteBasis(basis, shape, 0, block.data());
+    std::vector<std::byte> page(static_cast<size_t>(head.layout.page_bytes));
+    SealHead(head, ViewBasis(block.data(), shape, 0), keys.data(), values.data(), page.data());
+    summaries[i] = ReadValueSummary(head, page.data());
+    decoded[i].resize(values.size());
+    DecodeValues(head, page.data(), 8, decoded[i].data());
+  }
+  EXPECT_FLOAT_EQ(summaries[1].spread, 1.5f * summaries[0].spread);
+  EXPECT_FLOAT_EQ(summaries[1].scale_rms, 2.0f * summaries[0].scale_rms);
+  EXPECT_EQ(summaries[1].radius, summaries[0].radius) << "bounds do not depend on it";
+  EXPECT_EQ(summaries[1].mean_scale, summaries[0].mean_scale);
+  EXPECT_EQ(decoded[1], decoded[0]);
+}
+
 TEST(SealEdgeTest, ZeroValuesDecodeToAlmostNothing) {
   const std::vector<float> zeros(kPageTokens * 64, 0.0f);
   const Sealed sealed = Seal(64, 8, TileOrder::kLanes, zeros, zeros);
