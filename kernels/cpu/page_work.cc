@@ -160,8 +160,9 @@ absl::Status FitBasisOnCpu(const FitBasisTask& task, std::byte* pool, WorkerPool
     absl::StatusOr<Basis> basis = FitBasis(shape.head_dim, keys, queries);
     statuses[kv_head] = basis.status();
     if (!basis.ok()) return;
-    basis->value_factors = MeasureValueFactors(
-        {shape.head_dim, task.softmax_scale, task.softcap, keys, values, queries});
+    basis->value_factors =
+        MeasureValueFactors({shape.head_dim, shape.group_size(), task.softmax_scale, task.softcap,
+                             keys, values, queries});
     WriteBasis(*basis, shape, kv_head, pool + PageOffset(task.target));
   });
   for (const absl::Status& status : statuses) {

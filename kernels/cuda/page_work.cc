@@ -175,8 +175,9 @@ absl::Status FitBasisOnHost(const FitBasisTask& task, const PageMover& mover) {
     absl::StatusOr<Basis> basis = FitBasis(shape.head_dim, keys, queries);
     statuses[kv_head] = basis.status();
     if (!basis.ok()) return;
-    basis->value_factors = MeasureValueFactors(
-        {shape.head_dim, task.softmax_scale, task.softcap, keys, values, queries});
+    basis->value_factors =
+        MeasureValueFactors({shape.head_dim, shape.group_size(), task.softmax_scale, task.softcap,
+                             keys, values, queries});
     WriteBasis(*basis, shape, static_cast<int32_t>(kv_head), block.data());
   });
   for (const absl::Status& status : statuses) ADAATTN_RETURN_IF_ERROR(status);

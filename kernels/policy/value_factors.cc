@@ -19,14 +19,15 @@ constexpr int64_t kMostQueries = 128;
 constexpr int32_t kTriedBits = 2;  // of values: the depth that errs most
 constexpr float kMostFactor = 4.0f;
 
-// At most kMostQueries of them, evenly.
+// All q heads of rows drawn evenly: at most kMostQueries, but at least one row.
 Rows PickQueries(const ValueSample& sample) {
-  const int64_t d = sample.head_dim, all = static_cast<int64_t>(sample.queries.size()) / d;
-  const int64_t count = std::min(all, kMostQueries);
-  Rows queries(count, d);
+  const int64_t row_size = int64_t{sample.group_size} * sample.head_dim;
+  const int64_t all = static_cast<int64_t>(sample.queries.size()) / row_size;
+  const int64_t count = std::min(all, std::max<int64_t>(kMostQueries / sample.group_size, 1));
+  Rows queries(count * sample.group_size, sample.head_dim);
   for (int64_t i = 0; i < count; ++i) {
-    queries.row(i) =
-        Eigen::Map<const Eigen::RowVectorXf>(sample.queries.data() + i * all / count * d, d);
+    std::copy_n(sample.queries.data() + i * all / count * row_size, row_size,
+                queries.data() + i * row_size);
   }
   return queries;
 }
@@ -109,8 +110,8 @@ ValueFactors MeasureValueFactors(const ValueSample& sample) {
     const float spread2 = tried.from_mean.squaredNorm() / kPageTokens;
     square += spread2 * concentration;
     amplitude += (spread2 * concentration).cwiseSqrt();
-    rounding += CodeVariance(1.0f, kTriedBits) * static_cast<float>(d) * tried.range2 *
-                concentration;
+    rounding +=
+        CodeVariance(1.0f, kTriedBits) * static_cast<float>(d) * tried.range2 * concentration;
   }
   ValueFactors factors;
   factors.spread =

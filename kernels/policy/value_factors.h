@@ -7,9 +7,9 @@
 // what is lost in different pages shares kCoherence of its direction. Heads differ from that by up
 // to five in the square, and a head keeps its way over a text: one that looks for certain tokens
 // finds the same values in every page, so that their distances from the pages' means, and their
-// rounding, add up; one that looks evenly loses less than is said. So it is tried once per basis, on
-// the pages and queries that the basis is fitted on, and what comes out goes into every ValueSummary
-// that is sealed with it: no step pays for it.
+// rounding, add up; one that looks evenly loses less than is said. So it is tried once per basis,
+// on the pages and queries that the basis is fitted on, and what comes out goes into every
+// ValueSummary that is sealed with it: no step pays for it.
 
 #include <cstdint>
 
@@ -20,16 +20,18 @@ namespace adaattn {
 
 struct ValueSample {
   int32_t head_dim = 0;
+  int32_t group_size = 0;
   float softmax_scale = 0;
-  float softcap = 0;               // 0 = none
-  absl::Span<const float> keys;    // [tokens, head_dim], whole pages
-  absl::Span<const float> values;  // likewise
-  absl::Span<const float> queries;  // [rows, head_dim], of any q heads of the kv head
+  float softcap = 0;                // 0 = none
+  absl::Span<const float> keys;     // [tokens, head_dim], whole pages
+  absl::Span<const float> values;   // likewise
+  absl::Span<const float> queries;  // [rows, group_size, head_dim]: the kv head's q heads
 };
 
 // What comes of the values if each page but the first (which may hold the sink) is replaced by its
 // mean, and if they are read at 2 bits, with equal shares for all pages and each query's own
-// distribution within them: the mean over at most 128 queries of actual over predicted square. Of
+// distribution within them: the mean over at most 128 queries (of rows drawn evenly, or one row if
+// that is more) of actual over predicted square. Of
 // both, roots within [1/4, 4]. Rounding is only ever raised: where the mass lies on tokens of small
 // values, its figure falls below 1, but not for the pages that follow.
 //

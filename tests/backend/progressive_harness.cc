@@ -132,7 +132,7 @@ PageId ProgressiveHarness::FitBasis(int32_t count) {
     absl::StatusOr<Basis> basis = adaattn::FitBasis(d, keys, queries);
     EXPECT_TRUE(basis.ok()) << basis.status();
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-    basis->value_factors = MeasureValueFactors({d, scale, 0, keys, values, queries});
+    basis->value_factors = MeasureValueFactors({d, group, scale, 0, keys, values, queries});
     WriteBasis(*basis, shape, head, basis_blocks_.back().data());
   }
   return harness_.FitBasis(sequence_, count, sample);

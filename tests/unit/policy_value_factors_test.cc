@@ -1,7 +1,5 @@
 // What values were seen to err by, against what the error model says of them.
 
-#include "kernels/policy/value_factors.h"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -12,6 +10,7 @@
 #include "kernels/format/nested_code.h"
 #include "kernels/format/seal.h"
 #include "kernels/policy/error_model.h"
+#include "kernels/policy/value_factors.h"
 #include "tests/unit/format_testing.h"
 
 namespace adaattn {
@@ -22,12 +21,13 @@ constexpr int64_t kPages = 9;
 constexpr int64_t kTokens = kPages * kPageTokens;
 
 struct Rows {
-  std::vector<float> keys = RandomNormal(1, kTokens * kDim);
-  std::vector<float> values = RandomNormal(2, kTokens * kDim);
+  int32_t group_size = 1;
+  std::vector<float> keys = RandomNormal(1, kTokens* kDim);
+  std::vector<float> values = RandomNormal(2, kTokens* kDim);
   std::vector<float> queries = RandomNormal(3, 40 * kDim, 2.0f);
 
   ValueFactors Measure(float softcap = 0) const {
-    return MeasureValueFactors({kDim, 0.125f, softcap, keys, values, queries});
+    return MeasureValueFactors({kDim, group_size, 0.125f, softcap, keys, values, queries});
   }
   // Every 16th token is the same one, which the queries look for.
   void RepeatOneToken() {
@@ -124,14 +124,15 @@ TEST(ValueFactorsTest, ATokenThatComesBackAddsUp) {
   EXPECT_GT(factors.rounding, 1.8f);
 }
 
-TEST(ValueFactorsTest, QueriesBeyondTheFirst128AreDrawnEvenly) {
+TEST(ValueFactorsTest, DrawsRowsEvenlyAndAllOfTheirHeads) {
   Rows rows;
+  rows.group_size = 4;
   rows.queries = RandomNormal(3, 128 * kDim, 2.0f);
   const ValueFactors before = rows.Measure();
-  std::vector<float> twice;
-  for (int32_t q = 0; q < 128; ++q) {
-    const auto at = rows.queries.begin() + q * kDim;
-    for (int32_t copy = 0; copy < 2; ++copy) twice.insert(twice.end(), at, at + kDim);
+  std::vector<float> twice;  // each row of 4 heads
+  for (int32_t row = 0; row < 32; ++row) {
+    const auto at = rows.queries.begin() + row * 4 * kDim;
+    for (int32_t copy = 0; copy < 2; ++copy) twice.insert(twice.end(), at, at + 4 * kDim);
   }
   rows.queries = twice;
   EXPECT_EQ(rows.Measure().spread, before.spread);
