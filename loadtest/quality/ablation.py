@@ -83,6 +83,8 @@ def variants() -> Iterator[tuple[str, str, Ladder]]:
             yield f"basis {basis}", f"theta {theta}", Ladder(theta, basis=basis, coarse_rank=0.5)
     for depths in ((8,), (4, 8)):
         yield f"value depths {depths}", "theta 0.004", Ladder(0.004, coarse_rank=0.5, value_bits=depths)
+    for theta in (0.004, 0.008, 0.016):
+        yield "means corrected", f"theta {theta}", Ladder(theta, coarse_rank=0.5, corrects=True)
     yield "no skipping", "theta 0.004", Ladder(0.004, coarse_rank=0.5, skips=False)
     for rank, z in ((0.25, 2.0), (0.5, 0.0), (0.5, 1.0), (0.5, 3.0), (0.75, 2.0)):
         yield "coarse scan", f"rank {rank}, z {z:g}", Ladder(0.004, coarse_rank=rank, coarse_z=z)

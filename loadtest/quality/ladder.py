@@ -31,6 +31,7 @@ class Ladder:
     key_bits: tuple[int, ...] = (4, 6, 8)
     value_bits: tuple[int, ...] = (2, 4, 6, 8)  # depths that the ladder may choose; 0 (the mean) beside them
     skips: bool = True             # False: every page's values are read, at least at the first depth
+    corrects: bool = False         # skipped pages' means are moved by what attended pages' values were off theirs
     static: Optional[tuple[int, float, int]] = None
     shares: str = "scan"           # what depths are chosen by: exact, uncorrected (for rounding), of the row before
     entropy: str = ""              # the policy of that name, theta exp(-H); H of: page shares, all tokens, 4 pages drawn
@@ -172,10 +173,18 @@ class _Cache:
         weights = torch.cat([score, skipped, dense], -1).softmax(-1)
         w_kept, w_mean, w_dense = weights.split([n, sealed, end - n], -1)
         out = w_mean @ self.value_mean[:, None, :sealed] + w_dense @ self.v[:, None, n:end]
+        attended = torch.zeros_like(out)
         for bits in (2, 4, 6, 8):
             here = spread(value == bits)
             if bool(here.any()):
-                out = out + (w_kept * here[:, None]) @ self.value[bits][:, None, :n]
+                attended = attended + (w_kept * here[:, None]) @ self.value[bits][:, None, :n]
+        if self.owner.variant.corrects:  # by all of them but the sink, which is read at 8 bits
+            shares = w_kept.reshape(*w_kept.shape[:-1], sealed, page).sum(-1)[..., 1:]
+            sink = w_kept[..., :page] @ self.value[8][:, None, :page]
+            off_means = attended - sink - shares @ self.value_mean[:, None, 1:sealed]
+            of_each = w_mean.sum(-1, keepdim=True) / shares.sum(-1, keepdim=True).clamp_min(1e-9)
+            out = out + of_each.clamp_max(1) * off_means
+        out = out + attended
         return out.reshape(-1, rows, self.d)
 
 

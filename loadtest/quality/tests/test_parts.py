@@ -115,6 +115,26 @@ def test_full_depth_of_the_simulation_is_nearly_exact_and_read_deeper_means_bett
     assert math.isclose(attend.rows, 4 * 100)
 
 
+def test_corrected_means_make_up_for_what_skipped_pages_share_with_attended_ones():
+    generator = torch.Generator().manual_seed(6)
+    prefill = Prefill(2048)
+    prefill.k, prefill.v = ([torch.randn(1, 1, 2048, 64, generator=generator)] for _ in range(2))
+    prefill.q = [torch.randn(1, 2, 64, 64, generator=generator)]
+    sought, found = torch.randn(64, generator=generator), torch.randn(64, generator=generator)
+    for page in range(1, 31):  # tokens alike in key and value, more of them in some pages than in others
+        where = torch.arange(64 * page, 64 * page + (8 if page % 5 == 0 else 1))
+        prefill.k[0][0, 0, where], prefill.v[0][0, 0, where] = sought, found
+    q, k, v = (torch.randn(1, heads, 20, 64, generator=generator) for heads in (2, 1, 1))
+    errors = {}
+    for corrects, theta in ((False, 0.05), (True, 0.05), (False, 0.0), (True, 0.0)):
+        variant = ladder.Ladder(theta=theta, value_bits=(8,), corrects=corrects)
+        attend = ladder.LadderOverPrefill(variant, prefill, 1024)
+        attend(0, 0.1 * q + sought, k, v, 0.1)
+        errors[corrects, theta] = attend.mean_error
+    assert errors[True, 0.05] < 0.7 * errors[False, 0.05]
+    assert errors[True, 0.0] == errors[False, 0.0]  # nothing is skipped
+
+
 def test_errors_of_heads_are_the_audits():
     exact = torch.zeros(4, 2, 64)
     exact[0, :, 0], exact[1, :, 1], exact[2, :, 2] = 3, 4, 2  # q heads 0 and 1 share a kv head, 2 and 3 the next
