@@ -1,9 +1,9 @@
-#include "kernels/cuda/page_ring.h"
-
 #include <gtest/gtest.h>
 
 #include <random>
 #include <vector>
+
+#include "kernels/cuda/page_ring.h"
 
 namespace adaattn {
 namespace {
