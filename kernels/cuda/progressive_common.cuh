@@ -110,11 +110,9 @@ ADAATTN_HD constexpr int32_t AttendCost(int32_t planes) { return 1 + planes; }
 // The list of a chunk.
 struct ChunkList {
   int32_t pages;
-  int32_t cost;       // of all of them
-  int32_t last_cost;  // of the last one
-  int32_t unused;
+  int32_t cost;  // of all of them
 };
-static_assert(sizeof(ChunkList) == 16, "moved with one instruction");
+static_assert(sizeof(ChunkList) == 8, "moved with one instruction");
 
 // Byte offsets into the workspace. Row-major, outermost first; H kv heads, S sequences, C columns.
 struct ProgressiveWorkspace {

@@ -273,8 +273,7 @@ struct PageDecider {
     const int cost =
         attended() ? AttendCost((depth.value_bits + depth.key.bits - kScanBits) / 2) : 0;
     const int all = __reduce_add_sync(0xffffffffu, quarter == 0 ? cost : 0);
-    const int last = __shfl_sync(0xffffffffu, cost, 31 - __clz(quads | 1));
-    if (lane == 0) shared.warp_list[warp] = ChunkList{__popc(quads), all, last, 0};
+    if (lane == 0) shared.warp_list[warp] = ChunkList{__popc(quads), all};
   }
 
   // Lists the chunk's attended pages in order.
@@ -288,10 +287,8 @@ struct PageDecider {
         const ChunkList part = shared.warp_list[i];
         list.pages += part.pages;
         list.cost += part.cost;
-        if (part.pages > 0) list.last_cost = part.last_cost;
       }
-      *reinterpret_cast<int4*>(ChunkListOf(p, chunk_index)) =
-          make_int4(list.pages, list.cost, list.last_cost, 0);
+      *reinterpret_cast<int2*>(ChunkListOf(p, chunk_index)) = make_int2(list.pages, list.cost);
     }
     int before = 0;
 #pragma unroll
@@ -447,7 +444,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
     reinterpret_cast<int2*>(p.workspace + w.spans)[head_index] = make_int2(0, 0);
   }
   if (pages == 0) {
-    if (threadIdx.x == 0) *reinterpret_cast<int4*>(ChunkListOf(p, chunk_index)) = int4{};
+    if (threadIdx.x == 0) *reinterpret_cast<int2*>(ChunkListOf(p, chunk_index)) = int2{};
     return;
   }
   decider.Load();

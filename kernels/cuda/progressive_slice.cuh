@@ -68,8 +68,8 @@ struct SliceFinder {
 
   __device__ __forceinline__ ChunkList At(int chunk) const {
     if (chunk >= chunks) return ChunkList{};
-    const int4 x = reinterpret_cast<const int4*>(lists)[chunk];
-    return ChunkList{x.x, x.y, x.z, 0};
+    const int2 x = reinterpret_cast<const int2*>(lists)[chunk];
+    return ChunkList{x.x, x.y};
   }
   __device__ __forceinline__ ListPosition total() const { return shared.before[kThreads]; }
   // What a slice costs; no less than any page, so that each slice but the last has pages.
