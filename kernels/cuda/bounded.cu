@@ -4,6 +4,7 @@
 #include "kernels/cuda/bounded_head.h"
 #include "kernels/cuda/stage_stamps.h"
 #include "kernels/cuda/status.h"
+#include "kernels/cuda/warp.cuh"
 
 namespace adaattn {
 namespace {
@@ -23,12 +24,7 @@ struct ClusterTeam {
     __syncwarp();
     cooperative_groups::this_cluster().sync();
   }
-  // Of all lanes, in the same order in each.
-  __device__ __forceinline__ double Sum(double x) const {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-  }
+  __device__ __forceinline__ double Sum(double x) const { return WarpSum(x); }
   // NaN is passed on.
   __device__ __forceinline__ double Max(double x) const {
 #pragma unroll

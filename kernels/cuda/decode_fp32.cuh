@@ -14,6 +14,7 @@
 #include "kernels/cuda/decode_schedule.h"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/status.h"
+#include "kernels/cuda/warp.cuh"
 #include "kernels/format/page_layout.h"
 
 namespace adaattn {
@@ -86,7 +87,7 @@ __device__ __forceinline__ void AttendFp32Token(const float* key, const float* v
     float s = 0;
 #pragma unroll
     for (int i = 0; i < Traits::kChannels; ++i) s = fmaf(rows.query[r][i], k[i], s);
-    for (int offset = 16; offset > 0; offset /= 2) s += __shfl_xor_sync(0xffffffffu, s, offset);
+    s = WarpSum(s);
     s *= scale;
     if (cap > 0) s = cap * tanhf(s / cap);
     const float top = fmaxf(rows.max[r], s);

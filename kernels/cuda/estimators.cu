@@ -4,6 +4,7 @@
 #include "kernels/cuda/estimator_rank.h"
 #include "kernels/cuda/estimators.h"
 #include "kernels/cuda/status.h"
+#include "kernels/cuda/warp.cuh"
 
 namespace adaattn {
 namespace {
@@ -16,12 +17,7 @@ struct CtaTeam {
   int32_t thread, warp, lane;
 
   __device__ __forceinline__ void SyncCta() const { __syncthreads(); }
-  // Of all lanes, in the same order in each.
-  __device__ __forceinline__ double Sum(double x) const {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-  }
+  __device__ __forceinline__ double Sum(double x) const { return WarpSum(x); }
   __device__ __forceinline__ double Max(double x) const {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {

@@ -13,6 +13,7 @@
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/progressive.h"
 #include "kernels/cuda/stage_stamps.h"
+#include "kernels/cuda/warp.cuh"
 #include "kernels/format/nested_code.h"
 #include "kernels/format/page_layout.h"
 #include "kernels/format/planes.h"
@@ -463,12 +464,6 @@ __device__ __forceinline__ int WarpPrefix(int x, int lane) {
     const int before = __shfl_up_sync(0xffffffffu, x, step);
     if (lane >= step) x += before;
   }
-  return x;
-}
-
-__device__ __forceinline__ float WarpSum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
   return x;
 }
 

@@ -30,10 +30,10 @@ struct ValueSample {
 
 // What comes of the values if each page but the first (which may hold the sink) is replaced by its
 // mean, and if they are read at 2 bits, with equal shares for all pages and each query's own
-// distribution within them: the mean over at most 128 queries (of rows drawn evenly, or one row if
-// that is more) of actual over predicted square. Of
-// both, roots within [1/4, 4]. Rounding is only ever raised: where the mass lies on tokens of small
-// values, its figure falls below 1, but not for the pages that follow.
+// distribution within them: the mean of actual over predicted square, over at most 128 queries (of
+// rows drawn evenly, or one row if that is more). Of both, roots within [1/4, 4]. Rounding is only
+// ever raised: where the mass lies on tokens of small values, its figure falls below 1, but not for
+// the pages that follow.
 //
 // Without queries or a second page, or where nothing is lost: 1.
 ValueFactors MeasureValueFactors(const ValueSample& sample);
