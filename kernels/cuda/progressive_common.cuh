@@ -26,6 +26,7 @@ inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr int32_t kTileColumns = 8;   // columns of one MMA
 inline constexpr int32_t kMaxColumns = 128;  // group size 16, q_len 8
+inline constexpr int32_t kFewColumns = 4;    // one row of a group of four, the usual step
 
 // Shapes of the CTAs, which the plan has to know.
 inline constexpr int32_t kScanWarps = 8;    // and one that fetches
@@ -205,10 +206,12 @@ struct ProgressiveArgs : ProgressiveParams {
 #if defined(__CUDACC__)
 
 // kSoftCapV: some sequence of the batch has a soft cap; without, its code is not there.
-template <int kHeadDimV, bool kSoftCapV = false>
+// kColumnsV: columns of a tile that any sequence has, kTileColumns or kFewColumns.
+template <int kHeadDimV, bool kSoftCapV = false, int kColumnsV = kTileColumns>
 struct ProgressiveTraits {
   static constexpr int kHeadDim = kHeadDimV;
   static constexpr bool kSoftCap = kSoftCapV;
+  static constexpr int kColumns = kColumnsV;
   static constexpr int kTiles = kHeadDim / kTileChannels;  // MMA k-steps of a key
   static constexpr int kValueGroups = kHeadDim % 64 == 0 ? kHeadDim / 64 : 1;
   static constexpr int kTilesPerGroup = kTiles / kValueGroups;

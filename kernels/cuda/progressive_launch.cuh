@@ -4,6 +4,7 @@
 // The launches of a progressive step for one head_dim; inst/progressive_d*.cu each hold one.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/cuda/progressive_inst.h"
 #include "kernels/cuda/progressive_merge.cuh"
@@ -45,21 +46,22 @@ absl::Status AllowShared(Kernel kernel, size_t bytes) {
                   "cudaFuncSetAttribute");
 }
 
-template <class Traits>
+// `TileTraits`: of the kernels that are leaner where columns are few.
+template <class Traits, class TileTraits>
 absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   constexpr size_t kPrepareShared = sizeof(PrepareShared<Traits>);
-  constexpr size_t kScanShared = sizeof(ScanShared<Traits>);
+  constexpr size_t kScanShared = sizeof(ScanShared<TileTraits>);
   constexpr size_t kRefineShared = sizeof(RefineShared<Traits>);
   constexpr size_t kThetaShared = sizeof(ThetaShared<Traits>);
-  constexpr size_t kSelectShared = sizeof(SelectShared<Traits>);
+  constexpr size_t kSelectShared = sizeof(SelectShared<TileTraits>);
   constexpr size_t kAttendShared = sizeof(AttendShared<Traits>);
   constexpr size_t kMergeShared = sizeof(MergeShared<Traits>);
   static const absl::Status allowed = [] {
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressivePrepareKernel<Traits>, kPrepareShared));
-    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveScanKernel<Traits>, kScanShared));
+    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveScanKernel<TileTraits>, kScanShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveRefineKernel<Traits>, kRefineShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveThetaKernel<Traits>, kThetaShared));
-    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveSelectKernel<Traits>, kSelectShared));
+    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveSelectKernel<TileTraits>, kSelectShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveAttendKernel<Traits>, kAttendShared));
     return AllowShared(ProgressiveMergeKernel<Traits>, kMergeShared);
   }();
@@ -73,7 +75,7 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   const auto head_groups = static_cast<unsigned>(CeilDiv(p.shape.num_kv_heads, kScanWarps));
   const unsigned runs = static_cast<unsigned>(p.work.scan_runs) * head_groups;
   const auto scan_ctas = static_cast<unsigned>(ScanCtasPerSm(Traits::kHeadDim) * p.num_sms);
-  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveScanKernel<Traits>,
+  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveScanKernel<TileTraits>,
                                             dim3(std::min(scan_ctas, runs * tiles)), kScanThreads,
                                             kScanShared, true, p, stream, "scan"));
   if (p.two_stage) {
@@ -87,7 +89,7 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
                                               true, p, stream, "theta"));
   }
   ADAATTN_RETURN_IF_ERROR(
-      LaunchProgressive(ProgressiveSelectKernel<Traits>,
+      LaunchProgressive(ProgressiveSelectKernel<TileTraits>,
                         dim3(static_cast<unsigned>(p.work.chunks) * tiles, heads, sequences),
                         kSelectThreads, kSelectShared, true, p, stream, "select"));
   const auto attend_ctas = static_cast<unsigned>(p.work.attend_ctas);
@@ -101,8 +103,13 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
 
 template <int kHeadDim>
 absl::Status RunProgressiveHeadDim(const ProgressiveArgs& args, cudaStream_t stream) {
-  return args.softcap ? RunStep<ProgressiveTraits<kHeadDim, true>>(args, stream)
-                      : RunStep<ProgressiveTraits<kHeadDim, false>>(args, stream);
+  const bool few = args.shape.group_size() * args.max_q_len <= kFewColumns;
+  const auto run = [&](auto soft_cap) {
+    using Traits = ProgressiveTraits<kHeadDim, soft_cap()>;
+    using FewTraits = ProgressiveTraits<kHeadDim, soft_cap(), kFewColumns>;
+    return few ? RunStep<Traits, FewTraits>(args, stream) : RunStep<Traits, Traits>(args, stream);
+  };
+  return args.softcap ? run(std::true_type()) : run(std::false_type());
 }
 
 }  // namespace adaattn
