@@ -257,6 +257,12 @@ __device__ __forceinline__ float Log2(float x) {
   return out;
 }
 
+__device__ __forceinline__ float Reciprocal(float x) {
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
 // log2(2^a + 2^b); -inf is the empty sum.
 __device__ __forceinline__ float AddLog2(float a, float b) {
   const float high = fmaxf(a, b);

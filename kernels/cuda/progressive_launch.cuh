@@ -55,7 +55,7 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   constexpr size_t kThetaShared = sizeof(ThetaShared<Traits>);
   constexpr size_t kSelectShared = sizeof(SelectShared<TileTraits>);
   constexpr size_t kAttendShared = sizeof(AttendShared<Traits>);
-  constexpr size_t kMergeShared = sizeof(MergeShared<Traits>);
+  constexpr size_t kMergePart = sizeof(MergePart<Traits>);
   static const absl::Status allowed = [] {
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressivePrepareKernel<Traits>, kPrepareShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveScanKernel<TileTraits>, kScanShared));
@@ -63,7 +63,7 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveThetaKernel<Traits>, kThetaShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveSelectKernel<TileTraits>, kSelectShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveAttendKernel<Traits>, kAttendShared));
-    return AllowShared(ProgressiveMergeKernel<Traits>, kMergeShared);
+    return AllowShared(ProgressiveMergeKernel<Traits>, kMergeMaxWarps * kMergePart);
   }();
   ADAATTN_RETURN_IF_ERROR(allowed);
   const auto heads = static_cast<unsigned>(p.shape.num_kv_heads);
@@ -97,8 +97,10 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
       LaunchProgressive(ProgressiveAttendKernel<Traits>, dim3(attend_ctas, tiles),
                         AttendShared<Traits>::kThreads, kAttendShared, true, p, stream, "attend"));
   const auto columns = static_cast<unsigned>(p.shape.group_size() * p.max_q_len);
+  const int warps = MergeWarps(static_cast<int>(columns * heads * sequences), p.num_sms);
   return LaunchProgressive(ProgressiveMergeKernel<Traits>, dim3(columns, heads, sequences),
-                           kMergeThreads, kMergeShared, true, p, stream, "merge");
+                           32 * warps, static_cast<size_t>(warps) * kMergePart, true, p, stream,
+                           "merge");
 }
 
 template <int kHeadDim>

@@ -15,17 +15,18 @@
 
 namespace adaattn {
 
-inline constexpr int kMergeThreads = 128;
-inline constexpr int kMergeWarps = kMergeThreads / 32;
+inline constexpr int kMergeMaxWarps = 16;
 
+// What a warp summed up, then all of them; floats, so that it can be summed as such.
 template <class Traits>
-struct MergeShared {
+struct MergePart {
   static constexpr int kD = Traits::kHeadDim;
-  // Of each warp: means of skipped pages, weighted means, estimated o; partial outputs.
-  alignas(16) float vectors[kMergeWarps][kNumChunkVectors][kD];
-  alignas(16) float partial[kMergeWarps][kD];
-  ChunkState state[kMergeWarps];
-  float mass[kMergeWarps];  // of the partial outputs
+  // Means of skipped pages, weighted means, means of attended pages as part of the estimated o.
+  alignas(16) float vectors[kNumChunkVectors][kD];
+  alignas(16) float partial[kD];  // partial outputs
+  ChunkState state;
+  float mass;  // of the partial outputs
+  float unused;
 };
 
 // A column's vectors in one warp's registers: channel lane + 32 j in element j.
@@ -35,26 +36,15 @@ struct ColumnVectors {
   static constexpr int kEach = (kD + 31) / 32;
   float x[kNumChunkVectors][kEach];
 
-  // The sum of the warps' parts: skipped pages times `skipped`, plus partial outputs times
-  // `attended`.
-  __device__ __forceinline__ ColumnVectors(const MergeShared<Traits>& shared, float skipped,
+  // Skipped pages times `skipped`, plus partial outputs times `attended`; the others as they are.
+  __device__ __forceinline__ ColumnVectors(const MergePart<Traits>& sums, float skipped,
                                            float attended, int lane) {
 #pragma unroll
-    for (int i = 0; i < kNumChunkVectors; ++i) {
+    for (int j = 0; j < kEach; ++j) {
+      const int at = lane + 32 * j;
 #pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        x[i][j] = 0;
-        if (lane + 32 * j >= kD) continue;
-#pragma unroll
-        for (int part = 0; part < kMergeWarps; ++part) {
-          x[i][j] += shared.vectors[part][i][lane + 32 * j];
-        }
-        if (i != kSkipped) continue;
-        float sum = 0;
-#pragma unroll
-        for (int part = 0; part < kMergeWarps; ++part) sum += shared.partial[part][lane + 32 * j];
-        x[i][j] = fmaf(sum, attended, x[i][j] * skipped);
-      }
+      for (int i = 0; i < kNumChunkVectors; ++i) x[i][j] = at < kD ? sums.vectors[i][at] : 0.0f;
+      if (at < kD) x[kSkipped][j] = fmaf(sums.partial[at], attended, x[kSkipped][j] * skipped);
     }
   }
 
@@ -108,13 +98,13 @@ __device__ __forceinline__ float LargestReference(const float* references, int s
   return top;
 }
 
-// A warp's part of a column's sums: every kMergeWarps-th chunk and slot, a lane a few channels.
+// A warp's part of a column's sums: every `warps`-th chunk and slot, a lane a few channels.
 // `reference`: what partial results are brought to.
 template <class Traits>
 __device__ __forceinline__ void SumColumn(const ProgressiveArgs& p, int64_t head_index, int column,
                                           int chunks, const Slice& slots, const float* references,
-                                          float reference, int lane, int warp,
-                                          MergeShared<Traits>& shared) {
+                                          float reference, int lane, int warp, int warps,
+                                          MergePart<Traits>* part) {
   constexpr int kD = Traits::kHeadDim, kWords = kD / 4, kEach = (kWords + 31) / 32;
   const ProgressiveWorkspace& w = p.work;
   const int64_t row = head_index * w.columns + column;  // of slot 0
@@ -134,43 +124,59 @@ __device__ __forceinline__ void SumColumn(const ProgressiveArgs& p, int64_t head
       *sum = make_float4(sum->x + x.x, sum->y + x.y, sum->z + x.z, sum->w + x.w);
     };
 #pragma unroll 4
-    for (int chunk = warp; chunk < chunks; chunk += kMergeWarps) {
+    for (int chunk = warp; chunk < chunks; chunk += warps) {
       const float4* from = vectors + int64_t{chunk} * w.columns * (kNumChunkVectors * kWords) + at;
 #pragma unroll
       for (int i = 0; i < kNumChunkVectors; ++i) add(from[i * kWords], &sums[i]);
     }
     add(sums[kSkipped], &sums[kAttended]);
     float4 attended{};
-#pragma unroll 8
-    for (int slot = slots.begin + warp; slot < slots.end; slot += kMergeWarps) {
+#pragma unroll 4
+    for (int slot = slots.begin + warp; slot < slots.end; slot += warps) {
       const float own = references[int64_t{slot} * w.columns];
       float4 x = partial[int64_t{slot} * w.columns * kWords + at];
       if (own == -INFINITY) x = float4{};  // anything may stand there
       const float factor = own == -INFINITY ? 0.0f : Exp2(own - reference);
       add(make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor), &attended);
     }
-    reinterpret_cast<float4*>(shared.partial[warp])[at] = attended;
+    reinterpret_cast<float4*>(part->partial)[at] = attended;
 #pragma unroll
     for (int i = 0; i < kNumChunkVectors; ++i) {
-      reinterpret_cast<float4*>(shared.vectors[warp][i])[at] = sums[i];
+      reinterpret_cast<float4*>(part->vectors[i])[at] = sums[i];
     }
   }
   float sum = 0;
-  for (int slot = slots.begin + warp * 32 + lane; slot < slots.end; slot += 32 * kMergeWarps) {
+  for (int slot = slots.begin + warp * 32 + lane; slot < slots.end; slot += 32 * warps) {
     const float own = references[int64_t{slot} * w.columns];
     if (own != -INFINITY) sum = fmaf(masses[int64_t{slot} * w.columns], Exp2(own - reference), sum);
   }
   sum = WarpSum(sum);
-  if (lane == 0) shared.mass[warp] = sum;
+  if (lane == 0) {
+    part->mass = sum;
+    part->unused = 0;
+  }
   // Lane i sums figure i.
   constexpr int kFigures = sizeof(ChunkState) / 4;
   if (lane >= kFigures) return;
   sum = 0;
 #pragma unroll 4
-  for (int chunk = warp; chunk < chunks; chunk += kMergeWarps) {
+  for (int chunk = warp; chunk < chunks; chunk += warps) {
     sum += states[int64_t{chunk} * w.columns * kFigures + lane];
   }
-  reinterpret_cast<float*>(&shared.state[warp])[lane] = sum;
+  reinterpret_cast<float*>(&part->state)[lane] = sum;
+}
+
+// The warps' parts, in their order, to the first. By the whole CTA, after a barrier.
+template <class Traits>
+__device__ __forceinline__ void SumMergeParts(MergePart<Traits>* parts, int warps) {
+  constexpr int kFloats = sizeof(MergePart<Traits>) / sizeof(float);
+  auto* first = reinterpret_cast<float*>(parts);
+  for (int at = threadIdx.x; at < kFloats; at += 32 * warps) {
+    float sum = first[at];
+#pragma unroll 4
+    for (int i = 1; i < warps; ++i) sum += first[i * kFloats + at];
+    first[at] = sum;
+  }
 }
 
 __device__ __forceinline__ void StoreElement(void* tensor, int64_t at, DType type, float value) {
@@ -209,17 +215,10 @@ struct DensePart {
 template <class Traits>
 __device__ __forceinline__ void FinishColumn(const ProgressiveArgs& p, int64_t row, float lse,
                                              const DensePart<Traits>& dense, float reference,
-                                             int lane, const MergeShared<Traits>& shared,
+                                             int lane, const MergePart<Traits>& sums,
                                              float2* figures) {
   constexpr int kD = Traits::kHeadDim;
-  ChunkState state = shared.state[0];
-#pragma unroll
-  for (int i = 1; i < kMergeWarps; ++i) {
-    const ChunkState& x = shared.state[i];
-    state = ChunkState{state.mass + x.mass,     state.entropy + x.entropy,
-                       state.weight + x.weight, state.mean_squares + x.mean_squares,
-                       state.rest + x.rest,     state.amplitude + x.amplitude};
-  }
+  const ChunkState& state = sums.state;
   const float dense_mass = dense.lse == -INFINITY ? 0.0f : Exp2(dense.lse - lse);
   // The largest part is what the output's sums are relative to.
   float top = fmaxf(reference, state.mass > 0 ? Log2(state.mass) : -INFINITY);
@@ -228,12 +227,9 @@ __device__ __forceinline__ void FinishColumn(const ProgressiveArgs& p, int64_t r
   const float skipped = state.mass > 0 ? Exp2(-top) : 0.0f;
   const float attended = reference == -INFINITY ? 0.0f : Exp2(reference - top);
   const float tail = dense.lse == -INFINITY ? 0.0f : Exp2(dense.lse - lse - top);
-  ColumnVectors<Traits> vectors(shared, skipped, attended, lane);
+  ColumnVectors<Traits> vectors(sums, skipped, attended, lane);
   vectors.Transform(lane);
-  float attended_mass = 0;
-#pragma unroll
-  for (int i = 0; i < kMergeWarps; ++i) attended_mass += shared.mass[i];
-  const float mass = fmaf(state.mass, skipped, fmaf(attended_mass, attended, tail));
+  const float mass = fmaf(state.mass, skipped, fmaf(sums.mass, attended, tail));
   const float inverse = mass > 0 ? 1.0f / mass : 0.0f;
   float norm = 0, cross = 0;
 #pragma unroll
@@ -270,7 +266,7 @@ __device__ __forceinline__ void StoreFigures(const ProgressiveArgs& p, const Pro
     entropy += x.y;
   }
   HeadDecision& decision = p.decisions[head_index];
-  // The mean square; the return kernel takes the root.
+  // The mean square; the host takes the root.
   decision.predicted_error = error / static_cast<float>(columns);
   decision.entropy = entropy / static_cast<float>(columns);
   const PageRange visible = VisiblePages(s);
@@ -281,20 +277,19 @@ __device__ __forceinline__ void StoreFigures(const ProgressiveArgs& p, const Pro
   }
 }
 
-// What its registers allow.
-template <class Traits>
-constexpr int MergeCtasPerSm() {
-  return Traits::kHeadDim > 128 ? 4 : Traits::kHeadDim % 64 != 0 ? 6 : 8;
+// Warps of a CTA: few columns are each summed by many.
+inline int MergeWarps(int columns, int num_sms) {
+  return columns <= num_sms ? kMergeMaxWarps : columns <= 4 * num_sms ? kMergeMaxWarps / 2 : 4;
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kMergeThreads, MergeCtasPerSm<Traits>())
+__global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim > 128 ? 1 : 2)
     ProgressiveMergeKernel(const __grid_constant__ ProgressiveArgs p) {
   extern __shared__ __align__(16) std::byte shared_bytes[];
-  auto& shared = *reinterpret_cast<MergeShared<Traits>*>(shared_bytes);
+  auto* parts = reinterpret_cast<MergePart<Traits>*>(shared_bytes);
   const ProgressiveWorkspace& w = p.work;
   const int column = blockIdx.x, head = blockIdx.y, sequence = blockIdx.z;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const ProgressiveSequence& s = p.sequences[sequence];
   const int group_size = p.shape.group_size(), columns = group_size * s.q_len;
   const int chunks = CeilDiv(s.num_sealed, kChunkPages);
@@ -311,13 +306,15 @@ __global__ void __launch_bounds__(kMergeThreads, MergeCtasPerSm<Traits>())
   const Slice slots{span.x, span.y};
   const float* references = reinterpret_cast<const float*>(p.workspace + w.reference) + at;
   const float reference = LargestReference(references, w.columns, slots, lane);
-  SumColumn<Traits>(p, head_index, column, chunks, slots, references, reference, lane, warp,
-                    shared);
+  SumColumn<Traits>(p, head_index, column, chunks, slots, references, reference, lane, warp, warps,
+                    parts + warp);
+  __syncthreads();
+  SumMergeParts(parts, warps);
   __syncthreads();
   if (warp > 0) return;
   auto* figures =
       reinterpret_cast<float2*>(p.workspace + w.figures) + int64_t{head_index} * w.columns;
-  FinishColumn<Traits>(p, row, lse, dense, reference, lane, shared, figures + column);
+  FinishColumn<Traits>(p, row, lse, dense, reference, lane, parts[0], figures + column);
   if (lane != 0) return;
   __threadfence();
   auto* done = reinterpret_cast<int32_t*>(p.workspace + w.merged) + head_index;

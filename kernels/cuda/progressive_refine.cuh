@@ -41,13 +41,15 @@ __device__ __forceinline__ void CoarseLse(const ProgressiveArgs& p, const Progre
                                           int64_t head_index, int head, int lane, float* lse) {
   const float* runs = RunMasses(p, p.work.scan_lse, from.scan_begin, head) + lane % kTileColumns;
   const int64_t stride = MassStride(p);
-  RunningMass sum;
+  RunningMass<1> sum;
   const int entries = from.num_scan_runs * ScanPlaces(p.shape.num_kv_heads);
 #pragma unroll 8
   for (int i = lane / kTileColumns; i < entries; i += 4) {
-    sum.Add(make_float2(runs[i * stride], -INFINITY));
+    sum.Add({runs[i * stride]});
   }
-  float total = sum.Log2Sum().x;
+  float part[1];
+  sum.Log2Sum(part);
+  float total = part[0];
   total = AddLog2(total, __shfl_xor_sync(0xffffffffu, total, 8));
   total = AddLog2(total, __shfl_xor_sync(0xffffffffu, total, 16));
   if (lane < kTileColumns) {
@@ -102,7 +104,7 @@ struct PageRefiner {
   const PageSinks& sinks;
   int64_t head_index;
   int head, chunk_begin, columns, lane;
-  RunningMass mass;
+  RunningMass<2> mass;
   int pages_read = 0;
 
   __device__ __forceinline__ bool AlwaysOpens(int page) const {
@@ -116,14 +118,13 @@ struct PageRefiner {
     const int n = lane % 4 * 2;
     const bool visible = page < end && PageVisibility(s, page) != Visibility::kNone;
     bool opens = false;
-    float2 masses = make_float2(-INFINITY, -INFINITY);
+    float masses[2] = {-INFINITY, -INFINITY};
     if (visible) {
       const float4* at = PageStatsOf(p, head_index, page) + n;
       const float4 x[2] = {at[0], at[1]};
-      masses = make_float2(EstimatedLog2Mass(PageStats{x[0].x, x[0].y, x[0].z, x[0].w}),
-                           EstimatedLog2Mass(PageStats{x[1].x, x[1].y, x[1].z, x[1].w}));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
+        masses[i] = EstimatedLog2Mass(PageStats{x[i].x, x[i].y, x[i].z, x[i].w});
         opens |= n + i < columns && OpensPage(x[i].y * kLn2, x[i].z, from.decision.coarse_z,
                                               lse[n + i] * kLn2, from.decision.theta);
       }
@@ -141,7 +142,7 @@ struct PageRefiner {
         p.pool + static_cast<int64_t>(p.table[from.table_begin + page]) * kPageAlignment;
     const int64_t index = head_index * p.max_sealed + page;
     const std::byte* scores = p.workspace + p.work.scores + index * (p.work.columns * 128);
-    if (sinks.HasScores(lane)) {
+    if (sinks.stores_scores) {
       CopyAsync16(stage.scores + lane * 16, scores + lane * 16);
       CopyAsync16(stage.scores + 512 + lane * 16, scores + 512 + lane * 16);
     }
@@ -176,15 +177,15 @@ struct PageRefiner {
       chunks[c] =
           SharedAddress(stage.keys) + (c - chunk_begin) * Traits::kChunkTiles * kKeyTileBytes;
     }
-    float sums[4][4], ones[4], high[2];
+    float sums[4][4], ones[4], high[2], variances[2];
     uint32_t unused = 0, packed[8];
     MultiplyPage<Traits>(chunks, mine.ranges, query, chunk_begin, kChunks, lane, sums, ones,
                          &unused);
-    const float variance = QuadSum(SumHalves(UnreadSquares<Traits>(mine.ranges, query, 0, lane))) *
-                           (kLn2 * kLn2 / 768) * scale * scale;
+    const float squares = SumHalves(UnreadSquares<Traits>(mine.ranges, query, 0, lane));
+    SpreadColumns(QuadSum(squares) * (kLn2 * kLn2 / 768) * scale * scale, lane, variances);
     uint4 low = make_uint4(0, 0, 0, 0), up = low;
     float max = -INFINITY;
-    if (sinks.HasScores(lane)) {
+    if (sinks.stores_scores) {
       low = reinterpret_cast<const uint4*>(stage.scores)[lane];
       up = reinterpret_cast<const uint4*>(stage.scores)[32 + lane];
       max = stage.stats[lane / 4].x;
@@ -196,14 +197,11 @@ struct PageRefiner {
     AddScores(sums, 2097152.0f * scale, offset, max, lane, packed, high);
     float lse[2], concentration[2];
     SumPacked<Traits>(packed, high, s.softcap, lane, lse, concentration);
-    PageStats stats[2] = {{high[0], lse[0], 0, concentration[0]},
-                          {high[1], lse[1], 0, concentration[1]}};
-    SpreadVariance(variance, lane, stats);
-    StoreStats(p, sinks, page, stats, true, lane);
-    StoreScores(p, sinks, page, packed, lane);
-    if (lane < 4) {  // once for each column
-      mass.Add(make_float2(EstimatedLog2Mass(stats[0]), EstimatedLog2Mass(stats[1])));
-    }
+    const PageStats stats[2] = {{high[0], lse[0], variances[0], concentration[0]},
+                                {high[1], lse[1], variances[1], concentration[1]}};
+    StoreStats(p, sinks, page, stats, true);
+    StoreScores(p, sinks, page, packed);
+    if (lane < 4) mass.Add({EstimatedLog2Mass(stats[0]), EstimatedLog2Mass(stats[1])});  // once
     ++pages_read;
   }
 
@@ -248,10 +246,10 @@ struct PageRefiner {
     // Each quad saw other pages.
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) {
-      const float2 mine_so_far = mass.Log2Sum();
-      const float2 others = make_float2(__shfl_xor_sync(0xffffffffu, mine_so_far.x, step),
-                                        __shfl_xor_sync(0xffffffffu, mine_so_far.y, step));
-      mass.Add(others);
+      float so_far[2];
+      mass.Log2Sum(so_far);
+      mass.Add({__shfl_xor_sync(0xffffffffu, so_far[0], step),
+                __shfl_xor_sync(0xffffffffu, so_far[1], step)});
     }
   }
 };
@@ -289,7 +287,7 @@ __global__ void __launch_bounds__(kScanWarps * 32, Traits::kHeadDim <= 128 ? 2 :
   if (place >= group.pages) return;
   CoarseLse(p, from, head_index, head, lane, shared.lse + warp * kTileColumns);
   refiner.Run(run, place, group.pages, shared.lse + warp * kTileColumns);
-  StoreRunMass(p, p.work.refined_lse, run_index, place, head, 0, refiner.mass.Log2Sum());
+  StoreRunMass(p, p.work.refined_lse, run_index, place, head, 0, refiner.mass);
   if (lane == 0 && refiner.pages_read > 0) {
     const int64_t whole =
         KeyReadBytes(Traits::kHeadDim, kScanBits, NumRankChunks(Traits::kHeadDim));

@@ -34,8 +34,8 @@ struct ScanShared {
   static constexpr int kPairBytes = Traits::kTiles * kKeyTileBytes + Traits::kHeadDim;
   alignas(16) std::byte stages[kScanStages][kScanWarps * kPairBytes];
   alignas(16) __half ranges[kScanWarps][Traits::kHeadDim];
-  float2 mean[kScanWarps][4];  // q.mu, of each lane's columns
-  float unit[kScanWarps];      // of the query
+  float mean[kScanWarps][kTileColumns];  // q.mu
+  float unit[kScanWarps];                // of the query
   alignas(8) uint64_t full[kScanStages], empty[kScanStages];
   StageWork work[kScanStages];
 };
@@ -64,16 +64,20 @@ struct ScanItem {
   }
 };
 
-// Stores the mass that a warp found in its part of a run: of place `place`, columns 2 lane and + 1.
+// Stores the mass that a warp found in its part of a run, of place `place`.
+template <int kN>
 __device__ __forceinline__ void StoreRunMass(const ProgressiveArgs& p, int64_t masses, int run,
-                                             int place, int head, int column_tile, float2 mass) {
+                                             int place, int head, int column_tile,
+                                             const RunningMass<kN>& mass) {
   const int lane = threadIdx.x % 32;
   if (lane >= 4) return;
+  float sum[kN];
+  mass.Log2Sum(sum);
   const int64_t entry = int64_t{run} * ScanPlaces(p.shape.num_kv_heads) + place;
-  *reinterpret_cast<float2*>(
-      p.workspace + masses +
-      (entry * MassStride(p) + head * p.work.columns + column_tile * kTileColumns + 2 * lane) * 4) =
-      mass;
+  float* target = reinterpret_cast<float*>(p.workspace + masses) + entry * MassStride(p) +
+                  head * p.work.columns + column_tile * kTileColumns + kN * lane;
+#pragma unroll
+  for (int c = 0; c < kN; ++c) target[c] = sum[c];
 }
 
 // What the fetching warp does: brings the first four bits of the scanned rank chunks of its items'
@@ -184,6 +188,7 @@ struct PageFetcher {
 // What the other warps do: a (page, kv head) pair of every stage.
 template <class Traits>
 struct PageScanner {
+  static constexpr int kN = kLaneColumns<Traits>;
   const ProgressiveArgs& p;
   ScanShared<Traits>& shared;
   int lane, warp, place, member;  // member: of the head group
@@ -191,8 +196,9 @@ struct PageScanner {
   int item = -1, heads = 1, head_index = 0, chunk_end = 0, basis_end = 0;
   float softcap = 0;
   PageSinks sinks;
-  ScoreFilter filter;
-  RunningMass mass;
+  ScoreFilter<kN> filter;
+  RunningMass<kN> mass;
+  float bound[kN];  // by the pages so far
   // Of the basis.
   uint2 query[Traits::kTiles] = {};
 
@@ -211,9 +217,10 @@ struct PageScanner {
     softcap = from.softcap;
     const int columns = p.shape.group_size() * from.q_len;
     sinks = MakePageSinks<Traits>(p, columns, head_index, at.tile, lane);
-    filter =
-        ScoreFilter(p, from.decision, head_index, at.tile * kTileColumns + lane % 4 * 2, columns);
-    mass = RunningMass();
+    filter = ScoreFilter<kN>(p, from.decision, head_index,
+                             at.tile * kTileColumns + lane % 4 * kN, columns);
+    mass = RunningMass<kN>();
+    filter.Bound(mass.high, bound);
     basis_end = 0;
   }
 
@@ -222,10 +229,13 @@ struct PageScanner {
     const int basis = BasisOfPage(SequenceView(from), page);
     basis_end = basis + 1 < from.num_bases ? from.basis_end[basis] : from.num_sealed;
     const QueryFragments<Traits> fragments(p, head_index, basis, ScanItem(p, item).tile);
+    const int column = MmaColumn<Traits>(lane);
 #pragma unroll
-    for (int k = 0; k < Traits::kTiles; ++k) query[k] = fragments.halves[k * 32 + lane];
+    for (int k = 0; k < Traits::kTiles; ++k) {
+      query[k] = column < 0 ? uint2{} : fragments.halves[k * 32 + column * 4 + lane % 4];
+    }
     if (lane == 0) shared.unit[warp] = fragments.unit;
-    if (lane < 4) shared.mean[warp][lane] = reinterpret_cast<const float2*>(fragments.mean)[lane];
+    if (lane < kTileColumns) shared.mean[warp][lane] = fragments.mean[lane];
     __syncwarp();
   }
 
@@ -239,10 +249,10 @@ struct PageScanner {
   }
   // A static rank is all that is attended, too: EstimatedLog2Mass is to find no more mass than
   // that.
-  __device__ __forceinline__ void TakeOffCorrection(PageStats (&stats)[2]) const {
+  __device__ __forceinline__ void TakeOffCorrection(PageStats (&stats)[kN]) const {
     if (Sequence().decision.policy != Policy::kStatic) return;
 #pragma unroll
-    for (int c = 0; c < 2; ++c) stats[c].lse -= MassCorrection(stats[c].variance);
+    for (int c = 0; c < kN; ++c) stats[c].lse -= MassCorrection(stats[c].variance);
   }
 
   // One page; `release` says that the stage's bytes are no longer needed.
@@ -271,46 +281,49 @@ struct PageScanner {
       variance += SumHalves(UnreadSquares<Traits>(ranges, query, chunk_end, lane)) * UnreadWeight();
     }
     release();
-    variance = QuadSum(variance) * (kLn2 * kLn2) * scale * scale;
+    float variances[kN];
+    SpreadColumns(QuadSum(variance) * (kLn2 * kLn2) * scale * scale, lane, variances);
     if (cut) {
-      MaskPage(SequenceView(Sequence()), page, p.shape.group_size(),
-               ScanItem(p, item).tile * kTileColumns + lane % 4 * 2, lane, sums);
+      MaskPage<kN>(SequenceView(Sequence()), page, p.shape.group_size(),
+                   ScanItem(p, item).tile * kTileColumns + lane % 4 * kN, lane, sums);
     }
-    const float2 mean = shared.mean[warp][lane % 4];
-    const ScoreUnits units{
-        2097152.0f * scale,  // 2^24 / 8
-        {fmaf(-0.9375f * scale, ones[0], mean.x), fmaf(-0.9375f * scale, ones[1], mean.y)}};
-    float bound[2], lse[2], concentration[2];
-    filter.Bound(mass.high, bound);
+    ScoreUnits<kN> units{2097152.0f * scale, {}};  // 2^24 / 8
+#pragma unroll
+    for (int c = 0; c < kN; ++c) {
+      units.offset[c] = fmaf(-0.9375f * scale, ones[c], shared.mean[warp][lane % 4 * kN + c]);
+    }
+    float lse[kN], concentration[kN], page_mass[kN];
     SumScores<Traits>(sums, units, softcap, bound, lse, concentration);
-    PageStats stats[2] = {{-INFINITY, lse[0], 0, concentration[0]},
-                          {-INFINITY, lse[1], 0, concentration[1]}};
-    SpreadVariance(variance, lane, stats);
+    PageStats stats[kN];
+#pragma unroll
+    for (int c = 0; c < kN; ++c) {
+      stats[c] = PageStats{-INFINITY, lse[c], variances[c], concentration[c]};
+    }
     if (chunk_end < kChunks) TakeOffCorrection(stats);
-    const float2 page_mass = make_float2(EstimatedLog2Mass(stats[0]), EstimatedLog2Mass(stats[1]));
-    mass.Add(page_mass);
-    const float2 sum = mass.Log2Sum();
-    const float so_far[2] = {sum.x, sum.y};
-    filter.Bound(so_far, bound);
+#pragma unroll
+    for (int c = 0; c < kN; ++c) page_mass[c] = EstimatedLog2Mass(stats[c]);
     float spread = 0;
     if (chunk_end < kChunks) spread = Sequence().decision.coarse_z * kLog2E;
     if (page == 0 || cut || filter.Wants(stats, page_mass, bound, spread)) {
-      float high[2];
-      uint32_t packed[8];
+      float high[kN];
+      uint32_t packed[4 * kN];
       LargestScores(sums, units, high);
       PackScores(sums, units, high, packed);
-      StoreScores(p, sinks, page, packed, lane);
-      stats[0].max = high[0];
-      stats[1].max = high[1];
+      StoreScores(p, sinks, page, packed);
+#pragma unroll
+      for (int c = 0; c < kN; ++c) stats[c].max = high[c];
     }
-    StoreStats(p, sinks, page, stats, false, lane);
+    StoreStats(p, sinks, page, stats, false);
+    mass.Add(page_mass);
+    mass.Log2Sum(page_mass);
+    filter.Bound(page_mass, bound);
   }
 
   // Stores the mass of the item's pages.
   __device__ __forceinline__ void End() const {
     const ScanItem at(p, item);
     const int head = head_index % p.shape.num_kv_heads;
-    StoreRunMass(p, p.work.scan_lse, at.run, place, head, at.tile, mass.Log2Sum());
+    StoreRunMass(p, p.work.scan_lse, at.run, place, head, at.tile, mass);
   }
 
   __device__ __forceinline__ void Run() {

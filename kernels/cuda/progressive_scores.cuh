@@ -5,8 +5,8 @@
 //   s[t] = sum_c q_c r_c (n_tc - 7.5) / 8 + q.mu     n: nibbles; r: the page's channel ranges
 // Tokens are the M of the MMA, columns the N. Nibbles enter the MMA as FP16 subnormals (n 2^-24, or
 // 16 n 2^-24 for the upper nibble, which only ever holds rows 8..15 of a tile), so that unpacking
-// is one AND; products are exact and the sums FP32. The offset 7.5 is one more MMA, with ones; so
-// are the page's sums. Queries and ranges are halves relative to their largest: nothing overflows,
+// is one AND; products are exact and the sums FP32. The offset 7.5 is one more MMA, with ones.
+// Queries and ranges are halves relative to their largest: nothing overflows,
 // whatever the keys.
 
 #include "kernels/cuda/async_copy.cuh"
@@ -14,9 +14,31 @@
 
 namespace adaattn {
 
+// Columns that a lane's accumulators are of: kLaneColumns (lane % 4) and what follows. An
+// accumulator has room for two; where columns are few, the second is nobody's.
+template <class Traits>
+inline constexpr int kLaneColumns = Traits::kColumns / 4;
+
+// The column of the tile that is column lane / 4 of the MMA; -1: nobody's.
+template <class Traits>
+__device__ __forceinline__ int MmaColumn(int lane) {
+  if constexpr (kLaneColumns<Traits> == 2) return lane / 4;
+  return lane / 4 % 2 == 0 ? lane / 8 : -1;
+}
+
+// The column lane / 4 of the MMA of `x`, for each of the lane's columns.
+template <int kN>
+__device__ __forceinline__ void SpreadColumns(float x, int lane, float (&out)[kN]) {
+#pragma unroll
+  for (int c = 0; c < kN; ++c) out[c] = __shfl_sync(0xffffffffu, x, lane % 4 * 8 + 4 * c);
+}
+
 // Sums over rank chunks [chunk_begin, chunk_end) of q r n: sums[t] is the accumulator of tokens
 // 16t..16t+15 (rows 8..15 of it 16 times larger), ones[0] and ones[1] the sums of q r. squares:
 // halves of (q r)^2 for the column lane / 4. `chunks`: shared addresses of the rank chunks' tiles.
+//
+// A byte holds a nibble of row g (lower) and one of row g + 8. Row g multiplies the whole byte,
+// which takes one instruction of four less to bring in place, and has the other row taken off.
 template <class Traits>
 __device__ __forceinline__ void MultiplyPage(
     const uint32_t (&chunks)[NumRankChunks(Traits::kHeadDim)], const __half* ranges,
@@ -42,8 +64,8 @@ __device__ __forceinline__ void MultiplyPage(
       LoadShared(word, chunks[c] + (k - c * Traits::kChunkTiles) * kKeyTileBytes + lane * 16);
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
-        const uint32_t upper = word[t] >> 8;
-        const uint32_t a[4] = {word[t] & 0x000f000fu, word[t] & 0x00f000f0u, upper & 0x000f000fu,
+        const uint32_t upper = __byte_perm(word[t], 0, 0x4341u);
+        const uint32_t a[4] = {word[t] & 0x00ff00ffu, word[t] & 0x00f000f0u, upper,
                                upper & 0x00f000f0u};
         Mma16x8x16<__half>(sums[t], a, b0, b1);
       }
@@ -55,10 +77,16 @@ __device__ __forceinline__ void MultiplyPage(
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) multiply(c);
   } else {
+    asm volatile("");  // or the compiler makes one path of both
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       if (c >= chunk_begin && c < chunk_end) multiply(c);
     }
+  }
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    sums[t][0] -= sums[t][2];
+    sums[t][1] -= sums[t][3];
   }
 }
 
@@ -84,31 +112,37 @@ __device__ __forceinline__ float SumHalves(uint32_t pair) {
   return x.x + x.y;
 }
 
-// Masks the tokens that a row does not see.
+// Masks the tokens that a row does not see. `column`: the lane's first.
+template <int kN>
 __device__ __forceinline__ void MaskPage(const SequenceView& s, int page, int group_size,
                                          int column, int lane, float (&sums)[4][4]) {
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int token = page * kPageTokens + 16 * t + lane / 4 + (e >= 2 ? 8 : 0);
-      if (!TokenVisible(s, token, (column + e % 2) / group_size)) sums[t][e] = -INFINITY;
+    for (int half = 0; half < 2; ++half) {
+      const int token = page * kPageTokens + 16 * t + lane / 4 + 8 * half;
+#pragma unroll
+      for (int c = 0; c < kN; ++c) {
+        if (!TokenVisible(s, token, (column + c) / group_size)) sums[t][2 * half + c] = -INFINITY;
+      }
     }
   }
 }
 
 // What a page's accumulators are worth: times `unit` (rows 0..7; a 16th of it for rows 8..15) plus
-// `offset` of the column they are the scores of columns 2 (lane % 4) and + 1.
+// `offset` of the column they are the scores of the lane's columns.
+template <int kN>
 struct ScoreUnits {
   float unit;
-  float offset[2];
+  float offset[kN];
 };
 
-// The largest scores of the lane's two columns.
-__device__ __forceinline__ void LargestScores(const float (&sums)[4][4], const ScoreUnits& units,
-                                              float (&high)[2]) {
+// The largest scores of the lane's columns.
+template <int kN>
+__device__ __forceinline__ void LargestScores(const float (&sums)[4][4],
+                                              const ScoreUnits<kN>& units, float (&high)[kN]) {
 #pragma unroll
-  for (int c = 0; c < 2; ++c) {
+  for (int c = 0; c < kN; ++c) {
     const float low = fmaxf(fmaxf(sums[0][c], sums[1][c]), fmaxf(sums[2][c], sums[3][c]));
     const float up =
         fmaxf(fmaxf(sums[0][c + 2], sums[1][c + 2]), fmaxf(sums[2][c + 2], sums[3][c + 2]));
@@ -116,20 +150,21 @@ __device__ __forceinline__ void LargestScores(const float (&sums)[4][4], const S
   }
 }
 
-// Scores minus `high`, the column's maximum, as B fragments of halves.
-__device__ __forceinline__ void PackScores(const float (&sums)[4][4], const ScoreUnits& units,
-                                           const float (&high)[2], uint32_t (&packed)[8]) {
+// Scores minus `high`, the column's maximum, as halves in the order of StoreScores.
+template <int kN>
+__device__ __forceinline__ void PackScores(const float (&sums)[4][4], const ScoreUnits<kN>& units,
+                                           const float (&high)[kN], uint32_t (&packed)[4 * kN]) {
   const float unit[2] = {units.unit, units.unit * 0.0625f};
-  const float shift[2] = {high[0] == -INFINITY ? 0.0f : units.offset[0] - high[0],
-                          high[1] == -INFINITY ? 0.0f : units.offset[1] - high[1]};
+  float shift[kN];
 #pragma unroll
-  for (int t = 0; t < 4; ++t) {
+  for (int c = 0; c < kN; ++c) shift[c] = high[c] == -INFINITY ? 0.0f : units.offset[c] - high[c];
+  const auto score = [&](int octet, int c) {  // of eight tokens
+    return fmaf(sums[octet / 2][octet % 2 * 2 + c], unit[octet % 2], shift[c]);
+  };
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      packed[2 * t + half] =
-          Transpose8x8(PackPair<__half>(fmaf(sums[t][2 * half], unit[half], shift[0]),
-                                        fmaf(sums[t][2 * half + 1], unit[half], shift[1])));
-    }
+  for (int i = 0; i < 4 * kN; ++i) {
+    packed[i] = Transpose8x8(kN == 2 ? PackPair<__half>(score(i, 0), score(i, kN - 1))
+                                     : PackPair<__half>(score(i, 0), score(i + 4, 0)));
   }
 }
 
@@ -139,20 +174,22 @@ __device__ __forceinline__ float ColumnSum(float x) {  // over lanes of equal la
   return x + __shfl_xor_sync(0xffffffffu, x, 16);
 }
 
-// log2 of the sum of exp2(score) of the lane's two columns, and the concentration. `base`: what the
+// log2 of the sum of exp2(score) of the lane's columns, and the concentration. `base`: what the
 // sum is relative to, after the soft cap; where it is too low, or -inf, the page's own maximum is.
 // inf: anything will do.
-template <class Traits>
-__device__ __forceinline__ void SumScores(const float (&sums)[4][4], const ScoreUnits& units,
-                                          float cap, const float (&base)[2], float (&lse)[2],
-                                          float (&concentration)[2]) {
+template <class Traits, int kN>
+__device__ __forceinline__ void SumScores(const float (&sums)[4][4], const ScoreUnits<kN>& units,
+                                          float cap, const float (&base)[kN], float (&lse)[kN],
+                                          float (&concentration)[kN]) {
   const float unit[2] = {units.unit, units.unit * 0.0625f};
-  float sum[2], squares[2], from[2];
+  float sum[kN], squares[kN], from[kN];
 #pragma unroll
-  for (int c = 0; c < 2; ++c) from[c] = base[c] == INFINITY ? 0.0f : base[c];
+  for (int c = 0; c < kN; ++c) from[c] = base[c] == INFINITY ? 0.0f : base[c];
+  constexpr float kMost = 1e18f, kLeast = 1e-37f;  // whose square, whose reciprocal is finite
   const auto add = [&] {
+    bool fits = true;
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
+    for (int c = 0; c < kN; ++c) {
       const float shift = Traits::kSoftCap ? units.offset[c] : units.offset[c] - from[c];
       float x[2] = {0, 0}, xx[2] = {0, 0};  // shorter chains
 #pragma unroll
@@ -168,22 +205,23 @@ __device__ __forceinline__ void SumScores(const float (&sums)[4][4], const Score
       }
       sum[c] = ColumnSum(x[0] + x[1]);
       squares[c] = ColumnSum(xx[0] + xx[1]);
+      fits = fits && sum[c] < kMost;
     }
+    return fits;
   };
-  add();
-  constexpr float kMost = 1e18f;  // whose square is finite
-  if (__any_sync(0xffffffffu, !(sum[0] < kMost && sum[1] < kMost))) {
+  if (!__all_sync(0xffffffffu, add())) {
     LargestScores(sums, units, from);
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
+    for (int c = 0; c < kN; ++c) {
       from[c] = from[c] == -INFINITY ? 0.0f : SoftCap<Traits>(from[c], cap);
     }
     add();
   }
 #pragma unroll
-  for (int c = 0; c < 2; ++c) {
+  for (int c = 0; c < kN; ++c) {
     lse[c] = from[c] + Log2(sum[c]);
-    concentration[c] = sum[c] > 0 ? __fdividef(squares[c], sum[c] * sum[c]) : 0.0f;
+    const float inverse = Reciprocal(sum[c]);
+    concentration[c] = sum[c] > kLeast ? squares[c] * inverse * inverse : 0.0f;
   }
 }
 
@@ -218,80 +256,89 @@ __device__ __forceinline__ void SumPacked(const uint32_t (&packed)[8], const flo
   }
 }
 
-// Where a warp puts what it finds of its pages: the stats of the lane's two columns and the scores.
+// Where a warp puts what it finds of its pages: the stats of the lane's columns and the scores.
 struct PageSinks {
-  uint32_t stats;   // of page 0 of the head, in PageStats of the workspace
-  uint32_t scores;  // likewise, in 16 bytes
-  int columns;      // of the tile
-
-  __device__ __forceinline__ bool HasScores(int lane) const { return lane / 4 < columns; }
+  uint32_t stats;       // of page 0 of the head, in PageStats of the workspace
+  uint32_t scores;      // likewise, in 16 bytes
+  bool stores_scores;   // the lane has some: packed scores are of a column of the tile
+  int num_stats;        // that the lane stores
 };
 template <class Traits>
 __device__ __forceinline__ PageSinks MakePageSinks(const ProgressiveArgs& p, int columns,
                                                    int64_t head_index, int column_tile, int lane) {
+  constexpr int kN = kLaneColumns<Traits>;
   const ProgressiveWorkspace& w = p.work;
   const int64_t page = head_index * p.max_sealed;
+  const int in_tile = columns - column_tile * kTileColumns;
   PageSinks sinks;
   sinks.stats = static_cast<uint32_t>(w.stats / 16 + page * w.columns + column_tile * kTileColumns +
-                                      lane % 4 * 2);
+                                      lane % 4 * kN);
+  const int place = kN == 2 ? lane : lane / 4 % 2 * 32 + lane / 8 * 4 + lane % 4;
   sinks.scores = static_cast<uint32_t>(
-      w.scores / 16 + (page * (w.columns / kTileColumns) + column_tile) * 64 + lane);
-  sinks.columns = columns - column_tile * kTileColumns;
+      w.scores / 16 + (page * (w.columns / kTileColumns) + column_tile) * 64 + place);
+  sinks.stores_scores = lane / 4 * kN / 2 < in_tile;
+  sinks.num_stats = lane < 4 ? min(max(in_tile - lane * kN, 0), kN) : 0;
   return sinks;
 }
 
-// The variance of the lane's two columns; `variance` is of column lane / 4.
-__device__ __forceinline__ void SpreadVariance(float variance, int lane, PageStats (&stats)[2]) {
-#pragma unroll
-  for (int c = 0; c < 2; ++c) {
-    stats[c].variance = __shfl_sync(0xffffffffu, variance, lane % 4 * 8 + 4 * c);
-  }
-}
-
 // `opened`: by the second stage.
+template <int kN>
 __device__ __forceinline__ void StoreStats(const ProgressiveArgs& p, const PageSinks& sinks,
-                                           int page, const PageStats (&stats)[2], bool opened,
-                                           int lane) {
-  if (lane >= 4 || 2 * lane >= sinks.columns) return;
+                                           int page, const PageStats (&stats)[kN], bool opened) {
   float4* target = reinterpret_cast<float4*>(p.workspace) + sinks.stats + page * p.work.columns;
 #pragma unroll
-  for (int c = 0; c < 2; ++c) {
+  for (int c = 0; c < kN; ++c) {
+    if (c >= sinks.num_stats) continue;
     target[c] = make_float4(stats[c].max, stats[c].lse, stats[c].variance,
                             opened ? -stats[c].concentration : stats[c].concentration);
   }
 }
 
+// Scores lie as B fragments: of column lane / 4, eight octets of tokens. With one column a lane,
+// PackScores leaves octets 0..3 of column lane / 8 in one quad and 4..7 in the next.
+template <int kWords>
 __device__ __forceinline__ void StoreScores(const ProgressiveArgs& p, const PageSinks& sinks,
-                                            int page, const uint32_t (&packed)[8], int lane) {
-  if (!sinks.HasScores(lane)) return;
+                                            int page, const uint32_t (&packed)[kWords]) {
+  if (!sinks.stores_scores) return;
   uint4* target = reinterpret_cast<uint4*>(p.workspace) + sinks.scores +
                   static_cast<int64_t>(page) * (p.work.columns * 8);
-  target[0] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-  target[32] = make_uint4(packed[4], packed[5], packed[6], packed[7]);
+#pragma unroll
+  for (int i = 0; i < kWords; i += 4) {
+    target[8 * i] = make_uint4(packed[i], packed[i + 1], packed[i + 2], packed[i + 3]);
+  }
 }
 
-// The sum of page masses seen so far, for the lane's two columns.
+// The sum of page masses seen so far, for the lane's columns.
+template <int kN>
 struct RunningMass {
-  float high[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+  float high[kN], sum[kN];
 
-  __device__ __forceinline__ void Add(float2 mass) {
-    const float x[2] = {mass.x, mass.y};
+  __device__ __forceinline__ RunningMass() {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const float next = fmaxf(high[c], x[c]), base = next == -INFINITY ? 0.0f : next;
-      sum[c] = fmaf(sum[c], Exp2(high[c] - base), Exp2(x[c] - base));
+    for (int c = 0; c < kN; ++c) {
+      high[c] = -INFINITY;
+      sum[c] = 0;
+    }
+  }
+  __device__ __forceinline__ void Add(const float (&mass)[kN]) {
+#pragma unroll
+    for (int c = 0; c < kN; ++c) {
+      const float next = fmaxf(high[c], mass[c]), base = next == -INFINITY ? 0.0f : next;
+      sum[c] = fmaf(sum[c], Exp2(high[c] - base), Exp2(mass[c] - base));
       high[c] = next;
     }
   }
-  __device__ __forceinline__ float2 Log2Sum() const {
-    return make_float2(high[0] + Log2(sum[0]), high[1] + Log2(sum[1]));
+  __device__ __forceinline__ void Log2Sum(float (&mass)[kN]) const {
+#pragma unroll
+    for (int c = 0; c < kN; ++c) mass[c] = high[c] + Log2(sum[c]);
   }
 };
 
 // Which pages' scores may be wanted later, by what is known of L before the scan is through.
+template <int kN>
 struct ScoreFilter {
   float threshold = -INFINITY;  // log2 of theta, a little less; -inf: every page's
-  float lower[2] = {};          // the dense tail's part of L, of the lane's columns; inf: no column
+  float lower[kN] = {};         // the dense tail's part of L, of the lane's columns; inf: no column
 
   ScoreFilter() = default;
   __device__ __forceinline__ ScoreFilter(const ProgressiveArgs& p, const DecisionParams& decision,
@@ -300,28 +347,27 @@ struct ScoreFilter {
         decision.theta > 0) {
       threshold = Log2(decision.theta) - 0.02f;
     }
-    const float2 lse = *reinterpret_cast<const float2*>(p.workspace + p.work.dense_lse +
-                                                        (head_index * p.work.columns + column) * 4);
-    lower[0] = column < columns ? lse.x : INFINITY;
-    lower[1] = column + 1 < columns ? lse.y : INFINITY;
+    const float* lse = reinterpret_cast<const float*>(p.workspace + p.work.dense_lse) +
+                       head_index * p.work.columns + column;
+#pragma unroll
+    for (int c = 0; c < kN; ++c) lower[c] = column + c < columns ? lse[c] : INFINITY;
   }
 
   // What L is known to be at least, of the lane's columns; inf: no column. `mass`: log mass of
   // pages so far.
-  __device__ __forceinline__ void Bound(const float (&mass)[2], float (&bound)[2]) const {
+  __device__ __forceinline__ void Bound(const float (&mass)[kN], float (&bound)[kN]) const {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) bound[c] = fmaxf(lower[c], mass[c]);
+    for (int c = 0; c < kN; ++c) bound[c] = fmaxf(lower[c], mass[c]);
   }
 
-  // For the warp. `spread`: two stages: standard deviations that a page's log mass may gain, log2
-  // units.
-  __device__ __forceinline__ bool Wants(const PageStats (&stats)[2], float2 mass,
-                                        const float (&bound)[2], float spread) const {
-    const float x[2] = {mass.x, mass.y};
+  // For the warp. `bound`: as Bound; `spread`: two stages: standard deviations that a page's log
+  // mass may gain, log2 units.
+  __device__ __forceinline__ bool Wants(const PageStats (&stats)[kN], const float (&mass)[kN],
+                                        const float (&bound)[kN], float spread) const {
     bool wanted = false;
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      float most = x[c];
+    for (int c = 0; c < kN; ++c) {
+      float most = mass[c];
       if (spread > 0) most = fmaxf(most, stats[c].lse + spread * __fsqrt_rn(stats[c].variance));
       wanted |= most - bound[c] >= threshold;
     }
