@@ -251,6 +251,17 @@ __device__ __forceinline__ void WarpCopyAsync(std::byte* shared, const std::byte
   for (int at = lane * 16; at < bytes; at += 512) CopyAsync16(shared + at, global + at);
 }
 
+// x, in a way that keeps the compiler from working out what depends on it earlier, where registers
+// are short.
+__device__ __forceinline__ int Here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+__device__ __forceinline__ void PrefetchL1(const void* global) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(global));
+}
+
 __device__ __forceinline__ float Log2(float x) {
   float out;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));

@@ -69,9 +69,11 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   const auto heads = static_cast<unsigned>(p.shape.num_kv_heads);
   const auto sequences = static_cast<unsigned>(p.num_sequences);
   const auto tiles = static_cast<unsigned>(p.work.columns / kTileColumns);
-  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressivePrepareKernel<Traits>,
-                                            dim3(heads, sequences, tiles), kPrepareThreads,
-                                            kPrepareShared, false, p, stream, "prepare"));
+  const bool split = 2 * heads * sequences * tiles <=
+                     PrepareCtasPerSm<Traits>() * static_cast<unsigned>(p.num_sms);
+  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(
+      ProgressivePrepareKernel<Traits>, dim3(heads, sequences, split ? 2 * tiles : tiles),
+      kQueryThreads, kPrepareShared, false, p, stream, "prepare"));
   const auto head_groups = static_cast<unsigned>(CeilDiv(p.shape.num_kv_heads, kScanWarps));
   const unsigned runs = static_cast<unsigned>(p.work.scan_runs) * head_groups;
   const auto scan_ctas = static_cast<unsigned>(ScanCtasPerSm(Traits::kHeadDim) * p.num_sms);

@@ -142,7 +142,7 @@ struct PageRefiner {
         p.pool + static_cast<int64_t>(p.table[from.table_begin + page]) * kPageAlignment;
     const int64_t index = head_index * p.max_sealed + page;
     const std::byte* scores = p.workspace + p.work.scores + index * (p.work.columns * 128);
-    if (sinks.stores_scores) {
+    if (sinks.StoresScores()) {
       CopyAsync16(stage.scores + lane * 16, scores + lane * 16);
       CopyAsync16(stage.scores + 512 + lane * 16, scores + 512 + lane * 16);
     }
@@ -185,7 +185,7 @@ struct PageRefiner {
     SpreadColumns(QuadSum(squares) * (kLn2 * kLn2 / 768) * scale * scale, lane, variances);
     uint4 low = make_uint4(0, 0, 0, 0), up = low;
     float max = -INFINITY;
-    if (sinks.stores_scores) {
+    if (sinks.StoresScores()) {
       low = reinterpret_cast<const uint4*>(stage.scores)[lane];
       up = reinterpret_cast<const uint4*>(stage.scores)[32 + lane];
       max = stage.stats[lane / 4].x;

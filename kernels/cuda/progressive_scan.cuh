@@ -37,6 +37,7 @@ struct ScanShared {
   float mean[kScanWarps][kTileColumns];  // q.mu
   float unit[kScanWarps];                // of the query
   alignas(8) uint64_t full[kScanStages], empty[kScanStages];
+  uint64_t begun;  // the scanning warps have what they need of the first item
   StageWork work[kScanStages];
 };
 
@@ -58,6 +59,7 @@ struct ScanItem {
     run = item;
     group = tile = 0;
     if (tiles * groups == 1) return;  // as usual, without divisions
+    item = Here(item);
     tile = item % tiles;
     group = item / tiles % groups;
     run = item / tiles / groups;
@@ -88,6 +90,7 @@ struct PageFetcher {
   ScanShared<Traits>& shared;
   int lane;
   uint64_t policy = EvictFirstPolicy();
+  bool begun = false;        // the first item
   int stage = 0, round = 0;  // round: turns of the ring
   int next_item = 0;
   ScanRun next_run;
@@ -111,12 +114,33 @@ struct PageFetcher {
     next_run = next_item < items ? p.scan_runs[ScanItem(p, next_item).run] : ScanRun();
   }
 
+  // Has L1 fetch the queries of a run before the warps that scan ask for them, one after another
+  // and behind the pages in flight.
+  __device__ __forceinline__ void BringQueries(const ScanRun& run, const ScanItem& at,
+                                               const HeadGroup& group,
+                                               const SequenceView& s) const {
+    const int head = group.begin + lane % group.heads;
+    const int64_t head_index = int64_t{run.sequence} * p.shape.num_kv_heads + head;
+    const QueryFragments<Traits> query(p, head_index, BasisOfPage(s, run.page_begin), at.tile);
+    constexpr int kLines = Traits::kTiles * 32 * static_cast<int>(sizeof(uint2)) / 128;
+    for (int i = lane / group.heads; i < kLines; i += 32 / group.heads) {
+      // Columns 4..7 are the second half of a tile.
+      if (Traits::kColumns < kTileColumns && i % 2 != 0) continue;
+      PrefetchL1(reinterpret_cast<const std::byte*>(query.halves) + i * 128);
+    }
+    if (lane >= group.heads) return;
+    PrefetchL1(query.mean);
+    PrefetchL1(reinterpret_cast<const float*>(p.workspace + p.work.dense_lse) +
+               head_index * p.work.columns + at.tile * kTileColumns);
+  }
+
   __device__ __forceinline__ void FetchRun(int item, const ScanItem& at, const ScanRun& run,
                                            int items, int32_t* counter) {
     constexpr int kD = Traits::kHeadDim;
     const ProgressiveSequence& from = p.sequences[run.sequence];
     const SequenceView s(from);
     const HeadGroup group(p, at.group);
+    if (begun) BringQueries(run, at, group, s);
     const int chunk_end = ScanChunks<Traits>(p, from.decision);
     const int key_bytes = ChunkedRank(kD, chunk_end) * (kPageTokens / 2);
     // A lane copies one rank chunk of a page, or the scales.
@@ -159,8 +183,13 @@ struct PageFetcher {
         __syncwarp();
       }
       Advance();
-      // More at once would only stand in the way of what the kernel before still has to write.
-      WaitForDependencies();
+      if (!begun) {
+        // More at once would only stand in the way of what the kernel before still has to write and
+        // of what the other warps load first.
+        WaitForDependencies();
+        WaitBarrier(SharedAddress(&shared.begun), 0);
+        begun = true;
+      }
       if (first == run.page_begin) TakeNext(items, counter);
     }
     if (at.tile == 0 && lane < group.heads) {
@@ -193,12 +222,14 @@ struct PageScanner {
   ScanShared<Traits>& shared;
   int lane, warp, place, member;  // member: of the head group
   // Of the item.
-  int item = -1, heads = 1, head_index = 0, chunk_end = 0, basis_end = 0;
+  int item = -1, heads = 1, head_index = 0, chunk_end = NumRankChunks(Traits::kHeadDim);
+  int basis_end = 0;
+  int column = 0, num_columns = 0;  // the lane's first; of all tiles
   float softcap = 0;
-  PageSinks sinks;
+  PageSinks sinks{};
   ScoreFilter<kN> filter;
   RunningMass<kN> mass;
-  float bound[kN];  // by the pages so far
+  float bound[kN] = {};  // by the pages so far
   // Of the basis.
   uint2 query[Traits::kTiles] = {};
 
@@ -206,33 +237,40 @@ struct PageScanner {
     return p.sequences[head_index / p.shape.num_kv_heads];
   }
 
-  __device__ __forceinline__ void Begin(const StageWork& work) {
-    item = work.item;
+  // What of an item no earlier kernel wrote.
+  __device__ __forceinline__ void Begin(int next, int sequence) {
+    item = next;
     const ScanItem at(p, item);
     const HeadGroup group(p, at.group);
-    const ProgressiveSequence& from = p.sequences[work.sequence];
+    const ProgressiveSequence& from = p.sequences[sequence];
     heads = group.heads;
-    head_index = work.sequence * p.shape.num_kv_heads + group.begin + member;
+    head_index = sequence * p.shape.num_kv_heads + group.begin + member;
     chunk_end = ScanChunks<Traits>(p, from.decision);
     softcap = from.softcap;
     const int columns = p.shape.group_size() * from.q_len;
+    column = at.tile * kTileColumns + lane % 4 * kN;
     sinks = MakePageSinks<Traits>(p, columns, head_index, at.tile, lane);
-    filter = ScoreFilter<kN>(p, from.decision, head_index,
-                             at.tile * kTileColumns + lane % 4 * kN, columns);
+    filter = ScoreFilter<kN>(from.decision);
     mass = RunningMass<kN>();
-    filter.Bound(mass.high, bound);
+    num_columns = columns;
     basis_end = 0;
+  }
+
+  // The rest.
+  __device__ __forceinline__ void LoadFilter() {
+    filter.Load(p, head_index, column, num_columns);
+    filter.Bound(mass.high, bound);
   }
 
   __device__ __forceinline__ void LoadQuery(int page) {
     const ProgressiveSequence& from = Sequence();
     const int basis = BasisOfPage(SequenceView(from), page);
     basis_end = basis + 1 < from.num_bases ? from.basis_end[basis] : from.num_sealed;
-    const QueryFragments<Traits> fragments(p, head_index, basis, ScanItem(p, item).tile);
-    const int column = MmaColumn<Traits>(lane);
+    const QueryFragments<Traits> fragments(p, head_index, basis, column / kTileColumns);
+    const int from_column = MmaColumn<Traits>(lane);
 #pragma unroll
     for (int k = 0; k < Traits::kTiles; ++k) {
-      query[k] = column < 0 ? uint2{} : fragments.halves[k * 32 + column * 4 + lane % 4];
+      query[k] = from_column < 0 ? uint2{} : fragments.halves[k * 32 + from_column * 4 + lane % 4];
     }
     if (lane == 0) shared.unit[warp] = fragments.unit;
     if (lane < kTileColumns) shared.mean[warp][lane] = fragments.mean[lane];
@@ -284,8 +322,8 @@ struct PageScanner {
     float variances[kN];
     SpreadColumns(QuadSum(variance) * (kLn2 * kLn2) * scale * scale, lane, variances);
     if (cut) {
-      MaskPage<kN>(SequenceView(Sequence()), page, p.shape.group_size(),
-                   ScanItem(p, item).tile * kTileColumns + lane % 4 * kN, lane, sums);
+      MaskPage<kN>(SequenceView(Sequence()), Here(page), Here(p.shape.group_size()), column, lane,
+                   sums);
     }
     ScoreUnits<kN> units{2097152.0f * scale, {}};  // 2^24 / 8
 #pragma unroll
@@ -321,35 +359,58 @@ struct PageScanner {
 
   // Stores the mass of the item's pages.
   __device__ __forceinline__ void End() const {
-    const ScanItem at(p, item);
     const int head = head_index % p.shape.num_kv_heads;
-    StoreRunMass(p, p.work.scan_lse, at.run, place, head, at.tile, mass);
+    StoreRunMass(p, p.work.scan_lse, ScanItem(p, item).run, place, head, column / kTileColumns,
+                 mass);
   }
 
+  // The first item is the CTA's number: it is begun before its first page is here.
+  __device__ __forceinline__ void BeginFirst() {
+    const ScanRun run = p.scan_runs[ScanItem(p, blockIdx.x).run];
+    if (run.sequence >= 0) Begin(static_cast<int>(blockIdx.x), run.sequence);
+    WaitForDependencies();
+    LaunchDependents();
+    if (run.sequence >= 0 && member < heads) {
+      LoadFilter();
+      if (run.page_begin + place < run.page_end) LoadQuery(run.page_begin + place);
+    }
+    __syncwarp();
+    if (lane == 0) Arrive(SharedAddress(&shared.begun));
+  }
+
+  // The first turn is a rehearsal: it goes through a page of whatever lies in shared memory, stores
+  // nothing, and so has the instructions here when the kernel before ends. Behind the flood of
+  // reads that begins then each of them would take microseconds.
   __device__ __forceinline__ void Run() {
-    int stage = 0;
+    sinks.stored = -4;
+    int stage = -1;  // the rehearsal
     uint32_t parity = 0;
     for (;;) {
-      WaitBarrier(SharedAddress(&shared.full[stage]), parity);
-      const StageWork& work = shared.work[stage];
-      if (work.item < 0) break;
-      if (work.item != item) {
-        if (item >= 0 && member < heads) End();
-        Begin(work);
+      StageWork work{-1, 0, 0, 0};
+      if (stage >= 0) {
+        WaitBarrier(SharedAddress(&shared.full[stage]), parity);
+        work = shared.work[stage];
+        if (work.item < 0) break;
+        if (work.item != item) {
+          if (member < heads) End();
+          Begin(work.item, work.sequence);
+          if (member < heads) LoadFilter();
+        }
       }
       auto release = [&] {
         __syncwarp();
-        if (lane == 0) Arrive(SharedAddress(&shared.empty[stage]));
+        if (lane == 0 && stage >= 0) Arrive(SharedAddress(&shared.empty[stage]));
       };
       const int page = work.first_page + place;
-      if ((work.visible >> place & 1) == 0 || member >= heads) {
+      if (stage >= 0 && ((work.visible >> place & 1) == 0 || member >= heads)) {
         release();
       } else {
-        if (page >= basis_end) LoadQuery(page);
+        if (page >= basis_end && stage >= 0) LoadQuery(page);
         const std::byte* pair =
-            shared.stages[stage] + place * heads * ScanShared<Traits>::kPairBytes;
+            shared.stages[max(stage, 0)] + place * heads * ScanShared<Traits>::kPairBytes;
         Scan(page, (work.visible >> (16 + place) & 1) != 0, pair, release);
       }
+      if (stage < 0) BeginFirst();
       if (++stage == kScanStages) {
         stage = 0;
         parity ^= 1;
@@ -371,6 +432,7 @@ __global__ void __launch_bounds__(kScanThreads,
       InitBarrier(SharedAddress(&shared.full[i]), 1);
       InitBarrier(SharedAddress(&shared.empty[i]), kScanWarps);
     }
+    InitBarrier(SharedAddress(&shared.begun), kScanWarps);
     FenceBarrierInit();
   }
   __syncthreads();
@@ -381,8 +443,6 @@ __global__ void __launch_bounds__(kScanThreads,
         items, reinterpret_cast<int32_t*>(p.workspace + p.work.taken));
     return;
   }
-  WaitForDependencies();
-  LaunchDependents();
   const int places = ScanPlaces(p.shape.num_kv_heads), members = kScanWarps / places;
   PageScanner<Traits>{p, shared, lane, warp, warp / members, warp % members}.Run();
 }

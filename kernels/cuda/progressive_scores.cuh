@@ -258,10 +258,12 @@ __device__ __forceinline__ void SumPacked(const uint32_t (&packed)[8], const flo
 
 // Where a warp puts what it finds of its pages: the stats of the lane's columns and the scores.
 struct PageSinks {
-  uint32_t stats;       // of page 0 of the head, in PageStats of the workspace
-  uint32_t scores;      // likewise, in 16 bytes
-  bool stores_scores;   // the lane has some: packed scores are of a column of the tile
-  int num_stats;        // that the lane stores
+  uint32_t stats;   // of page 0 of the head, in PageStats of the workspace
+  uint32_t scores;  // likewise, in 16 bytes
+  int stored;       // by the lane: stats; -4 where it has no scores: they are of no column
+
+  __device__ __forceinline__ bool StoresScores() const { return stored >= 0; }
+  __device__ __forceinline__ bool StoresStats(int column) const { return (stored & 3) > column; }
 };
 template <class Traits>
 __device__ __forceinline__ PageSinks MakePageSinks(const ProgressiveArgs& p, int columns,
@@ -271,13 +273,13 @@ __device__ __forceinline__ PageSinks MakePageSinks(const ProgressiveArgs& p, int
   const int64_t page = head_index * p.max_sealed;
   const int in_tile = columns - column_tile * kTileColumns;
   PageSinks sinks;
-  sinks.stats = static_cast<uint32_t>(w.stats / 16 + page * w.columns + column_tile * kTileColumns +
-                                      lane % 4 * kN);
+  sinks.stats = static_cast<uint32_t>((w.stats >> 4) + page * w.columns +
+                                      column_tile * kTileColumns + lane % 4 * kN);
   const int place = kN == 2 ? lane : lane / 4 % 2 * 32 + lane / 8 * 4 + lane % 4;
   sinks.scores = static_cast<uint32_t>(
-      w.scores / 16 + (page * (w.columns / kTileColumns) + column_tile) * 64 + place);
-  sinks.stores_scores = lane / 4 * kN / 2 < in_tile;
-  sinks.num_stats = lane < 4 ? min(max(in_tile - lane * kN, 0), kN) : 0;
+      (w.scores >> 4) + (page * (w.columns / kTileColumns) + column_tile) * 64 + place);
+  sinks.stored = lane < 4 ? min(max(in_tile - lane * kN, 0), kN) : 0;
+  if (lane / 4 * kN / 2 >= in_tile) sinks.stored -= 4;
   return sinks;
 }
 
@@ -288,7 +290,7 @@ __device__ __forceinline__ void StoreStats(const ProgressiveArgs& p, const PageS
   float4* target = reinterpret_cast<float4*>(p.workspace) + sinks.stats + page * p.work.columns;
 #pragma unroll
   for (int c = 0; c < kN; ++c) {
-    if (c >= sinks.num_stats) continue;
+    if (!sinks.StoresStats(c)) continue;
     target[c] = make_float4(stats[c].max, stats[c].lse, stats[c].variance,
                             opened ? -stats[c].concentration : stats[c].concentration);
   }
@@ -299,7 +301,7 @@ __device__ __forceinline__ void StoreStats(const ProgressiveArgs& p, const PageS
 template <int kWords>
 __device__ __forceinline__ void StoreScores(const ProgressiveArgs& p, const PageSinks& sinks,
                                             int page, const uint32_t (&packed)[kWords]) {
-  if (!sinks.stores_scores) return;
+  if (!sinks.StoresScores()) return;
   uint4* target = reinterpret_cast<uint4*>(p.workspace) + sinks.scores +
                   static_cast<int64_t>(page) * (p.work.columns * 8);
 #pragma unroll
@@ -341,12 +343,15 @@ struct ScoreFilter {
   float lower[kN] = {};         // the dense tail's part of L, of the lane's columns; inf: no column
 
   ScoreFilter() = default;
-  __device__ __forceinline__ ScoreFilter(const ProgressiveArgs& p, const DecisionParams& decision,
-                                         int64_t head_index, int column, int columns) {
+  __device__ __forceinline__ explicit ScoreFilter(const DecisionParams& decision) {
     if (decision.policy == Policy::kThreshold && decision.floor_value_bits == 0 &&
         decision.theta > 0) {
       threshold = Log2(decision.theta) - 0.02f;
     }
+  }
+  // What of it prepare found. `column`: the lane's first.
+  __device__ __forceinline__ void Load(const ProgressiveArgs& p, int64_t head_index, int column,
+                                       int columns) {
     const float* lse = reinterpret_cast<const float*>(p.workspace + p.work.dense_lse) +
                        head_index * p.work.columns + column;
 #pragma unroll

@@ -1,0 +1,235 @@
+#ifndef ADAATTN_KERNELS_CUDA_PROGRESSIVE_TAIL_CUH_
+#define ADAATTN_KERNELS_CUDA_PROGRESSIVE_TAIL_CUH_
+
+// Tail: the sequence's newest pages, BF16 or FP16, attended exactly; usually 64 to 128 tokens.
+//   dense_lse = log2 sum_t exp2(s_t);  dense_out = sum_t exp2(s_t - dense_lse) v_t
+// Part of prepare, beside the rotation of the queries. Softmax weights enter the MMA in two parts,
+// as queries do.
+
+#include "kernels/cuda/progressive_query.cuh"
+
+namespace adaattn {
+
+template <class Traits>
+struct TailShared {
+  static constexpr int kTokens = kPageTokens;  // at once
+  static constexpr int kEach = kTokens / 32;
+  ChannelRows<Traits, kTokens> key, value;
+  ChannelRows<Traits, 2 * kTileColumns> query;
+  alignas(16) float score[kTileColumns][kTokens + 4];
+  alignas(16) uint16_t weight[2 * kTileColumns][kTokens + 8];
+  float norm[kTileColumns];
+  float rescale[kTileColumns];
+  float sum[kTileColumns];
+};
+
+// Starts the copies of rows of tokens [begin, end) of the cache, from `offset` of their pages on.
+// Rows after them, up to whole MMAs, become 0.
+template <class Traits>
+__device__ __forceinline__ void FetchRows(
+    const ProgressiveArgs& p, const ProgressiveSequence& s, int64_t offset, int begin, int end,
+    ChannelRows<Traits, TailShared<Traits>::kTokens>* target) {
+  constexpr int kD = Traits::kHeadDim, kPieces = kD / 8;
+  const int rows = end - begin, whole = (rows + 15) / 16 * 16;
+  for (int i = threadIdx.x; i < whole * kPieces; i += kQueryThreads) {
+    const int row = i / kPieces, at = i % kPieces * 8, token = begin + row;
+    if (row >= rows) {
+      *reinterpret_cast<uint4*>(target->At(row, at)) = make_uint4(0, 0, 0, 0);
+      continue;
+    }
+    CopyAsync16(
+        target->At(row, at),
+        p.pool + offset +
+            static_cast<int64_t>(p.table[s.table_begin + token / kPageTokens]) * kPageAlignment +
+            (token % kPageTokens * kD + at) * 2);
+  }
+  CommitCopies();
+}
+template <class Traits>
+__device__ __forceinline__ void FetchKeys(const ProgressiveArgs& p, const ProgressiveSequence& s,
+                                          int head, int begin, int end,
+                                          TailShared<Traits>& shared) {
+  FetchRows<Traits>(p, s, DenseKeyOffset(head, Traits::kHeadDim, p.page_type), begin, end,
+                    &shared.key);
+}
+template <class Traits>
+__device__ __forceinline__ void FetchValues(const ProgressiveArgs& p, const ProgressiveSequence& s,
+                                            int head, int begin, int end,
+                                            TailShared<Traits>& shared) {
+  FetchRows<Traits>(p, s, DenseValueOffset(p.shape, head, p.page_type), begin, end, &shared.value);
+}
+
+// Attends the tail for one tile of columns.
+template <typename T, class Traits>
+struct TailAttender {
+  using Shared = TailShared<Traits>;
+  static constexpr int kD = Traits::kHeadDim;
+  static constexpr int kWarpTiles = (Traits::kTiles + kTileColumns - 1) / kTileColumns;
+  const SequenceView& s;
+  Shared& shared;
+  int group_size, column_begin, columns, warp, lane;
+  float max = -INFINITY, sum = 0, score_sum = 0;  // of column `warp`
+  float out[kWarpTiles][2][4] = {};               // tiles of channels warp, warp + 8, ...
+
+  // Scores of `tokens` fetched tokens from `begin` on; a warp 16 tokens. `unit`: of the queries.
+  __device__ __forceinline__ void Score(int begin, int tokens, float unit) {
+    for (int first = 16 * warp; first < tokens; first += 16 * kTileColumns) {
+      float sums[2][4] = {};
+#pragma unroll 4
+      for (int k = 0; k < Traits::kTiles; ++k) {
+        uint32_t a[4], b[4];
+        LoadMatrices<false>(a, shared.query.At(lane % 16, 16 * k + lane / 16 * 8));
+        LoadMatrices<false>(
+            b, shared.key.At(first + lane / 16 * 8 + lane % 8, 16 * k + lane / 8 % 2 * 8));
+        Mma16x8x16<T>(sums[0], a, b[0], b[1]);
+        Mma16x8x16<T>(sums[1], a, b[2], b[3]);
+      }
+      const int column = lane / 4, row = (column_begin + column) / group_size;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = first + i / 2 * 8 + lane % 4 * 2 + i % 2;
+        const bool visible =
+            column < columns && token < tokens && TokenVisible(s, begin + token, row);
+        const float score = (sums[i / 2][i % 2] + sums[i / 2][i % 2 + 2]) * unit;
+        shared.score[column][token] = visible ? SoftCap<Traits>(score, s.softcap) : -INFINITY;
+      }
+    }
+  }
+
+  // Scores of column `warp` to weights exp2(score - max); the column's state goes on.
+  __device__ __forceinline__ void Weigh(int tokens) {
+    float score[Shared::kEach], high = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < Shared::kEach; ++i) {
+      const int token = lane + 32 * i;
+      score[i] = token < tokens ? shared.score[warp][token] : -INFINITY;
+      high = fmaxf(high, score[i]);
+    }
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, i));
+    const float next = fmaxf(max, high), base = next == -INFINITY ? 0.0f : next;
+    float weights = 0, scores = 0;
+#pragma unroll
+    for (int i = 0; i < Shared::kEach; ++i) {
+      const float weight = Exp2(score[i] - base);
+      const uint2 split = SplitPair<T>(weight, 0.0f);
+      shared.weight[warp][lane + 32 * i] = static_cast<uint16_t>(split.x);
+      shared.weight[kTileColumns + warp][lane + 32 * i] = static_cast<uint16_t>(split.y);
+      weights += weight;
+      scores += weight > 0 ? weight * score[i] : 0.0f;
+    }
+    const float rescale = Exp2(max - base);
+    sum = fmaf(sum, rescale, WarpSum(weights));
+    score_sum = fmaf(score_sum, rescale, WarpSum(scores));
+    max = next;
+    if (lane == 0) shared.rescale[warp] = rescale;
+  }
+
+  // Adds the fetched values, weighted.
+  __device__ __forceinline__ void AddValues(int tokens) {
+    const float rescale = shared.rescale[lane / 4];
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) out[i][e / 4][e % 4] *= rescale;
+      const int tile = warp + kTileColumns * i;
+      if (tile >= Traits::kTiles) break;
+      for (int k = 0; 16 * k < tokens; ++k) {
+        uint32_t a[4], b[4];
+        LoadMatrices<false>(a, &shared.weight[lane % 16][16 * k + lane / 16 * 8]);
+        LoadMatrices<true>(b, shared.value.At(16 * k + lane % 16, 16 * tile + lane / 16 * 8));
+        Mma16x8x16<T>(out[i][0], a, b[0], b[1]);
+        Mma16x8x16<T>(out[i][1], a, b[2], b[3]);
+      }
+    }
+  }
+
+  // `first`: the tile's first column in the workspace.
+  __device__ __forceinline__ void Store(const ProgressiveArgs& p, int64_t first) {
+    const ProgressiveWorkspace& w = p.work;
+    if (lane == 0) {
+      shared.sum[warp] = sum;
+      reinterpret_cast<float*>(p.workspace + w.dense_lse)[first + warp] =
+          sum > 0 ? max + Log2(sum) : -INFINITY;
+      reinterpret_cast<float*>(p.workspace + w.dense_score)[first + warp] =
+          sum > 0 ? score_sum / sum : 0.0f;
+    }
+    __syncthreads();
+    const float mass = shared.sum[lane / 4], inverse = mass > 0 ? 1.0f / mass : 0.0f;
+    auto* row = reinterpret_cast<float*>(p.workspace + w.dense_out) + (first + lane / 4) * kD +
+                lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i) {
+      const int tile = warp + kTileColumns * i;
+      if (tile >= Traits::kTiles) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float(&x)[4] = out[i][half];
+        *reinterpret_cast<float2*>(row + 16 * tile + 8 * half) =
+            make_float2((x[0] + x[2]) * inverse, (x[1] + x[3]) * inverse);
+      }
+    }
+  }
+};
+
+// Has L2 fetch the tail's keys and values.
+template <class Traits>
+__device__ __forceinline__ void PrefetchTail(const ProgressiveArgs& p, const ProgressiveSequence& s,
+                                             int head) {
+  const TokenRange tail = VisibleTail(s);
+  const int first = tail.begin / kPageTokens, pages = CeilDiv(tail.end, kPageTokens) - first;
+  for (int i = threadIdx.x; tail.begin < tail.end && i < 2 * pages; i += kQueryThreads) {
+    const int page = first + i / 2;
+    const int begin = max(tail.begin - page * kPageTokens, 0);
+    const int rows = min(tail.end - page * kPageTokens, kPageTokens) - begin;
+    const int64_t offset = i % 2 == 0 ? DenseKeyOffset(head, Traits::kHeadDim, p.page_type)
+                                      : DenseValueOffset(p.shape, head, p.page_type);
+    PrefetchBulk(p.pool + offset + begin * Traits::kHeadDim * 2 +
+                     static_cast<int64_t>(p.table[s.table_begin + page]) * kPageAlignment,
+                 static_cast<uint32_t>(rows * Traits::kHeadDim * 2));
+  }
+}
+
+template <typename T, class Traits>
+__device__ __forceinline__ void AttendTail(const ProgressiveArgs& p,
+                                           const ProgressiveSequence& from, int head,
+                                           int64_t head_index, int tile,
+                                           TailShared<Traits>& shared) {
+  constexpr int kTokens = TailShared<Traits>::kTokens;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const SequenceView s(from);
+  const TokenRange tail = VisibleTail(from);
+  const int column_begin = tile * kTileColumns, group_size = p.shape.group_size();
+  FetchKeys<Traits>(p, from, head, tail.begin, min(tail.begin + kTokens, tail.end), shared);
+  FetchValues<Traits>(p, from, head, tail.begin, min(tail.begin + kTokens, tail.end), shared);
+  const QueryColumn<Traits> q(p, from, head, column_begin + warp, lane);
+  LaunchDependents();
+  const float norm = q.Norm();
+  if (lane == 0) shared.norm[warp] = norm;
+  __syncthreads();
+  const float unit = QueryUnit(shared.norm);
+  StoreQuery<T>(q, InverseOfPower(unit), warp, lane, &shared.query);
+  TailAttender<T, Traits> attender{
+      s, shared, group_size, column_begin, group_size * s.q_len - column_begin, warp, lane};
+  for (int begin = tail.begin; begin < tail.end; begin += kTokens) {
+    const int tokens = min(kTokens, tail.end - begin);
+    if (begin > tail.begin) {
+      FetchKeys<Traits>(p, from, head, begin, begin + tokens, shared);
+      FetchValues<Traits>(p, from, head, begin, begin + tokens, shared);
+    }
+    WaitCopies<1>();
+    __syncthreads();
+    attender.Score(begin, tokens, unit);
+    __syncthreads();
+    attender.Weigh(tokens);
+    WaitCopies<0>();
+    __syncthreads();
+    attender.AddValues(tokens);
+    __syncthreads();
+  }
+  attender.Store(p, head_index * p.work.columns + column_begin);
+}
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_KERNELS_CUDA_PROGRESSIVE_TAIL_CUH_
