@@ -476,7 +476,9 @@ __device__ __forceinline__ float FirstValue(const PageLayout& layout, const std:
                                             int head, int channel) {
   const BitPosition at = ValuePlanePosition(TileOrder::kMma, 0, channel % kTileChannels);
   uint32_t code = 0;
-  for (int plane = 0; plane < layout.stored_bits / 2; ++plane) {
+#pragma unroll
+  for (int plane = 0; plane < 4; ++plane) {
+    if (plane >= layout.stored_bits / 2) break;
     const PageLayout::Section& section = layout.value_plane[plane];
     const std::byte* tile =
         page + section.offset + head * section.bytes + channel / kTileChannels * kPlaneTileBytes;
