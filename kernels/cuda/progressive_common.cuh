@@ -475,14 +475,18 @@ template <class Traits>
 __device__ __forceinline__ float FirstValue(const PageLayout& layout, const std::byte* page,
                                             int head, int channel) {
   const BitPosition at = ValuePlanePosition(TileOrder::kMma, 0, channel % kTileChannels);
-  uint32_t code = 0;
+  const int planes = layout.stored_bits / 2;
+  uint32_t bytes[4] = {}, code = 0;  // all on their way at once
 #pragma unroll
   for (int plane = 0; plane < 4; ++plane) {
-    if (plane >= layout.stored_bits / 2) break;
     const PageLayout::Section& section = layout.value_plane[plane];
     const std::byte* tile =
         page + section.offset + head * section.bytes + channel / kTileChannels * kPlaneTileBytes;
-    code = code << 2 | (static_cast<uint32_t>(tile[at.byte]) >> at.shift & 3u);
+    if (plane < planes) bytes[plane] = static_cast<uint32_t>(tile[at.byte]);
+  }
+#pragma unroll
+  for (int plane = 0; plane < 4; ++plane) {
+    if (plane < planes) code = code << 2 | (bytes[plane] >> at.shift & 3u);
   }
   return DecodeNested(code, layout.stored_bits, 1.0f);
 }

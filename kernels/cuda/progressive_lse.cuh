@@ -7,6 +7,14 @@
 
 namespace adaattn {
 
+// Has a pointer to global memory worked out here: the compiler would put it off to its use, behind
+// a wait.
+template <typename T>
+__device__ __forceinline__ void WorkOut(T*& pointer) {
+  asm volatile("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+}
+
 // What one of kWarps warps adds to L of a tile's columns: a part of the masses of the sequence's
 // runs and, in the first warp, that of its dense tail. A lane takes column lane % kColumns. Loads
 // start with Load(); Store() waits for them.
@@ -25,11 +33,14 @@ struct MassPart {
       : stride(static_cast<uint32_t>(MassStride(p)) * 4),
         entries(from.num_scan_runs * ScanPlaces(p.shape.num_kv_heads)) {
     const ProgressiveWorkspace& w = p.work;
-    const int column = column_begin + threadIdx.x % kColumns;
-    runs = reinterpret_cast<const std::byte*>(
-        RunMasses(p, p.two_stage ? w.refined_lse : w.scan_lse, from.scan_begin, head) + column);
+    const int heads = p.shape.num_kv_heads, column = column_begin + threadIdx.x % kColumns;
+    const uint32_t first = from.scan_begin * ScanPlaces(heads) * heads + head;
+    runs = p.workspace + (p.two_stage ? w.refined_lse : w.scan_lse) +
+           int64_t{first * w.columns + column} * 4;
     dense = reinterpret_cast<const float*>(p.workspace + w.dense_lse) +
-            (sequence * p.shape.num_kv_heads + head) * w.columns + column;
+            (sequence * heads + head) * w.columns + column;
+    WorkOut(runs);
+    WorkOut(dense);
   }
 
   __device__ __forceinline__ void Load() {

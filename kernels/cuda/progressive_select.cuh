@@ -66,8 +66,8 @@ __device__ __forceinline__ PageDepth DecidePage(const ProgressiveArgs& p,
 }
 
 template <class Traits>
-__device__ __forceinline__ Rung MakeRung(const ProgressiveArgs& p, const DecisionParams& decision,
-                                         int index) {
+__device__ __forceinline__ Rung RungAt(const ProgressiveArgs& p, const DecisionParams& decision,
+                                       int index) {
   const PageFacts facts{index == kSinkRung, index >= kCutRung && index < kUnopenedRung,
                         index != kUnopenedRung};
   const int step = index < kUnopenedRung ? index % kNumValueDepths : 0;
@@ -76,6 +76,16 @@ __device__ __forceinline__ Rung MakeRung(const ProgressiveArgs& p, const Decisio
   return Rung{PackPage(PackedPage{0, depth.value_bits / 2, (depth.key.bits - kScanBits) / 2,
                                   depth.key.chunks, 0}),
               FactorsAt(depth)};
+}
+
+// All of them, by the last warp.
+template <class Traits>
+__device__ __forceinline__ void MakeRungs(const ProgressiveArgs& p, const DecisionParams& decision,
+                                          SelectShared<Traits>& shared) {
+  const int rung = threadIdx.x - (kSelectThreads - 32);
+  if (rung < 0 || rung >= kNumRungs) return;
+  shared.rungs[rung] = RungAt<Traits>(p, decision, rung);
+  shared.rung_pages[rung] = 0;
 }
 
 // Brings a page's value planes and their scales to L2, a thread of a quad some of it.
@@ -93,21 +103,12 @@ __device__ __forceinline__ void PrefetchValues(const ProgressiveArgs& p, const s
   }
 }
 
-// Starts the copy of a page's value summary, a quad its own, and works out the rungs; both depend
-// on no earlier kernel. The sink page's values are wanted at once, and read at every depth. Returns
-// the page's id.
+// Starts the copy of a page's value summary, a quad its own, which depends on no earlier kernel.
+// The sink page's values are wanted at once, and read at every depth.
 template <class Traits>
-__device__ __forceinline__ uint32_t FetchSummary(const ProgressiveArgs& p,
-                                                 const ProgressiveSequence& from, int head,
-                                                 int begin, int pages,
-                                                 SelectShared<Traits>& shared) {
+__device__ __forceinline__ void FetchSummary(const ProgressiveArgs& p, uint32_t id, int head,
+                                             int begin, int pages, SelectShared<Traits>& shared) {
   const int local = threadIdx.x / 4, quarter = threadIdx.x % 4;
-  uint32_t id = 0;
-  if (local < pages) id = p.table[from.table_begin + begin + local];
-  if (const int rung = threadIdx.x - (kSelectThreads - 32); rung >= 0 && rung < kNumRungs) {
-    shared.rungs[rung] = MakeRung<Traits>(p, from.decision, rung);
-    shared.rung_pages[rung] = 0;
-  }
   if (local < pages) {
     const PageLayout::Section& section = p.layout.value_summary;
     const std::byte* page = p.pool + static_cast<int64_t>(id) * kPageAlignment;
@@ -121,17 +122,15 @@ __device__ __forceinline__ uint32_t FetchSummary(const ProgressiveArgs& p,
     if (begin + local == 0) PrefetchValues<Traits>(p, page, head, p.stored_bits / 2, quarter);
   }
   CommitCopies();
-  return id;
 }
 
 // The sequence's first token as the summary of a page, to the row of its own, and no weight for it
 // and the rows after it yet.
 template <class Traits>
-__device__ __forceinline__ void LoadFirstToken(const ProgressiveArgs& p,
-                                               const ProgressiveSequence& from, int head,
+__device__ __forceinline__ void LoadFirstToken(const ProgressiveArgs& p, uint32_t sink, int head,
                                                SelectShared<Traits>& shared) {
   constexpr int kD = Traits::kHeadDim, kGroups = Traits::kValueGroups;
-  const std::byte* page = p.pool + static_cast<int64_t>(p.table[from.table_begin]) * kPageAlignment;
+  const std::byte* page = p.pool + static_cast<int64_t>(sink) * kPageAlignment;
   const auto* scales = reinterpret_cast<const uint8_t*>(page + p.layout.value_scales.offset +
                                                         head * p.layout.value_scales.bytes);
   float top = 0, squares = 0;
@@ -151,7 +150,7 @@ __device__ __forceinline__ void LoadFirstToken(const ProgressiveArgs& p,
   }
   if (threadIdx.x == 0) {
     *reinterpret_cast<ValueSummary*>(row) =
-        ValueSummary{top / 127.0f, 0, 0, Sqrt(squares / kGroups)};
+        ValueSummary{top * (1.0f / 127), 0, 0, Sqrt(squares / kGroups)};
   }
   shared.means.ClearFirstToken();
 }
@@ -183,14 +182,19 @@ __device__ __forceinline__ ChunkList* ChunkListOf(const ProgressiveArgs& p, int 
   return reinterpret_cast<ChunkList*>(p.workspace + p.work.extents) + chunk_index;
 }
 
-// A quad decides a page.
+// Columns of the workspace, a constant where they are few.
+template <class Traits>
+__device__ __forceinline__ int WorkColumns(const ProgressiveArgs& p) {
+  return Traits::kColumns == kFewColumns ? kTileColumns : p.work.columns;
+}
+
+// A quad decides a page. Indices of the workspace fit 32 bits in units of 16 bytes.
 template <class Traits>
 struct PageDecider {
   static constexpr int kColumns = Traits::kColumns, kEach = kColumns / 4;
   const ProgressiveArgs& p;
   const ProgressiveSequence& from;
-  int64_t head_index;
-  int column_begin, columns, page, local, quarter;
+  int head_index, column_begin, columns, page, local, quarter;
   uint32_t id;
   Visibility visibility;
   const float4* stats = nullptr;  // of the page
@@ -208,7 +212,9 @@ struct PageDecider {
 
   // What depends on no earlier kernel.
   __device__ __forceinline__ void Begin(const SequenceView& s) {
-    stats = PageStatsOf(p, head_index, page);
+    const uint32_t at = (head_index * p.max_sealed + page) * WorkColumns<Traits>(p);
+    stats = reinterpret_cast<const float4*>(p.workspace + p.work.stats) + at;
+    WorkOut(stats);
     if (page > 0 || !visible()) return;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -239,7 +245,9 @@ struct PageDecider {
     if (local > 0) return;
     float* target = reinterpret_cast<float*>(p.workspace + p.work.global_lse);
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) target[head_index * p.work.columns + column(i)] = lse[i];
+    for (int i = 0; i < kEach; ++i) {
+      target[head_index * WorkColumns<Traits>(p) + column(i)] = lse[i];
+    }
   }
 
   // The largest share of the page over the columns of the other tiles; whether one opened it.
@@ -341,9 +349,8 @@ struct PageDecider {
     const int before = __reduce_add_sync(0xffffffffu, lane < warp ? part : 0) & 0xffff;
     if (!attended() || quarter != 0) return;
     const uint32_t packed = rung.packed | PackPage(PackedPage{page, 0, 0, 0, BasisOfPage(s, page)});
-    reinterpret_cast<uint4*>(p.workspace +
-                             p.work.lists)[int64_t{chunk_index} * kChunkPages + before +
-                                           __popc(quads & ((1u << lane) - 1))] =
+    const uint32_t place = chunk_index * kChunkPages + before + __popc(quads & ((1u << lane) - 1));
+    reinterpret_cast<uint4*>(p.workspace + p.work.lists)[place] =
         make_uint4(id, packed, static_cast<uint32_t>(head_index), static_cast<uint32_t>(columns));
   }
 };
@@ -383,22 +390,63 @@ __device__ __forceinline__ void CountPages(HeadDecision* decision,
   AddBytes(&decision->value_bytes, int64_t{pages} * SelectShared<Traits>::kSummaryBytes);
 }
 
+// L of the thread's columns. Loads of the masses are on their way where columns are few.
+template <class Traits>
+__device__ __forceinline__ void FindLse(const PageDecider<Traits>& decider,
+                                        MassPart<kSelectWarps, Traits::kColumns>& masses,
+                                        SelectShared<Traits>& shared,
+                                        float (&lse)[PageDecider<Traits>::kEach]) {
+  if constexpr (Traits::kColumns == kFewColumns) {
+    masses.Store(shared.lse_parts[threadIdx.x / 32]);
+    __syncthreads();
+    lse[0] = JoinMassParts<kSelectWarps, kFewColumns>(shared.lse_parts[0]);
+  } else {
+    GlobalLse<kSelectWarps>(decider.p, decider.from, decider.head_index, shared.lse,
+                            shared.lse_parts);
+#pragma unroll
+    for (int i = 0; i < PageDecider<Traits>::kEach; ++i) lse[i] = shared.lse[decider.column(i)];
+  }
+}
+
+// What follows from the decisions and weights of the chunk's pages.
+template <class Traits>
+__device__ __forceinline__ void StoreChunk(const PageDecider<Traits>& decider,
+                                           const SequenceView& s, int head, int chunk_index,
+                                           int pages, const SelectShared<Traits>& shared) {
+  const ProgressiveArgs& p = decider.p;
+  const int column_begin = decider.column_begin;
+  if (column_begin == 0) {
+    PrefetchPages<Traits>(p, head, shared);
+    decider.List(s, chunk_index, shared);
+    if (threadIdx.x / 32 == 1) CountPages<Traits>(p.decisions + decider.head_index, shared);
+  }
+  const uint32_t slot = chunk_index * WorkColumns<Traits>(p) + column_begin;
+  StoreStates<Traits>(shared, reinterpret_cast<ChunkState*>(p.workspace + p.work.state) + slot);
+  constexpr uint32_t kWords = kNumChunkVectors * Traits::kHeadDim / 4;
+  AddMeans<Traits, kSelectWarps>(
+      shared.means, pages, decider.page == decider.local, decider.columns - column_begin,
+      reinterpret_cast<float*>(reinterpret_cast<float4*>(p.workspace + p.work.vectors) +
+                               slot * kWords));
+}
+
 template <class Traits>
 __global__ void __launch_bounds__(kSelectThreads, 4)
     ProgressiveSelectKernel(const __grid_constant__ ProgressiveArgs p) {
   extern __shared__ __align__(16) std::byte shared_bytes[];
   auto& shared = *reinterpret_cast<SelectShared<Traits>*>(shared_bytes);
   const ProgressiveWorkspace& w = p.work;
-  constexpr bool kFew = Traits::kColumns == kFewColumns;
-  const int tiles = kFew ? 1 : w.columns / kTileColumns;
+  const int tiles = WorkColumns<Traits>(p) / kTileColumns;
   const int chunk = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int head = blockIdx.y, sequence = blockIdx.z;
   const ProgressiveSequence& from = p.sequences[sequence];
   const SequenceView s(from);
-  const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
-  const int chunk_index = static_cast<int>(head_index) * w.chunks + chunk;
+  const int head_index = sequence * p.shape.num_kv_heads + head;
+  const int chunk_index = head_index * w.chunks + chunk;
   const int begin = chunk * kChunkPages, pages = min(kChunkPages, from.num_sealed - begin);
   const int local = threadIdx.x / 4;
+  const uint32_t* ids = p.table + from.table_begin;
+  const uint32_t id = local < pages ? ids[begin + local] : 0;
+  const uint32_t sink = begin == 0 && pages > 0 ? ids[0] : 0;
   PageDecider<Traits> decider{p,
                               from,
                               head_index,
@@ -407,13 +455,14 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
                               begin + local,
                               local,
                               static_cast<int>(threadIdx.x) % 4,
-                              FetchSummary<Traits>(p, from, head, begin, pages, shared),
+                              id,
                               Visibility::kNone};
   if (local < pages) decider.visibility = PageVisibility(s, begin + local);
   decider.Begin(s);
+  MassPart<kSelectWarps, Traits::kColumns> masses(p, from, sequence, head, decider.column_begin);
   const bool chosen = ChoosesTheta(from.decision.policy);
   float theta = from.decision.theta;
-  MassPart<kSelectWarps, Traits::kColumns> masses(p, from, sequence, head, decider.column_begin);
+  FetchSummary<Traits>(p, id, head, begin, pages, shared);
   WaitForDependencies();
   NoteTime(p.stamps, kSelectStamp);
   LaunchDependents();
@@ -424,39 +473,23 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
     if (threadIdx.x == 0) *reinterpret_cast<int2*>(ChunkListOf(p, chunk_index)) = int2{};
     return;
   }
-  if (kFew) masses.Load();
+  if (Traits::kColumns == kFewColumns) masses.Load();
   decider.Load();
   if (chosen) theta = reinterpret_cast<const float*>(p.workspace + w.theta)[head_index];
+  __syncwarp();  // loads first
+  MakeRungs<Traits>(p, from.decision, shared);
   WaitCopies<0>();
   __syncwarp();
   decider.Summarise(shared);
-  if (begin == 0) LoadFirstToken<Traits>(p, from, head, shared);
-  float lse[PageDecider<Traits>::kEach];  // L of the thread's columns
-  if constexpr (kFew) {
-    masses.Store(shared.lse_parts[threadIdx.x / 32]);
-    __syncthreads();
-    lse[0] = JoinMassParts<kSelectWarps, kFewColumns>(shared.lse_parts[0]);
-  } else {
-    GlobalLse<kSelectWarps>(p, from, head_index, shared.lse, shared.lse_parts);
-#pragma unroll
-    for (int i = 0; i < PageDecider<Traits>::kEach; ++i) lse[i] = shared.lse[decider.column(i)];
-  }
-  if (chunk == 0) decider.StoreLse(lse);
+  if (begin == 0) LoadFirstToken<Traits>(p, sink, head, shared);
+  float lse[PageDecider<Traits>::kEach];
+  FindLse<Traits>(decider, masses, shared, lse);
+  if (begin == 0) decider.StoreLse(lse);
   decider.Decide(lse, shared.lse, theta, shared);
   decider.SumList(shared);
   decider.Weigh(shared);
   __syncthreads();
-  if (tile == 0) {
-    PrefetchPages<Traits>(p, head, shared);
-    decider.List(s, chunk_index, shared);
-    if (threadIdx.x / 32 == 1) CountPages<Traits>(p.decisions + head_index, shared);
-  }
-  const int64_t slot = int64_t{chunk_index} * w.columns + decider.column_begin;
-  StoreStates<Traits>(shared, reinterpret_cast<ChunkState*>(p.workspace + w.state) + slot);
-  AddMeans<Traits, kSelectWarps>(shared.means, pages, begin == 0,
-                                 decider.columns - decider.column_begin,
-                                 reinterpret_cast<float*>(p.workspace + w.vectors) +
-                                     slot * (kNumChunkVectors * Traits::kHeadDim));
+  StoreChunk<Traits>(decider, s, head, chunk_index, pages, shared);
 }
 
 }  // namespace adaattn

@@ -55,8 +55,12 @@ struct DepthFactors {
   float score, value;
 };
 __device__ __forceinline__ DepthFactors FactorsAt(const PageDepth& depth) {
-  return DepthFactors{ScoreVarianceAt(1.0f, depth.key.bits),
-                      depth.value_bits == 0 ? 0.0f : CodeVariance(1.0f, depth.value_bits)};
+  const int bits = depth.value_bits;
+  return DepthFactors{ScoreVarianceAt(1.0f, depth.key.bits), bits == 0   ? 0.0f
+                                                             : bits == 2 ? CodeVariance(1.0f, 2)
+                                                             : bits == 4 ? CodeVariance(1.0f, 4)
+                                                             : bits == 6 ? CodeVariance(1.0f, 6)
+                                                                         : CodeVariance(1.0f, 8)};
 }
 
 // One column's weights and figures of a page whose depth is decided.
