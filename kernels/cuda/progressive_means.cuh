@@ -10,6 +10,20 @@
 
 namespace adaattn {
 
+// Two 8x8 tiles of 16-bit units, transposed: register i holds (2t, 2t + 1; g) of tile i, whose row
+// r the lane 8 i + r names.
+__device__ __forceinline__ void LoadTransposed(uint32_t (&tile)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(tile[0]), "=r"(tile[1])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row))));
+}
+
+// Bytes 0 and 2 of `bytes` ^ 0x80 (selector 0x4240) or 1 and 3 (0x4341) as halves, signed.
+__device__ __forceinline__ uint32_t HalvesFromBytes(uint32_t bytes, uint32_t selector) {
+  const uint32_t biased = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, selector);  // 1152 more
+  return FmaHalves(biased, kOneHalves, 0xe480e480u);                                // - 1152
+}
+
 // Behind the chunk's pages, in the chunk of the sink page: the sequence's first token, as if it
 // were a page. The means are added kMeanStep pages at a time.
 inline constexpr int kMeanStep = 8;

@@ -12,6 +12,7 @@
 // every tile makes the same, and the first one lists them.
 
 #include "kernels/cuda/async_copy.cuh"
+#include "kernels/cuda/progressive_depths.cuh"
 #include "kernels/cuda/progressive_lse.cuh"
 #include "kernels/cuda/progressive_means.cuh"
 #include "kernels/cuda/progressive_terms.cuh"
@@ -22,20 +23,6 @@ inline constexpr int kSelectThreads = 4 * kChunkPages;
 inline constexpr int kSelectWarps = kSelectThreads / 32;
 inline constexpr int kChunkFigures = sizeof(ChunkState) / 4;
 
-// The depths that a step has to give, worked out while the scan still runs: of the ladder's value
-// bits / 2, of the same for pages that a row sees in part, of pages that were not opened, and of
-// the sink page.
-enum RungIndex : int {
-  kCutRung = kNumValueDepths,
-  kUnopenedRung = 2 * kNumValueDepths,
-  kSinkRung = 2 * kNumValueDepths + 1,
-  kNumRungs = 2 * kNumValueDepths + 2
-};
-struct alignas(16) Rung {
-  uint32_t packed;  // what is read, as PackPage
-  DepthFactors factors;
-};
-
 template <class Traits>
 struct SelectShared {
   static constexpr int kColumns = Traits::kColumns;
@@ -45,47 +32,23 @@ struct SelectShared {
   // By page, rows of ChunkState * kColumns + column: 8 banks apart, for the four columns that a
   // warp stores.
   alignas(16) float figures[kFigureRows][kChunkPages + 8];
-  // By warp and column; where columns are few, of the one tile.
-  float2 lse_parts[kSelectWarps][kColumns == kFewColumns ? kFewColumns : kMaxColumns];
-  float lse[kMaxColumns];  // L; not where columns are few
-  Rung rungs[kNumRungs];
-  int rung_pages[kNumRungs];
+  float2 lse_parts[kColumns == kFewColumns ? 1 : kMaxColumns / kTileColumns][kSelectWarps]
+                  [kColumns];
+  float lse[kMaxColumns];  // L, where there is more than one tile
+  DepthEntry depths[kNumPageDepths];
+  int depth_pages[kNumPageDepths];
   uint2 reads[kChunkPages];     // ids and what is read of attended pages, 0 of others
   int warp_list[kSelectWarps];  // of each warp's pages: cost * 65536 + how many are attended
 };
 
-// The depth of one page whose largest share over the columns is `share`.
+// Works out all depths, by the last warp.
 template <class Traits>
-__device__ __forceinline__ PageDepth DecidePage(const ProgressiveArgs& p,
-                                                const DecisionParams& decision, float theta,
-                                                float share, const PageFacts& facts) {
-  constexpr int kD = Traits::kHeadDim;
-  if (decision.policy == Policy::kFullDepth) return FullDepth(kD, p.stored_bits);
-  if (decision.policy == Policy::kStatic) return StaticDepth(decision, kD, p.stored_bits);
-  return LadderDepth(decision, theta, share, facts, kD, p.stored_bits);
-}
-
-template <class Traits>
-__device__ __forceinline__ Rung RungAt(const ProgressiveArgs& p, const DecisionParams& decision,
-                                       int index) {
-  const PageFacts facts{index == kSinkRung, index >= kCutRung && index < kUnopenedRung,
-                        index != kUnopenedRung};
-  const int step = index < kUnopenedRung ? index % kNumValueDepths : 0;
-  const float share = 0.5f * static_cast<float>(1 << 2 * step);  // in the middle of 4^i theta
-  const PageDepth depth = DecidePage<Traits>(p, decision, 1.0f, share, facts);
-  return Rung{PackPage(PackedPage{0, depth.value_bits / 2, (depth.key.bits - kScanBits) / 2,
-                                  depth.key.chunks, 0}),
-              FactorsAt(depth)};
-}
-
-// All of them, by the last warp.
-template <class Traits>
-__device__ __forceinline__ void MakeRungs(const ProgressiveArgs& p, const DecisionParams& decision,
-                                          SelectShared<Traits>& shared) {
-  const int rung = threadIdx.x - (kSelectThreads - 32);
-  if (rung < 0 || rung >= kNumRungs) return;
-  shared.rungs[rung] = RungAt<Traits>(p, decision, rung);
-  shared.rung_pages[rung] = 0;
+__device__ __forceinline__ void ListDepths(const ProgressiveArgs& p, const DecisionParams& decision,
+                                           SelectShared<Traits>& shared) {
+  const int index = threadIdx.x - (kSelectThreads - 32);
+  if (index < 0 || index >= kNumPageDepths) return;
+  shared.depths[index] = EntryOf(DepthAt<Traits>(p, decision, index));
+  shared.depth_pages[index] = 0;
 }
 
 // Brings a page's value planes and their scales to L2, a thread of a quad some of it.
@@ -103,8 +66,7 @@ __device__ __forceinline__ void PrefetchValues(const ProgressiveArgs& p, const s
   }
 }
 
-// Starts the copy of a page's value summary, a quad its own, which depends on no earlier kernel.
-// The sink page's values are wanted at once, and read at every depth.
+// Starts the copy of a page's value summary, a quad its own. It depends on no earlier kernel.
 template <class Traits>
 __device__ __forceinline__ void FetchSummary(const ProgressiveArgs& p, uint32_t id, int head,
                                              int begin, int pages, SelectShared<Traits>& shared) {
@@ -119,41 +81,49 @@ __device__ __forceinline__ void FetchSummary(const ProgressiveArgs& p, uint32_t 
       if (i + quarter >= SelectShared<Traits>::kSummaryBytes / 16) break;
       CopyAsync16(shared.means.summaries[local] + (i + quarter) * 16, source + (i + quarter) * 16);
     }
-    if (begin + local == 0) PrefetchValues<Traits>(p, page, head, p.stored_bits / 2, quarter);
   }
   CommitCopies();
 }
 
-// The sequence's first token as the summary of a page, to the row of its own, and no weight for it
-// and the rows after it yet.
+// The sequence's first token, which may stand for its page: a channel a thread.
 template <class Traits>
-__device__ __forceinline__ void LoadFirstToken(const ProgressiveArgs& p, uint32_t sink, int head,
-                                               SelectShared<Traits>& shared) {
-  constexpr int kD = Traits::kHeadDim, kGroups = Traits::kValueGroups;
-  const std::byte* page = p.pool + static_cast<int64_t>(sink) * kPageAlignment;
-  const auto* scales = reinterpret_cast<const uint8_t*>(page + p.layout.value_scales.offset +
-                                                        head * p.layout.value_scales.bytes);
-  float top = 0, squares = 0;
+struct FirstToken {
+  static constexpr int kD = Traits::kHeadDim, kGroups = Traits::kValueGroups;
+  static_assert(kD <= kSelectThreads && kGroups <= 4, "a channel a thread, the scales a word");
+  FirstCode<Traits> code;
+  uint32_t scales = 0;  // a byte a group
+
+  // Depends on no earlier kernel.
+  __device__ __forceinline__ void Load(const ProgressiveArgs& p, uint32_t id, int head) {
+    const std::byte* page = p.pool + static_cast<int64_t>(id) * kPageAlignment;
+    scales = *reinterpret_cast<const uint32_t*>(page + p.layout.value_scales.offset +
+                                                head * int64_t{Traits::kValueScaleBytes});
+    if (threadIdx.x < kD) code.Load(p.layout, page, head, threadIdx.x);
+  }
+
+  // As the summary of a page, to the row of its own, of no weight yet.
+  __device__ __forceinline__ void Store(const ProgressiveArgs& p, ChunkMeans<Traits>& means) const {
+    float top = 0, squares = 0, own = 0;
 #pragma unroll
-  for (int g = 0; g < kGroups; ++g) {
-    const float range = RangeOf(scales[g]);
-    top = fmaxf(top, range);
-    squares = fmaf(range, range, squares);
+    for (int g = 0; g < kGroups; ++g) {
+      const float range = RangeOf(scales >> 8 * g & 0xffu);
+      top = fmaxf(top, range);
+      squares = fmaf(range, range, squares);
+      if (threadIdx.x / (kD / kGroups) == g) own = range;
+    }
+    std::byte* row = means.summaries[kFirstToken];
+    if (threadIdx.x < kD) {
+      const float x = code.Value(p.layout, threadIdx.x) * __fdividef(own * 127.0f, top);
+      reinterpret_cast<int8_t*>(row + sizeof(ValueSummary))[threadIdx.x] =
+          static_cast<int8_t>(__float2int_rn(x));
+    }
+    if (threadIdx.x == 0) {
+      *reinterpret_cast<ValueSummary*>(row) =
+          ValueSummary{top * (1.0f / 127), 0, 0, Sqrt(squares / kGroups)};
+    }
+    means.ClearFirstToken();
   }
-  std::byte* row = shared.means.summaries[kFirstToken];
-  static_assert(kD <= kSelectThreads, "a channel a thread");
-  if (const int c = threadIdx.x; c < kD) {
-    const float x = FirstValue<Traits>(p.layout, page, head, c) *
-                    __fdividef(RangeOf(scales[c / (kD / kGroups)]) * 127.0f, top);
-    reinterpret_cast<int8_t*>(row + sizeof(ValueSummary))[c] =
-        static_cast<int8_t>(__float2int_rn(x));
-  }
-  if (threadIdx.x == 0) {
-    *reinterpret_cast<ValueSummary*>(row) =
-        ValueSummary{top * (1.0f / 127), 0, 0, Sqrt(squares / kGroups)};
-  }
-  shared.means.ClearFirstToken();
-}
+};
 
 // Brings what will be read of attended pages to L2: a thread a part of a page. Neighbouring pages,
 // which are often attended together, go to different warps: a warp starts one prefetch at a time.
@@ -204,10 +174,10 @@ struct PageDecider {
   ColumnTerms terms[kEach];
   ValueSummary summary;
   float mean2 = 0;  // |mean|^2
-  Rung rung;
+  DepthEntry depth;
 
   __device__ __forceinline__ bool visible() const { return visibility != Visibility::kNone; }
-  __device__ __forceinline__ bool attended() const { return rung.factors.value > 0; }
+  __device__ __forceinline__ bool attended() const { return depth.factors.value > 0; }
   __device__ __forceinline__ int column(int i) const { return column_begin + quarter + 4 * i; }
 
   // What depends on no earlier kernel.
@@ -283,15 +253,16 @@ struct PageDecider {
       opened = (quads >> (threadIdx.x % 32 / 4 * 4) & 15u) != 0;
     }
     const bool cut = visibility == Visibility::kPart;
-    const int index = page == 0         ? kSinkRung
-                      : !opened && !cut ? kUnopenedRung
-                                        : LadderValueBits(share, theta) / 2 + (cut ? kCutRung : 0);
-    rung = Rung{};
+    const int index = page == 0 ? kSinkDepth
+                      : !opened && !cut
+                          ? kUnopenedDepth
+                          : LadderValueBits(share, theta) / 2 + (cut ? kCutDepths : 0);
+    depth = DepthEntry{};
     if (visible()) {
-      rung = shared.rungs[index];
-      if (quarter == 0) atomicAdd(&shared.rung_pages[index], 1);
+      depth = shared.depths[index];
+      if (quarter == 0) atomicAdd(&shared.depth_pages[index], 1);
     }
-    if (quarter == 0) shared.reads[local] = make_uint2(id, attended() ? rung.packed : 0);
+    if (quarter == 0) shared.reads[local] = make_uint2(id, attended() ? depth.packed : 0);
   }
 
   // The page's weights and figures in each of the thread's columns. Where most of the sink page's
@@ -300,14 +271,15 @@ struct PageDecider {
   // depth of the sink page reads its values.
   __device__ __forceinline__ void Weigh(SelectShared<Traits>& shared) const {
     float first_mean2 = 0;
-    if (page < 8) first_mean2 = MeanSquare<Traits>(shared.means.summaries[kFirstToken], quarter);
+    if (page < 32 / 4)
+      first_mean2 = MeanSquare<Traits>(shared.means.summaries[kFirstToken], quarter);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int n = quarter + 4 * i;
       const bool first =
           first_seen[i] && FirstTokenStandsForPage(true, true, fabsf(mine[i].concentration));
       const ValueSummary own = first ? shared.means.Summary(kFirstToken) : summary;
-      const ColumnWeights x = WeighColumn<Traits>(mine[i], terms[i], own, rung.factors);
+      const ColumnWeights x = WeighColumn<Traits>(mine[i], terms[i], own, depth.factors);
       const float share = RoundToTf32(x.share * own.mean_scale);
       const float weights[kNumChunkVectors] = {attended() ? 0.0f : share,
                                                RoundToTf32(x.weight * own.mean_scale),
@@ -327,8 +299,8 @@ struct PageDecider {
 
   // What the warp lists.
   __device__ __forceinline__ void SumList(SelectShared<Traits>& shared) const {
-    const PackedPage depth = UnpackPage(rung.packed);
-    const int list = AttendCost(depth.value_planes + depth.fine_planes) << 16 | 1;
+    const PackedPage read = UnpackPage(depth.packed);
+    const int list = AttendCost(read.value_planes + read.fine_planes) << 16 | 1;
     const int sum = __reduce_add_sync(0xffffffffu, attended() && quarter == 0 ? list : 0);
     if (threadIdx.x % 32 == 0) shared.warp_list[threadIdx.x / 32] = sum;
   }
@@ -348,17 +320,19 @@ struct PageDecider {
     }
     const int before = __reduce_add_sync(0xffffffffu, lane < warp ? part : 0) & 0xffff;
     if (!attended() || quarter != 0) return;
-    const uint32_t packed = rung.packed | PackPage(PackedPage{page, 0, 0, 0, BasisOfPage(s, page)});
+    const uint32_t packed =
+        depth.packed | PackPage(PackedPage{page, 0, 0, 0, BasisOfPage(s, page)});
     const uint32_t place = chunk_index * kChunkPages + before + __popc(quads & ((1u << lane) - 1));
     reinterpret_cast<uint4*>(p.workspace + p.work.lists)[place] =
         make_uint4(id, packed, static_cast<uint32_t>(head_index), static_cast<uint32_t>(columns));
   }
 };
 
-// The sums of the pages' figures to the chunk's states of the tile's columns, eight lanes each.
+// The sums of the pages' figures to the chunk's states of the tile's columns, from number `first`
+// on, eight lanes each.
 template <class Traits>
-__device__ __forceinline__ void StoreStates(const SelectShared<Traits>& shared,
-                                            ChunkState* states) {
+__device__ __forceinline__ void StoreStates(const SelectShared<Traits>& shared, uint32_t first,
+                                            float* states) {
   constexpr int kColumns = Traits::kColumns;
   // From the last warp on: the first has the list's sum.
   for (int row = (kSelectThreads - 1 - threadIdx.x) / 8; row < SelectShared<Traits>::kFigureRows;
@@ -370,7 +344,7 @@ __device__ __forceinline__ void StoreStates(const SelectShared<Traits>& shared,
 #pragma unroll
     for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (threadIdx.x % 8 == 0) {
-      reinterpret_cast<float*>(states + row % kColumns)[row / kColumns] = sum;
+      states[(first + row % kColumns) * kChunkFigures + row / kColumns] = sum;
     }
   }
 }
@@ -380,9 +354,9 @@ template <class Traits>
 __device__ __forceinline__ void CountPages(HeadDecision* decision,
                                            const SelectShared<Traits>& shared) {
   const int lane = threadIdx.x % 32;
-  if (lane >= kNumRungs || shared.rung_pages[lane] == 0) return;
-  const int pages = shared.rung_pages[lane];
-  const PackedPage depth = UnpackPage(shared.rungs[lane].packed);
+  if (lane >= kNumPageDepths || shared.depth_pages[lane] == 0) return;
+  const int pages = shared.depth_pages[lane];
+  const PackedPage depth = UnpackPage(shared.depths[lane].packed);
   atomicAdd(
       &decision->key_pages[KeyDepthIndex(kScanBits + 2 * depth.fine_planes, depth.key_chunks)],
       pages);
@@ -390,22 +364,38 @@ __device__ __forceinline__ void CountPages(HeadDecision* decision,
   AddBytes(&decision->value_bytes, int64_t{pages} * SelectShared<Traits>::kSummaryBytes);
 }
 
-// L of the thread's columns. Loads of the masses are on their way where columns are few.
+// L of the thread's columns, and where there is more than one tile that of all to shared.lse.
+// `masses`: of the tile, on their way.
 template <class Traits>
-__device__ __forceinline__ void FindLse(const PageDecider<Traits>& decider,
+__device__ __forceinline__ void FindLse(const PageDecider<Traits>& decider, int sequence, int head,
                                         MassPart<kSelectWarps, Traits::kColumns>& masses,
                                         SelectShared<Traits>& shared,
                                         float (&lse)[PageDecider<Traits>::kEach]) {
-  if constexpr (Traits::kColumns == kFewColumns) {
-    masses.Store(shared.lse_parts[threadIdx.x / 32]);
-    __syncthreads();
-    lse[0] = JoinMassParts<kSelectWarps, kFewColumns>(shared.lse_parts[0]);
-  } else {
-    GlobalLse<kSelectWarps>(decider.p, decider.from, decider.head_index, shared.lse,
-                            shared.lse_parts);
-#pragma unroll
-    for (int i = 0; i < PageDecider<Traits>::kEach; ++i) lse[i] = shared.lse[decider.column(i)];
+  constexpr int kColumns = Traits::kColumns;
+  const int warp = threadIdx.x / 32, tile = decider.column_begin / kTileColumns;
+  const int tiles = WorkColumns<Traits>(decider.p) / kTileColumns;
+  masses.Store(shared.lse_parts[tile][warp]);
+  for (int i = 0; i < tiles; ++i) {
+    if (i == tile) continue;
+    MassPart<kSelectWarps, kColumns> other(decider.p, decider.from, sequence, head,
+                                           i * kTileColumns);
+    other.Load();
+    other.Store(shared.lse_parts[i][warp]);
   }
+  __syncthreads();
+  lse[0] = JoinMassParts<kSelectWarps, kColumns>(shared.lse_parts[tile][0]);
+  if constexpr (kColumns == kTileColumns) {  // so far of column lane % 8
+    const float other = __shfl_xor_sync(0xffffffffu, lse[0], 4);
+    const bool upper = (threadIdx.x & 4) != 0;
+    lse[1] = upper ? lse[0] : other;
+    lse[0] = upper ? other : lse[0];
+  }
+  if (tiles == 1) return;
+  for (int i = warp; i < tiles; i += kSelectWarps) {
+    const float sum = JoinMassParts<kSelectWarps, kColumns>(shared.lse_parts[i][0]);
+    if (threadIdx.x % 32 < kColumns) shared.lse[i * kTileColumns + threadIdx.x % 32] = sum;
+  }
+  __syncthreads();
 }
 
 // What follows from the decisions and weights of the chunk's pages.
@@ -421,7 +411,7 @@ __device__ __forceinline__ void StoreChunk(const PageDecider<Traits>& decider,
     if (threadIdx.x / 32 == 1) CountPages<Traits>(p.decisions + decider.head_index, shared);
   }
   const uint32_t slot = chunk_index * WorkColumns<Traits>(p) + column_begin;
-  StoreStates<Traits>(shared, reinterpret_cast<ChunkState*>(p.workspace + p.work.state) + slot);
+  StoreStates<Traits>(shared, slot, reinterpret_cast<float*>(p.workspace + p.work.state));
   constexpr uint32_t kWords = kNumChunkVectors * Traits::kHeadDim / 4;
   AddMeans<Traits, kSelectWarps>(
       shared.means, pages, decider.page == decider.local, decider.columns - column_begin,
@@ -446,7 +436,8 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   const int local = threadIdx.x / 4;
   const uint32_t* ids = p.table + from.table_begin;
   const uint32_t id = local < pages ? ids[begin + local] : 0;
-  const uint32_t sink = begin == 0 && pages > 0 ? ids[0] : 0;
+  const bool has_sink = begin == 0 && pages > 0;
+  const uint32_t sink = has_sink ? ids[0] : 0;
   PageDecider<Traits> decider{p,
                               from,
                               head_index,
@@ -463,6 +454,8 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   const bool chosen = ChoosesTheta(from.decision.policy);
   float theta = from.decision.theta;
   FetchSummary<Traits>(p, id, head, begin, pages, shared);
+  FirstToken<Traits> first;
+  if (has_sink) first.Load(p, sink, head);
   WaitForDependencies();
   NoteTime(p.stamps, kSelectStamp);
   LaunchDependents();
@@ -473,18 +466,18 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
     if (threadIdx.x == 0) *reinterpret_cast<int2*>(ChunkListOf(p, chunk_index)) = int2{};
     return;
   }
-  if (Traits::kColumns == kFewColumns) masses.Load();
+  masses.Load();
   decider.Load();
   if (chosen) theta = reinterpret_cast<const float*>(p.workspace + w.theta)[head_index];
   __syncwarp();  // loads first
-  MakeRungs<Traits>(p, from.decision, shared);
+  ListDepths<Traits>(p, from.decision, shared);
   WaitCopies<0>();
   __syncwarp();
   decider.Summarise(shared);
-  if (begin == 0) LoadFirstToken<Traits>(p, sink, head, shared);
+  if (has_sink) first.Store(p, shared.means);
   float lse[PageDecider<Traits>::kEach];
-  FindLse<Traits>(decider, masses, shared, lse);
-  if (begin == 0) decider.StoreLse(lse);
+  FindLse<Traits>(decider, sequence, head, masses, shared, lse);
+  if (has_sink) decider.StoreLse(lse);
   decider.Decide(lse, shared.lse, theta, shared);
   decider.SumList(shared);
   decider.Weigh(shared);
