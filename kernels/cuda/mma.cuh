@@ -37,6 +37,24 @@ __device__ __forceinline__ void Mma16x8x16<__half>(float (&c)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// To the nearest TF32, the higher magnitude of two.
+__device__ __forceinline__ float RoundToTf32(float x) {
+  uint32_t out;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "f"(x));
+  return __uint_as_float(out);
+}
+
+// m16n8k8, row x column, f32 sums of TF32 products. a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t +
+// 4); b: k = t and t + 4 of column g; c as above.
+__device__ __forceinline__ void MmaTf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
 // Transposes an 8x8 tile of 16-bit values held as (g, 2t), (g, 2t + 1).
 __device__ __forceinline__ uint32_t Transpose8x8(uint32_t tile) {
   uint32_t out;

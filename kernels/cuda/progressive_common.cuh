@@ -487,19 +487,43 @@ __device__ __forceinline__ int WarpPrefix(int x, int lane) {
   return x;
 }
 
-// Channel of the value of a page's first token at the stored depth, in units of its range.
+// A channel of the value of a page's first token: the bytes that hold its code. All loads are on
+// their way at once.
+template <class Traits>
+struct FirstCode {
+  uint32_t bytes[4] = {};
+
+  __device__ __forceinline__ void Load(const PageLayout& layout, const std::byte* page, int head,
+                                       int channel) {
+    const int at = ValuePlanePosition(TileOrder::kMma, 0, channel % kTileChannels).byte +
+                   channel / kTileChannels * kPlaneTileBytes;
+#pragma unroll
+    for (int plane = 0; plane < 4; ++plane) {
+      const PageLayout::Section& section = layout.value_plane[plane];
+      if (plane >= layout.stored_bits / 2) break;
+      bytes[plane] =
+          static_cast<uint32_t>(page[section.offset + head * int64_t{Traits::kPlaneBytes} + at]);
+    }
+  }
+
+  // At the stored depth, in units of its range.
+  __device__ __forceinline__ float Value(const PageLayout& layout, int channel) const {
+    const int shift = ValuePlanePosition(TileOrder::kMma, 0, channel % kTileChannels).shift;
+    uint32_t code = 0;
+#pragma unroll
+    for (int plane = 0; plane < 4; ++plane) {
+      if (plane < layout.stored_bits / 2) code = code << 2 | (bytes[plane] >> shift & 3u);
+    }
+    return DecodeNested(code, layout.stored_bits, 1.0f);
+  }
+};
+
 template <class Traits>
 __device__ __forceinline__ float FirstValue(const PageLayout& layout, const std::byte* page,
                                             int head, int channel) {
-  const BitPosition at = ValuePlanePosition(TileOrder::kMma, 0, channel % kTileChannels);
-  uint32_t code = 0;
-  for (int plane = 0; plane < layout.stored_bits / 2; ++plane) {
-    const PageLayout::Section& section = layout.value_plane[plane];
-    const std::byte* tile =
-        page + section.offset + head * section.bytes + channel / kTileChannels * kPlaneTileBytes;
-    code = code << 2 | (static_cast<uint32_t>(tile[at.byte]) >> at.shift & 3u);
-  }
-  return DecodeNested(code, layout.stored_bits, 1.0f);
+  FirstCode<Traits> code;
+  code.Load(layout, page, head, channel);
+  return code.Value(layout, channel);
 }
 
 #endif  // __CUDACC__

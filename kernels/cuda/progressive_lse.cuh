@@ -7,31 +7,59 @@
 
 namespace adaattn {
 
-// The head's estimated LSE L of every column, from the masses of the sequence's runs and of its
-// dense tail, to `lse` [columns]. By all of kWarps warps; `parts` is scratch.
-template <int kWarps>
-__device__ __forceinline__ void GlobalLse(const ProgressiveArgs& p, const ProgressiveSequence& from,
-                                          int64_t head_index, float* lse,
-                                          float2 (*parts)[kMaxColumns]) {
-  const ProgressiveWorkspace& w = p.work;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int head = static_cast<int>(head_index % p.shape.num_kv_heads);
-  const float* runs = RunMasses(p, p.two_stage ? w.refined_lse : w.scan_lse, from.scan_begin, head);
-  const float* dense =
-      reinterpret_cast<const float*>(p.workspace + w.dense_lse) + head_index * w.columns;
-  const int64_t stride = MassStride(p);
-  const int entries = from.num_scan_runs * ScanPlaces(p.shape.num_kv_heads);
-  for (int tile = 0; tile < w.columns; tile += kTileColumns) {
-    const int column = tile + lane % kTileColumns;
-    constexpr int kStep = 4 * kWarps, kAtOnce = 4;
-    float high = -INFINITY, sum = 0;
-    for (int first = 4 * warp + lane / kTileColumns; first < entries; first += kAtOnce * kStep) {
-      float x[kAtOnce];
+// Has a pointer to global memory worked out here: the compiler would put it off to its use, behind
+// a wait.
+template <typename T>
+__device__ __forceinline__ void WorkOut(T*& pointer) {
+  asm volatile("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+}
+
+// What one of kWarps warps adds to L of a tile's columns: a part of the masses of the sequence's
+// runs and, in the first warp, that of its dense tail. A lane takes column lane % kColumns. Loads
+// start with Load(); Store() waits for them.
+template <int kWarps, int kColumns>
+struct MassPart {
+  static constexpr int kAtOnce = 4, kStep = 32 * kWarps / kColumns;
+  const std::byte* runs;  // of the lane's column
+  const float* dense;     // likewise
+  uint32_t stride;        // bytes
+  int entries;
+  float dense_mass = -INFINITY;
+  float x[kAtOnce];
+
+  __device__ __forceinline__ MassPart(const ProgressiveArgs& p, const ProgressiveSequence& from,
+                                      int sequence, int head, int column_begin)
+      : stride(static_cast<uint32_t>(MassStride(p)) * 4),
+        entries(from.num_scan_runs * ScanPlaces(p.shape.num_kv_heads)) {
+    const ProgressiveWorkspace& w = p.work;
+    const int heads = p.shape.num_kv_heads, column = column_begin + threadIdx.x % kColumns;
+    const uint32_t first = from.scan_begin * ScanPlaces(heads) * heads + head;
+    runs = p.workspace + (p.two_stage ? w.refined_lse : w.scan_lse) +
+           int64_t{first * w.columns + column} * 4;
+    dense = reinterpret_cast<const float*>(p.workspace + w.dense_lse) +
+            (sequence * heads + head) * w.columns + column;
+    WorkOut(runs);
+    WorkOut(dense);
+  }
+
+  __device__ __forceinline__ void Load() {
+    if (threadIdx.x < kColumns) dense_mass = *dense;
+    LoadRuns(0);
+  }
+  __device__ __forceinline__ void LoadRuns(int begin) {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int entry = first + i * kStep;
-        x[i] = entry < entries ? runs[entry * stride + column] : -INFINITY;
-      }
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int entry = begin + static_cast<int>(threadIdx.x / kColumns) + i * kStep;
+      x[i] = -INFINITY;
+      if (entry < entries) x[i] = *reinterpret_cast<const float*>(runs + entry * stride);
+    }
+  }
+
+  // The warp's part to parts [kColumns]: x and y of 2^x * y.
+  __device__ __forceinline__ void Store(float2* parts) {
+    float high = dense_mass, sum = dense_mass == -INFINITY ? 0.0f : 1.0f;
+    for (int begin = 0;;) {
       float next = high;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) next = fmaxf(next, x[i]);
@@ -40,31 +68,71 @@ __device__ __forceinline__ void GlobalLse(const ProgressiveArgs& p, const Progre
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) sum += Exp2(x[i] - base);
       high = next;
+      begin += kAtOnce * kStep;
+      if (begin >= entries) break;
+      LoadRuns(begin);
     }
+    float top = high;
 #pragma unroll
-    for (int step = kTileColumns; step < 32; step *= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, high, step);
-      const float other_sum = __shfl_xor_sync(0xffffffffu, sum, step);
-      const float next = fmaxf(high, other), base = next == -INFINITY ? 0.0f : next;
-      // The same order of addition in both lanes.
-      const float mine = sum * Exp2(high - base), theirs = other_sum * Exp2(other - base);
-      sum = mine + theirs;
-      high = next;
+    for (int step = kColumns; step < 32; step *= 2) {
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
     }
-    if (lane < kTileColumns) parts[warp][column] = make_float2(high, sum);
+    sum *= Exp2(high - (top == -INFINITY ? 0.0f : top));
+#pragma unroll
+    for (int step = kColumns; step < 32; step *= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    }
+    if (threadIdx.x % 32 < kColumns) parts[threadIdx.x % 32] = make_float2(top, sum);
+  }
+};
+
+// L of column lane % kColumns of a tile from the parts [kWarps][kColumns], in every lane.
+template <int kWarps, int kColumns>
+__device__ __forceinline__ float JoinMassParts(const float2* parts) {
+  constexpr int kEach = kWarps * kColumns / 32;
+  static_assert(kEach * 32 == kWarps * kColumns, "as many in each lane");
+  float2 part[kEach];
+  float high = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    part[i] = parts[threadIdx.x % 32 + 32 * i];
+    high = fmaxf(high, part[i].x);
+  }
+#pragma unroll
+  for (int step = kColumns; step < 32; step *= 2) {
+    high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, step));
+  }
+  const float base = high == -INFINITY ? 0.0f : high;
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) sum = fmaf(part[i].y, Exp2(part[i].x - base), sum);
+#pragma unroll
+  for (int step = kColumns; step < 32; step *= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  }
+  return base + Log2(sum);
+}
+
+// The head's estimated LSE L of every column, from the masses of the sequence's runs and of its
+// dense tail, to `lse` [columns]. By all of kWarps warps; `parts` is scratch.
+template <int kWarps>
+__device__ __forceinline__ void GlobalLse(const ProgressiveArgs& p, const ProgressiveSequence& from,
+                                          int64_t head_index, float* lse,
+                                          float2 (*parts)[kMaxColumns]) {
+  constexpr int kTileParts = kWarps * kTileColumns;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int tiles = p.work.columns / kTileColumns;
+  const int sequence = static_cast<int>(head_index) / p.shape.num_kv_heads;
+  const int head = static_cast<int>(head_index) - sequence * p.shape.num_kv_heads;
+  for (int tile = 0; tile < tiles; ++tile) {
+    MassPart<kWarps, kTileColumns> part(p, from, sequence, head, tile * kTileColumns);
+    part.Load();
+    part.Store(parts[0] + tile * kTileParts + warp * kTileColumns);
   }
   __syncthreads();
-  for (int column = threadIdx.x; column < w.columns; column += 32 * kWarps) {
-    float high = dense[column];
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) high = fmaxf(high, parts[i][column].x);
-    const float base = high == -INFINITY ? 0.0f : high;
-    float sum = Exp2(dense[column] - base);
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      sum = fmaf(parts[i][column].y, Exp2(parts[i][column].x - base), sum);
-    }
-    lse[column] = high == -INFINITY ? high : high + Log2(sum);
+  for (int tile = warp; tile < tiles; tile += kWarps) {
+    const float sum = JoinMassParts<kWarps, kTileColumns>(parts[0] + tile * kTileParts);
+    if (lane < kTileColumns) lse[tile * kTileColumns + lane] = sum;
   }
   __syncthreads();
 }

@@ -6,406 +6,417 @@
 //   skipped pages   sum of share * mean
 //   error terms     policy/error_model.h, with o left open
 // A CTA takes kChunkPages pages of one head, four threads a page, and then adds the means by an MMA
-// over pages. Sums keep an order of their own in every CTA: they do not depend on timing.
+// over pages. What needs no other page stands before a barrier, what does behind it: one for L, one
+// for the sums. Sums keep an order of their own in every CTA: they do not depend on timing.
 // grid (chunks x column tiles, num_kv_heads, num_sequences); decisions come from all columns, so
 // every tile makes the same, and the first one lists them.
 
 #include "kernels/cuda/async_copy.cuh"
+#include "kernels/cuda/progressive_depths.cuh"
 #include "kernels/cuda/progressive_lse.cuh"
+#include "kernels/cuda/progressive_means.cuh"
 #include "kernels/cuda/progressive_terms.cuh"
 
 namespace adaattn {
 
 inline constexpr int kSelectThreads = 4 * kChunkPages;
 inline constexpr int kSelectWarps = kSelectThreads / 32;
-inline constexpr int kWeightRows = kNumChunkVectors * kTileColumns;
-inline constexpr int kChunkFigures = 6;
-// Behind the chunk's pages, in the chunk of the sink page: the sequence's first token, as if it
-// were a page. The means are added 16 pages at a time.
-inline constexpr int kFirstToken = kChunkPages;
-inline constexpr int kChunkRows = kChunkPages + 16;
+inline constexpr int kChunkFigures = sizeof(ChunkState) / 4;
 
 template <class Traits>
 struct SelectShared {
-  static constexpr int kD = Traits::kHeadDim;
-  static constexpr int kSummaryBytes = static_cast<int>(sizeof(ValueSummary)) + kD;
-  alignas(16) std::byte summaries[kChunkRows][kSummaryBytes];
-  union {
-    float2 lse_parts[kSelectWarps][kMaxColumns];
-    // What the means are weighted with, by page; rows ChunkVector * 8 + column of the tile.
-    float weights[kWeightRows][kFirstToken + 2];
-  };
-  // As halves relative to the row's largest; the last 8 rows make an MMA whole.
-  alignas(16) __half scaled[kWeightRows + kTileColumns][kChunkRows + 8];
-  float row_scale[kWeightRows];
-  float lse[kMaxColumns];      // L
-  uint32_t base[kChunkPages];  // page ids, by position in the chunk
-  // mass, entropy, rest, mean squares, weight, amplitude
-  float warp_figures[kSelectWarps][kTileColumns][kChunkFigures];
-  ChunkList warp_list[kSelectWarps];  // of each warp's pages
-  int key_pages[kNumKeyDepths], value_pages[kNumValueDepths];
+  static constexpr int kColumns = Traits::kColumns;
+  static constexpr int kSummaryBytes = ChunkMeans<Traits>::kSummaryBytes;
+  static constexpr int kFigureRows = kChunkFigures * kColumns;
+  ChunkMeans<Traits> means;
+  // By page, rows of ChunkState * kColumns + column: 8 banks apart, for the four columns that a
+  // warp stores.
+  alignas(16) float figures[kFigureRows][kChunkPages + 8];
+  float2 lse_parts[kColumns == kFewColumns ? 1 : kMaxColumns / kTileColumns][kSelectWarps]
+                  [kColumns];
+  float lse[kMaxColumns];  // L, where there is more than one tile
+  DepthEntry depths[kNumPageDepths];
+  int depth_pages[kNumPageDepths];
+  uint2 reads[kChunkPages];     // ids and what is read of attended pages, 0 of others
+  int warp_list[kSelectWarps];  // of each warp's pages: cost * 65536 + how many are attended
 };
 
-// The depth of one page whose largest share over the columns is `share`.
+// Works out all depths, by the last warp.
 template <class Traits>
-__device__ __forceinline__ PageDepth DecidePage(const ProgressiveArgs& p,
-                                                const DecisionParams& decision, float theta,
-                                                float share, bool opened, int page,
-                                                Visibility visibility) {
-  constexpr int kD = Traits::kHeadDim;
-  if (decision.policy == Policy::kFullDepth) return FullDepth(kD, p.stored_bits);
-  if (decision.policy == Policy::kStatic) return StaticDepth(decision, kD, p.stored_bits);
-  return LadderDepth(decision, theta, share,
-                     PageFacts{page == 0, visibility == Visibility::kPart, opened}, kD,
-                     p.stored_bits);
+__device__ __forceinline__ void ListDepths(const ProgressiveArgs& p, const DecisionParams& decision,
+                                           SelectShared<Traits>& shared) {
+  const int index = threadIdx.x - (kSelectThreads - 32);
+  if (index < 0 || index >= kNumPageDepths) return;
+  shared.depths[index] = EntryOf(DepthAt<Traits>(p, decision, index));
+  shared.depth_pages[index] = 0;
 }
 
-// Weights as halves relative to the largest of their row; rows are shared out among the warps.
-// `sink`: they have one for the first token.
+// Brings a page's value planes and their scales to L2, a thread of a quad some of it.
 template <class Traits>
-__device__ __forceinline__ void ScaleWeights(bool sink, SelectShared<Traits>& shared) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  static_assert(kChunkPages == 64, "two pages a lane");
-#pragma unroll
-  for (int row = warp; row < kWeightRows; row += kSelectWarps) {
-    const float2 x = *reinterpret_cast<const float2*>(&shared.weights[row][2 * lane]);
-    const float first = sink ? shared.weights[row][kFirstToken] : 0.0f;
-    float high = fmaxf(fmaxf(x.x, x.y), first);
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-      high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, step));
-    }
-    const float inverse = high > 0 ? 1.0f / high : 0.0f;
-    *reinterpret_cast<uint32_t*>(&shared.scaled[row][2 * lane]) =
-        PackPair<__half>(x.x * inverse, x.y * inverse);
-    if (sink && lane < (kChunkRows - kFirstToken) / 2) {
-      *reinterpret_cast<uint32_t*>(&shared.scaled[row][kFirstToken + 2 * lane]) =
-          lane == 0 ? PackPair<__half>(first * inverse, 0.0f) : 0;
-    }
-    if (lane == 0) shared.row_scale[row] = high;
+__device__ __forceinline__ void PrefetchValues(const ProgressiveArgs& p, const std::byte* page,
+                                               int head, int planes, int quarter) {
+  const PageLayout::Section& plane = p.layout.value_plane[quarter];
+  const PageLayout::Section& scales = p.layout.value_scales;
+  if (quarter < planes) {
+    PrefetchBulk(page + plane.offset + head * int64_t{Traits::kPlaneBytes}, Traits::kPlaneBytes);
+  }
+  if (quarter == 0) {
+    PrefetchBulk(page + scales.offset + head * int64_t{Traits::kValueScaleBytes},
+                 Traits::kValueScaleBytes);
   }
 }
 
-// The sequence's first token as the summary of a page, to the row of its own.
+// Starts the copy of a page's value summary, a quad its own. It depends on no earlier kernel.
 template <class Traits>
-__device__ __forceinline__ void LoadFirstToken(const ProgressiveArgs& p, int head,
-                                               SelectShared<Traits>& shared) {
-  constexpr int kD = Traits::kHeadDim, kGroups = Traits::kValueGroups;
-  const std::byte* page = p.pool + static_cast<int64_t>(shared.base[0]) * kPageAlignment;
-  const auto* scales = reinterpret_cast<const uint8_t*>(page + p.layout.value_scales.offset +
-                                                        head * p.layout.value_scales.bytes);
-  float top = 0, squares = 0;
+__device__ __forceinline__ void FetchSummary(const ProgressiveArgs& p, uint32_t id, int head,
+                                             int begin, int pages, SelectShared<Traits>& shared) {
+  const int local = threadIdx.x / 4, quarter = threadIdx.x % 4;
+  if (local < pages) {
+    const PageLayout::Section& section = p.layout.value_summary;
+    const std::byte* page = p.pool + static_cast<int64_t>(id) * kPageAlignment;
+    const std::byte* source =
+        page + section.offset + head * int64_t{SelectShared<Traits>::kSummaryBytes};
 #pragma unroll
-  for (int g = 0; g < kGroups; ++g) {
-    const float range = RangeOf(scales[g]);
-    top = fmaxf(top, range);
-    squares = fmaf(range, range, squares);
-  }
-  const float step = top / 127.0f;
-  std::byte* row = shared.summaries[kFirstToken];
-  for (int c = threadIdx.x; c < kD; c += kSelectThreads) {
-    const float x =
-        FirstValue<Traits>(p.layout, page, head, c) * RangeOf(scales[c / (kD / kGroups)]) / step;
-    reinterpret_cast<int8_t*>(row + sizeof(ValueSummary))[c] =
-        static_cast<int8_t>(__float2int_rn(x));
-  }
-  if (threadIdx.x == 0) {
-    auto& summary = *reinterpret_cast<ValueSummary*>(row);
-    summary.mean_scale = step;
-    summary.spread = summary.radius = 0;
-    summary.scale_rms = sqrtf(squares / kGroups);
-  }
-}
-
-// Brings what will be read of an attended page to L2: a thread of the page's quad a part of it.
-template <class Traits>
-__device__ __forceinline__ void PrefetchPage(const ProgressiveArgs& p, uint32_t id, int head,
-                                             const PageDepth& depth, int quarter) {
-  const std::byte* page = p.pool + static_cast<int64_t>(id) * kPageAlignment;
-  const auto bring = [page, head](const PageLayout::Section& section, int64_t bytes) {
-    PrefetchBulk(page + section.offset + head * section.bytes, static_cast<uint32_t>(bytes));
-  };
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (i == quarter && i < depth.value_bits / 2) {
-      bring(p.layout.value_plane[i], p.layout.value_plane[i].bytes);
+    for (int i = 0; i < SelectShared<Traits>::kSummaryBytes / 16; i += 4) {
+      if (i + quarter >= SelectShared<Traits>::kSummaryBytes / 16) break;
+      CopyAsync16(shared.means.summaries[local] + (i + quarter) * 16, source + (i + quarter) * 16);
     }
-  }
-  const int fine = (depth.key.bits - kScanBits) / 2;
-  const int64_t key_bytes =
-      min(depth.key.chunks * Traits::kChunkTiles, Traits::kTiles) * kPlaneTileBytes;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (quarter == 2 + i && i < fine) bring(p.layout.key_fine[i], key_bytes);
-  }
-  if (quarter == 0) bring(p.layout.value_scales, p.layout.value_scales.bytes);
-  if (quarter == 1 && fine > 0) bring(p.layout.key_scales, p.layout.key_scales.bytes);
-}
-
-__device__ __forceinline__ ChunkList* ChunkListOf(const ProgressiveArgs& p, int64_t chunk_index) {
-  return reinterpret_cast<ChunkList*>(p.workspace + p.work.extents) + chunk_index;
-}
-
-// A quad decides a page.
-template <class Traits>
-struct PageDecider {
-  static constexpr int kEach = kTileColumns / 4;
-  const ProgressiveArgs& p;
-  const DecisionParams& decision;
-  const SequenceView& s;
-  int64_t head_index;
-  int head, column_begin, columns, page, local, quarter;
-  Visibility visibility;
-  PageStats mine[kEach];  // of the tile's columns quarter + 4 i
-  PageDepth depth;
-
-  __device__ __forceinline__ bool visible() const { return visibility != Visibility::kNone; }
-  __device__ __forceinline__ bool attended() const { return depth.value_bits > 0; }
-
-  __device__ __forceinline__ void Load() {
-    const float4* stats = PageStatsOf(p, head_index, page);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int n = column_begin + quarter + 4 * i;
-      if (visible() && n < columns) mine[i] = LoadStats(stats, n);
-    }
-  }
-
-  // The largest share of the page over all columns; whether one of them opened it.
-  __device__ __forceinline__ float LargestShare(const float* lse, bool* opened) const {
-    float share = 0;
-    if (visible()) {
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int n = column_begin + quarter + 4 * i;
-        if (n >= columns) continue;
-        *opened |= signbit(mine[i].concentration);
-        share = fmaxf(share, TermsOf(mine[i], lse[n]).share);
-      }
-      for (int n = quarter; columns > kTileColumns && n < columns; n += 4) {  // other tiles too
-        const PageStats other = LoadStats(PageStatsOf(p, head_index, page), n);
-        *opened |= signbit(other.concentration);
-        share = fmaxf(share, TermsOf(other, lse[n]).share);
-      }
-    }
-    const uint32_t quads = __ballot_sync(0xffffffffu, *opened);
-    *opened = (quads >> (threadIdx.x % 32 / 4 * 4) & 15u) != 0;
-    return QuadMax(share);
-  }
-
-  __device__ __forceinline__ void Decide(float theta, SelectShared<Traits>& shared) {
-    bool opened = CoarseStage<Traits>(p, decision) == 0;
-    const float share = LargestShare(shared.lse, &opened);
-    if (!visible()) return;
-    depth = DecidePage<Traits>(p, decision, theta, share, opened, page, visibility);
-    if (attended()) PrefetchPage<Traits>(p, shared.base[local], head, depth, quarter);
-    if (quarter != 0) return;
-    atomicAdd(&shared.key_pages[KeyDepthIndex(depth.key.bits, depth.key.chunks)], 1);
-    atomicAdd(&shared.value_pages[depth.value_bits / 2], 1);
-  }
-
-  // Where most of the sink page's mass in a column lies on its first token, that token's value
-  // stands for the page's mean in the column's error terms (policy/error_model.h). No mean becomes
-  // part of the output by it: every depth of the sink page reads its values.
-  __device__ __forceinline__ bool FirstTokenStands(int column, const PageStats& stats) const {
-    return page == 0 && TokenVisible(s, 0, column / p.shape.group_size()) &&
-           FirstTokenStandsForPage(true, true, fabsf(stats.concentration));
-  }
-
-  // The weights of row n of the tile for row `at` of the summaries.
-  __device__ __forceinline__ void StoreWeights(int n, int at, float share, float weight,
-                                               SelectShared<Traits>& shared) const {
-    shared.weights[kSkipped * kTileColumns + n][at] = attended() ? 0.0f : share;
-    shared.weights[kWeightedMean * kTileColumns + n][at] = weight;
-    shared.weights[kAttended * kTileColumns + n][at] = attended() ? share : 0.0f;
-  }
-
-  // The page's weights, and the warp's sums of figures.
-  __device__ __forceinline__ void Weigh(SelectShared<Traits>& shared) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const std::byte* summary_bytes = shared.summaries[visible() ? local : 0];
-    const float mean2 = MeanSquare<Traits>(summary_bytes, quarter);
-    const auto mean = *reinterpret_cast<const ValueSummary*>(summary_bytes);
-    float first_mean2 = 0;
-    if (page < kChunkPages)
-      first_mean2 = MeanSquare<Traits>(shared.summaries[kFirstToken], quarter);
-    float figures[kEach][kChunkFigures];  // as warp_figures
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int n = quarter + 4 * i;
-      const bool any = visible() && column_begin + n < columns;
-      const bool first = any && FirstTokenStands(column_begin + n, mine[i]);
-      ValueSummary summary = mean;
-      if (first) summary = *reinterpret_cast<const ValueSummary*>(shared.summaries[kFirstToken]);
-      ColumnWeights column;
-      if (any) column = WeighColumn<Traits>(mine[i], summary, shared.lse[column_begin + n], depth);
-      if (page == 0) StoreWeights(n, first ? local : kFirstToken, 0, 0, shared);
-      StoreWeights(n, first ? kFirstToken : local, column.share * summary.mean_scale,
-                   column.weight * summary.mean_scale, shared);
-      figures[i][0] = column.mass;
-      figures[i][1] = column.entropy;
-      figures[i][2] = column.rest;
-      figures[i][3] = column.weight * (first ? first_mean2 : mean2);
-      figures[i][4] = column.weight;
-      figures[i][5] = column.amplitude;
-    }
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-#pragma unroll
-      for (int j = 0; j < kChunkFigures; ++j) {
-#pragma unroll
-        for (int step = 4; step < 32; step *= 2) {
-          figures[i][j] += __shfl_xor_sync(0xffffffffu, figures[i][j], step);
-        }
-        if (lane / 4 == 0) shared.warp_figures[warp][quarter + 4 * i][j] = figures[i][j];
-      }
-    }
-  }
-
-  __device__ __forceinline__ PackedPage Packed() const {
-    return PackedPage{page, depth.value_bits / 2, (depth.key.bits - kScanBits) / 2,
-                      depth.key.chunks, BasisOfPage(s, page)};
-  }
-
-  // What the warp lists. `quads`: its attended pages, at the first bit of each quad.
-  __device__ __forceinline__ void SumList(uint32_t quads, SelectShared<Traits>& shared) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int cost =
-        attended() ? AttendCost((depth.value_bits + depth.key.bits - kScanBits) / 2) : 0;
-    const int all = __reduce_add_sync(0xffffffffu, quarter == 0 ? cost : 0);
-    if (lane == 0) shared.warp_list[warp] = ChunkList{__popc(quads), all};
-  }
-
-  // Lists the chunk's attended pages in order.
-  __device__ __forceinline__ void List(int64_t chunk_index, const SelectShared<Traits>& shared,
-                                       uint32_t quads) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (threadIdx.x == 0) {
-      ChunkList list{};
-#pragma unroll 1
-      for (int i = 0; i < kSelectWarps; ++i) {
-        const ChunkList part = shared.warp_list[i];
-        list.pages += part.pages;
-        list.cost += part.cost;
-      }
-      *reinterpret_cast<int2*>(ChunkListOf(p, chunk_index)) = make_int2(list.pages, list.cost);
-    }
-    int before = 0;
-#pragma unroll
-    for (int i = 0; i < kSelectWarps; ++i) before += i < warp ? shared.warp_list[i].pages : 0;
-    if (!attended() || quarter != 0) return;
-    reinterpret_cast<uint4*>(
-        p.workspace +
-        p.work.lists)[chunk_index * kChunkPages + before + __popc(quads & ((1u << lane) - 1))] =
-        make_uint4(shared.base[local], PackPage(Packed()), static_cast<uint32_t>(head_index),
-                   static_cast<uint32_t>(columns));
-  }
-};
-
-// The warps' figures to the chunk's states of the tile's columns.
-template <class Traits>
-__device__ __forceinline__ void StoreStates(const SelectShared<Traits>& shared,
-                                            ChunkState* states) {
-  if (threadIdx.x >= kTileColumns) return;
-  float sums[kChunkFigures] = {};
-  for (int i = 0; i < kSelectWarps; ++i) {
-#pragma unroll
-    for (int j = 0; j < kChunkFigures; ++j) sums[j] += shared.warp_figures[i][threadIdx.x][j];
-  }
-  states[threadIdx.x] = ChunkState{sums[0], sums[1], sums[4], sums[3], sums[2], sums[5]};
-}
-
-// Starts the copies of the chunk's value summaries, which depend on no earlier kernel.
-template <class Traits>
-__device__ __forceinline__ void FetchSummaries(const ProgressiveArgs& p,
-                                               const ProgressiveSequence& from, int head, int begin,
-                                               int pages, SelectShared<Traits>& shared) {
-  if (threadIdx.x < pages) {
-    shared.base[threadIdx.x] = p.table[from.table_begin + begin + threadIdx.x];
-  }
-  if (threadIdx.x < kNumKeyDepths) shared.key_pages[threadIdx.x] = 0;
-  if (threadIdx.x < kNumValueDepths) shared.value_pages[threadIdx.x] = 0;
-  __syncthreads();
-  const PageLayout::Section& section = p.layout.value_summary;
-  constexpr int kPieces = SelectShared<Traits>::kSummaryBytes / 16;
-  for (int i = threadIdx.x; i < pages * kPieces; i += kSelectThreads) {
-    CopyAsync16(shared.summaries[i / kPieces] + i % kPieces * 16,
-                p.pool + static_cast<int64_t>(shared.base[i / kPieces]) * kPageAlignment +
-                    section.offset + head * section.bytes + i % kPieces * 16);
   }
   CommitCopies();
 }
 
-// Two 8x8 tiles of 16-bit units, transposed: register i holds (2t, 2t + 1; g) of tile i, whose row
-// r the lane 8 i + r names.
-__device__ __forceinline__ void LoadTransposed(uint32_t (&tile)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(tile[0]), "=r"(tile[1])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row))));
-}
-
-// Bytes 0 and 2 of `bytes` ^ 0x80 (selector 0x4240) or 1 and 3 (0x4341) as halves, signed.
-__device__ __forceinline__ uint32_t HalvesFromBytes(uint32_t bytes, uint32_t selector) {
-  const uint32_t biased = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, selector);  // 1152 more
-  return FmaHalves(biased, kOneHalves, 0xe480e480u);                                // - 1152
-}
-
-// The weighted sums of the chunk's first `rows` means, for `columns` columns of the tile, to target
-// [8][kNumChunkVectors][D].
-//   sum[row][c] = sum_page weight[row][page] mean[page][c]: weights are the A of the MMA, rows of
-// the means its B, two channels at a time (a transposed load pairs the bytes of two pages).
+// The sequence's first token, which may stand for its page: a channel a thread.
 template <class Traits>
-__device__ __forceinline__ void AddMeans(int rows, int columns, const SelectShared<Traits>& shared,
-                                         float* target) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  float scale[kNumChunkVectors];
+struct FirstToken {
+  static constexpr int kD = Traits::kHeadDim, kGroups = Traits::kValueGroups;
+  static_assert(kD <= kSelectThreads && kGroups <= 4, "a channel a thread, the scales a word");
+  FirstCode<Traits> code;
+  uint32_t scales = 0;  // a byte a group
+
+  // Depends on no earlier kernel.
+  __device__ __forceinline__ void Load(const ProgressiveArgs& p, uint32_t id, int head) {
+    const std::byte* page = p.pool + static_cast<int64_t>(id) * kPageAlignment;
+    scales = *reinterpret_cast<const uint32_t*>(page + p.layout.value_scales.offset +
+                                                head * int64_t{Traits::kValueScaleBytes});
+    if (threadIdx.x < kD) code.Load(p.layout, page, head, threadIdx.x);
+  }
+
+  // As the summary of a page, to the row of its own, of no weight yet.
+  __device__ __forceinline__ void Store(const ProgressiveArgs& p, ChunkMeans<Traits>& means) const {
+    float top = 0, squares = 0, own = 0;
 #pragma unroll
-  for (int i = 0; i < kNumChunkVectors; ++i) scale[i] = shared.row_scale[i * kTileColumns + g];
-  for (int tile = warp; tile < Traits::kTiles; tile += kSelectWarps) {
-    float even[2][4] = {}, odd[2][4] = {};
-#pragma unroll 1
-    for (int first = 0; first < rows; first += 16) {
-      uint32_t bytes[2];
-      LoadTransposed(bytes, shared.summaries[first + lane % 16] + sizeof(ValueSummary) + tile * 16);
-      const uint32_t low[2] = {HalvesFromBytes(bytes[0], 0x4240u),
-                               HalvesFromBytes(bytes[1], 0x4240u)};
-      const uint32_t high[2] = {HalvesFromBytes(bytes[0], 0x4341u),
-                                HalvesFromBytes(bytes[1], 0x4341u)};
+    for (int g = 0; g < kGroups; ++g) {
+      const float range = RangeOf(scales >> 8 * g & 0xffu);
+      top = fmaxf(top, range);
+      squares = fmaf(range, range, squares);
+      if (threadIdx.x / (kD / kGroups) == g) own = range;
+    }
+    std::byte* row = means.summaries[kFirstToken];
+    if (threadIdx.x < kD) {
+      const float x = code.Value(p.layout, threadIdx.x) * __fdividef(own * 127.0f, top);
+      reinterpret_cast<int8_t*>(row + sizeof(ValueSummary))[threadIdx.x] =
+          static_cast<int8_t>(__float2int_rn(x));
+    }
+    if (threadIdx.x == 0) {
+      *reinterpret_cast<ValueSummary*>(row) =
+          ValueSummary{top * (1.0f / 127), 0, 0, Sqrt(squares / kGroups)};
+    }
+    means.ClearFirstToken();
+  }
+};
+
+// Brings what will be read of attended pages to L2: a thread a part of a page. Neighbouring pages,
+// which are often attended together, go to different warps: a warp starts one prefetch at a time.
+template <class Traits>
+__device__ __forceinline__ void PrefetchPages(const ProgressiveArgs& p, int head,
+                                              const SelectShared<Traits>& shared) {
+  const int local = threadIdx.x % 32 / 4 * kSelectWarps + threadIdx.x / 32;
+  const int quarter = threadIdx.x % 4;
+  const uint2 read = shared.reads[local];
+  if (read.y == 0) return;
+  const PackedPage depth = UnpackPage(read.y);
+  const std::byte* page = p.pool + static_cast<int64_t>(read.x) * kPageAlignment;
+  PrefetchValues<Traits>(p, page, head, depth.value_planes, quarter);
+  if (depth.fine_planes == 0) return;
+  if (quarter == 1) {
+    PrefetchBulk(page + p.layout.key_scales.offset + head * int64_t{Traits::kHeadDim},
+                 Traits::kHeadDim);
+  }
+  if (quarter >= 2 && quarter - 2 < depth.fine_planes) {
+    PrefetchBulk(page + p.layout.key_fine[quarter - 2].offset + head * int64_t{Traits::kPlaneBytes},
+                 min(depth.key_chunks * Traits::kChunkTiles, Traits::kTiles) * kPlaneTileBytes);
+  }
+}
+
+__device__ __forceinline__ ChunkList* ChunkListOf(const ProgressiveArgs& p, int chunk_index) {
+  return reinterpret_cast<ChunkList*>(p.workspace + p.work.extents) + chunk_index;
+}
+
+// Columns of the workspace, a constant where they are few.
+template <class Traits>
+__device__ __forceinline__ int WorkColumns(const ProgressiveArgs& p) {
+  return Traits::kColumns == kFewColumns ? kTileColumns : p.work.columns;
+}
+
+// A quad decides a page. Indices of the workspace fit 32 bits in units of 16 bytes.
+template <class Traits>
+struct PageDecider {
+  static constexpr int kColumns = Traits::kColumns, kEach = kColumns / 4;
+  const ProgressiveArgs& p;
+  const ProgressiveSequence& from;
+  int head_index, column_begin, columns, page, local, quarter;
+  uint32_t id;
+  Visibility visibility;
+  const float4* stats = nullptr;  // of the page
+  bool first_seen[kEach] = {};    // it is the sink page, whose first token the column sees
+  // Of the tile's columns quarter + 4 i.
+  PageStats mine[kEach];
+  ColumnTerms terms[kEach];
+  ValueSummary summary;
+  float mean2 = 0;  // |mean|^2
+  DepthEntry depth;
+
+  __device__ __forceinline__ bool visible() const { return visibility != Visibility::kNone; }
+  __device__ __forceinline__ bool attended() const { return depth.factors.value > 0; }
+  __device__ __forceinline__ int column(int i) const { return column_begin + quarter + 4 * i; }
+
+  // What depends on no earlier kernel.
+  __device__ __forceinline__ void Begin(const SequenceView& s) {
+    const uint32_t at = (head_index * p.max_sealed + page) * WorkColumns<Traits>(p);
+    stats = reinterpret_cast<const float4*>(p.workspace + p.work.stats) + at;
+    WorkOut(stats);
+    if (page > 0 || !visible()) return;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t a[4];
-        LoadMatrices<false>(a, &shared.scaled[16 * half + lane % 16][first + lane / 16 * 8]);
-        Mma16x8x16<__half>(even[half], a, low[0], low[1]);
-        Mma16x8x16<__half>(odd[half], a, high[0], high[1]);
+    for (int i = 0; i < kEach; ++i) {
+      first_seen[i] = column(i) < columns && TokenVisible(s, 0, column(i) / p.shape.group_size());
+    }
+  }
+
+  __device__ __forceinline__ void Load() {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      mine[i] = PageStats{-INFINITY, -INFINITY, 0, 0};
+      if (visible() && column(i) < columns) mine[i] = LoadStats(stats, column(i));
+    }
+  }
+
+  // Takes the page's summary, which the quad has copied.
+  __device__ __forceinline__ void Summarise(const SelectShared<Traits>& shared) {
+    const std::byte* bytes = shared.means.summaries[local];
+    const float square = MeanSquare<Traits>(bytes, quarter);
+    summary = ValueSummary{};
+    if (!visible()) return;
+    summary = shared.means.Summary(local);
+    mean2 = square;
+  }
+
+  // L of the tile's columns, by the first quad.
+  __device__ __forceinline__ void StoreLse(const float (&lse)[kEach]) const {
+    if (local > 0) return;
+    float* target = reinterpret_cast<float*>(p.workspace + p.work.global_lse);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      target[head_index * WorkColumns<Traits>(p) + column(i)] = lse[i];
+    }
+  }
+
+  // The largest share of the page over the columns of the other tiles; whether one opened it.
+  __device__ __forceinline__ float LargestShareElsewhere(const float* lse, bool* opened) const {
+    float share = 0;
+    for (int n = quarter; visible() && n < columns; n += 4) {
+      const PageStats other = LoadStats(stats, n);
+      *opened |= signbit(other.concentration);
+      share = fmaxf(share, TermsOf(other, lse[n]).share);
+    }
+    return share;
+  }
+
+  // From L of the thread's columns. `lse`: of all, where there are many.
+  __device__ __forceinline__ void Decide(const float (&own_lse)[kEach], const float* lse,
+                                         float theta, SelectShared<Traits>& shared) {
+    float share = 0;
+    bool opened = false;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      terms[i] = TermsOf(mine[i], own_lse[i]);
+      share = fmaxf(share, terms[i].share);
+      opened |= signbit(mine[i].concentration);
+    }
+    if (kColumns == kTileColumns && columns > kTileColumns) {
+      share = fmaxf(share, LargestShareElsewhere(lse, &opened));
+    }
+    share = QuadMax(share);
+    if (CoarseStage<Traits>(p, from.decision) == 0) {
+      opened = true;
+    } else {
+      const uint32_t quads = __ballot_sync(0xffffffffu, opened);
+      opened = (quads >> (threadIdx.x % 32 / 4 * 4) & 15u) != 0;
+    }
+    const bool cut = visibility == Visibility::kPart;
+    const int index = page == 0 ? kSinkDepth
+                      : !opened && !cut
+                          ? kUnopenedDepth
+                          : LadderValueBits(share, theta) / 2 + (cut ? kCutDepths : 0);
+    depth = DepthEntry{};
+    if (visible()) {
+      depth = shared.depths[index];
+      if (quarter == 0) atomicAdd(&shared.depth_pages[index], 1);
+    }
+    if (quarter == 0) shared.reads[local] = make_uint2(id, attended() ? depth.packed : 0);
+  }
+
+  // The page's weights and figures in each of the thread's columns. Where most of the sink page's
+  // mass in a column lies on its first token, that token's value stands for the page's mean in the
+  // column's error terms (policy/error_model.h). No mean becomes part of the output by it: every
+  // depth of the sink page reads its values.
+  __device__ __forceinline__ void Weigh(SelectShared<Traits>& shared) const {
+    float first_mean2 = 0;
+    if (page < 32 / 4)
+      first_mean2 = MeanSquare<Traits>(shared.means.summaries[kFirstToken], quarter);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int n = quarter + 4 * i;
+      const bool first =
+          first_seen[i] && FirstTokenStandsForPage(true, true, fabsf(mine[i].concentration));
+      const ValueSummary own = first ? shared.means.Summary(kFirstToken) : summary;
+      const ColumnWeights x = WeighColumn<Traits>(mine[i], terms[i], own, depth.factors);
+      const float share = RoundToTf32(x.share * own.mean_scale);
+      const float weights[kNumChunkVectors] = {attended() ? 0.0f : share,
+                                               RoundToTf32(x.weight * own.mean_scale),
+                                               attended() ? share : 0.0f};
+      shared.means.SetWeights(n, first ? kFirstToken : local, weights);
+      if (first) shared.means.SetWeights(n, local, {0, 0, 0});
+      // As ChunkState.
+      const float figures[kChunkFigures] = {x.mass,   x.entropy,
+                                            x.weight, x.weight * (first ? first_mean2 : mean2),
+                                            x.rest,   x.amplitude};
+#pragma unroll
+      for (int j = 0; j < kChunkFigures; ++j) {
+        shared.figures[j * kColumns + n][local] = figures[j];
       }
     }
-    if (g >= columns) continue;
-    // Column j of an accumulator is channel 16 tile + 2 j (+ 1): the lane has four in a row.
-    float* row = target + g * kNumChunkVectors * Traits::kHeadDim + tile * 16 + 4 * t;
+  }
+
+  // What the warp lists.
+  __device__ __forceinline__ void SumList(SelectShared<Traits>& shared) const {
+    const PackedPage read = UnpackPage(depth.packed);
+    const int list = AttendCost(read.value_planes + read.fine_planes) << 16 | 1;
+    const int sum = __reduce_add_sync(0xffffffffu, attended() && quarter == 0 ? list : 0);
+    if (threadIdx.x % 32 == 0) shared.warp_list[threadIdx.x / 32] = sum;
+  }
+
+  // Lists the chunk's attended pages in order.
+  __device__ __forceinline__ void List(const SequenceView& s, int chunk_index,
+                                       const SelectShared<Traits>& shared) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint32_t quads = __ballot_sync(0xffffffffu, attended()) & 0x11111111u;
+    if (warp > 0 && quads == 0) return;
+    const int part = lane < kSelectWarps ? shared.warp_list[lane] : 0;
+    if (warp == 0) {
+      const int all = __reduce_add_sync(0xffffffffu, part);
+      if (lane == 0) {
+        *reinterpret_cast<int2*>(ChunkListOf(p, chunk_index)) = make_int2(all & 0xffff, all >> 16);
+      }
+    }
+    const int before = __reduce_add_sync(0xffffffffu, lane < warp ? part : 0) & 0xffff;
+    if (!attended() || quarter != 0) return;
+    const uint32_t packed =
+        depth.packed | PackPage(PackedPage{page, 0, 0, 0, BasisOfPage(s, page)});
+    const uint32_t place = chunk_index * kChunkPages + before + __popc(quads & ((1u << lane) - 1));
+    reinterpret_cast<uint4*>(p.workspace + p.work.lists)[place] =
+        make_uint4(id, packed, static_cast<uint32_t>(head_index), static_cast<uint32_t>(columns));
+  }
+};
+
+// The sums of the pages' figures to the chunk's states of the tile's columns, from number `first`
+// on, eight lanes each.
+template <class Traits>
+__device__ __forceinline__ void StoreStates(const SelectShared<Traits>& shared, uint32_t first,
+                                            float* states) {
+  constexpr int kColumns = Traits::kColumns;
+  // From the last warp on: the first has the list's sum.
+  for (int row = (kSelectThreads - 1 - threadIdx.x) / 8; row < SelectShared<Traits>::kFigureRows;
+       row += kSelectThreads / 8) {
+    const auto* figures = reinterpret_cast<const float4*>(shared.figures[row]) + threadIdx.x % 8;
+    const float4 x = figures[0], y = figures[8];
+    static_assert(kChunkPages == 64, "eight pages a lane");
+    float sum = ((x.x + x.y) + (x.z + x.w)) + ((y.x + y.y) + (y.z + y.w));
 #pragma unroll
-    for (int i = 0; i < kNumChunkVectors; ++i) {
-      const int e = i % 2 * 2;
-      const float(&x)[4] = even[i / 2];
-      const float(&y)[4] = odd[i / 2];
-      *reinterpret_cast<float4*>(row + i * Traits::kHeadDim) =
-          make_float4(x[e] * scale[i], y[e] * scale[i], x[e + 1] * scale[i], y[e + 1] * scale[i]);
+    for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (threadIdx.x % 8 == 0) {
+      states[(first + row % kColumns) * kChunkFigures + row / kColumns] = sum;
     }
   }
 }
 
-// Adds the chunk's counts of pages to the head's decision.
+// Adds the chunk's counts of pages to the head's decision. By the threads of a warp.
 template <class Traits>
 __device__ __forceinline__ void CountPages(HeadDecision* decision,
                                            const SelectShared<Traits>& shared) {
-  const int i = threadIdx.x;
-  if (i < kNumKeyDepths && shared.key_pages[i] > 0) {
-    atomicAdd(&decision->key_pages[i], shared.key_pages[i]);
+  const int lane = threadIdx.x % 32;
+  if (lane >= kNumPageDepths || shared.depth_pages[lane] == 0) return;
+  const int pages = shared.depth_pages[lane];
+  const PackedPage depth = UnpackPage(shared.depths[lane].packed);
+  atomicAdd(
+      &decision->key_pages[KeyDepthIndex(kScanBits + 2 * depth.fine_planes, depth.key_chunks)],
+      pages);
+  atomicAdd(&decision->value_pages[depth.value_planes], pages);
+  AddBytes(&decision->value_bytes, int64_t{pages} * SelectShared<Traits>::kSummaryBytes);
+}
+
+// L of the thread's columns, and where there is more than one tile that of all to shared.lse.
+// `masses`: of the tile, on their way.
+template <class Traits>
+__device__ __forceinline__ void FindLse(const PageDecider<Traits>& decider, int sequence, int head,
+                                        MassPart<kSelectWarps, Traits::kColumns>& masses,
+                                        SelectShared<Traits>& shared,
+                                        float (&lse)[PageDecider<Traits>::kEach]) {
+  constexpr int kColumns = Traits::kColumns;
+  const int warp = threadIdx.x / 32, tile = decider.column_begin / kTileColumns;
+  const int tiles = WorkColumns<Traits>(decider.p) / kTileColumns;
+  masses.Store(shared.lse_parts[tile][warp]);
+  for (int i = 0; i < tiles; ++i) {
+    if (i == tile) continue;
+    MassPart<kSelectWarps, kColumns> other(decider.p, decider.from, sequence, head,
+                                           i * kTileColumns);
+    other.Load();
+    other.Store(shared.lse_parts[i][warp]);
   }
-  if (i < kNumValueDepths && shared.value_pages[i] > 0) {
-    atomicAdd(&decision->value_pages[i], shared.value_pages[i]);
-    AddBytes(&decision->value_bytes,
-             int64_t{shared.value_pages[i]} * SelectShared<Traits>::kSummaryBytes);
+  __syncthreads();
+  lse[0] = JoinMassParts<kSelectWarps, kColumns>(shared.lse_parts[tile][0]);
+  if constexpr (kColumns == kTileColumns) {  // so far of column lane % 8
+    const float other = __shfl_xor_sync(0xffffffffu, lse[0], 4);
+    const bool upper = (threadIdx.x & 4) != 0;
+    lse[1] = upper ? lse[0] : other;
+    lse[0] = upper ? other : lse[0];
   }
+  if (tiles == 1) return;
+  for (int i = warp; i < tiles; i += kSelectWarps) {
+    const float sum = JoinMassParts<kSelectWarps, kColumns>(shared.lse_parts[i][0]);
+    if (threadIdx.x % 32 < kColumns) shared.lse[i * kTileColumns + threadIdx.x % 32] = sum;
+  }
+  __syncthreads();
+}
+
+// What follows from the decisions and weights of the chunk's pages.
+template <class Traits>
+__device__ __forceinline__ void StoreChunk(const PageDecider<Traits>& decider,
+                                           const SequenceView& s, int head, int chunk_index,
+                                           int pages, const SelectShared<Traits>& shared) {
+  const ProgressiveArgs& p = decider.p;
+  const int column_begin = decider.column_begin;
+  if (column_begin == 0) {
+    PrefetchPages<Traits>(p, head, shared);
+    decider.List(s, chunk_index, shared);
+    if (threadIdx.x / 32 == 1) CountPages<Traits>(p.decisions + decider.head_index, shared);
+  }
+  const uint32_t slot = chunk_index * WorkColumns<Traits>(p) + column_begin;
+  StoreStates<Traits>(shared, slot, reinterpret_cast<float*>(p.workspace + p.work.state));
+  constexpr uint32_t kWords = kNumChunkVectors * Traits::kHeadDim / 4;
+  AddMeans<Traits, kSelectWarps>(
+      shared.means, pages, decider.page == decider.local, decider.columns - column_begin,
+      reinterpret_cast<float*>(reinterpret_cast<float4*>(p.workspace + p.work.vectors) +
+                               slot * kWords));
 }
 
 template <class Traits>
@@ -414,64 +425,64 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   extern __shared__ __align__(16) std::byte shared_bytes[];
   auto& shared = *reinterpret_cast<SelectShared<Traits>*>(shared_bytes);
   const ProgressiveWorkspace& w = p.work;
-  const int tiles = w.columns / kTileColumns;
+  const int tiles = WorkColumns<Traits>(p) / kTileColumns;
   const int chunk = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int head = blockIdx.y, sequence = blockIdx.z;
   const ProgressiveSequence& from = p.sequences[sequence];
   const SequenceView s(from);
-  const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
-  const int64_t chunk_index = head_index * w.chunks + chunk;
-  const int begin = chunk * kChunkPages, end = min(begin + kChunkPages, from.num_sealed);
-  const int pages = max(end - begin, 0);
-  FetchSummaries<Traits>(p, from, head, begin, pages, shared);
-  if (begin == 0 && pages > 0) LoadFirstToken<Traits>(p, head, shared);
-  const int column_begin = tile * kTileColumns, local = threadIdx.x / 4;
+  const int head_index = sequence * p.shape.num_kv_heads + head;
+  const int chunk_index = head_index * w.chunks + chunk;
+  const int begin = chunk * kChunkPages, pages = min(kChunkPages, from.num_sealed - begin);
+  const int local = threadIdx.x / 4;
+  const uint32_t* ids = p.table + from.table_begin;
+  const uint32_t id = local < pages ? ids[begin + local] : 0;
+  const bool has_sink = begin == 0 && pages > 0;
+  const uint32_t sink = has_sink ? ids[0] : 0;
   PageDecider<Traits> decider{p,
-                              from.decision,
-                              s,
+                              from,
                               head_index,
-                              head,
-                              column_begin,
+                              tile * kTileColumns,
                               p.shape.group_size() * s.q_len,
                               begin + local,
                               local,
-                              static_cast<int>(threadIdx.x) % 4};
-  decider.visibility = local < pages ? PageVisibility(s, begin + local) : Visibility::kNone;
+                              static_cast<int>(threadIdx.x) % 4,
+                              id,
+                              Visibility::kNone};
+  if (local < pages) decider.visibility = PageVisibility(s, begin + local);
+  decider.Begin(s);
+  MassPart<kSelectWarps, Traits::kColumns> masses(p, from, sequence, head, decider.column_begin);
+  const bool chosen = ChoosesTheta(from.decision.policy);
+  float theta = from.decision.theta;
+  FetchSummary<Traits>(p, id, head, begin, pages, shared);
+  FirstToken<Traits> first;
+  if (has_sink) first.Load(p, sink, head);
   WaitForDependencies();
   NoteTime(p.stamps, kSelectStamp);
   LaunchDependents();
   if (blockIdx.x == 0 && threadIdx.x == 0) {  // until attend has a page of the head
     reinterpret_cast<int2*>(p.workspace + w.spans)[head_index] = make_int2(0, 0);
   }
-  if (pages == 0) {
+  if (pages <= 0) {
     if (threadIdx.x == 0) *reinterpret_cast<int2*>(ChunkListOf(p, chunk_index)) = int2{};
     return;
   }
+  masses.Load();
   decider.Load();
-  GlobalLse<kSelectWarps>(p, from, head_index, shared.lse, shared.lse_parts);
-  if (blockIdx.x == 0 && threadIdx.x < w.columns) {
-    reinterpret_cast<float*>(p.workspace + w.global_lse)[head_index * w.columns + threadIdx.x] =
-        shared.lse[threadIdx.x];
-  }
-  const float theta = ChoosesTheta(from.decision.policy)
-                          ? reinterpret_cast<const float*>(p.workspace + w.theta)[head_index]
-                          : from.decision.theta;
-  decider.Decide(theta, shared);
-  const uint32_t quads = __ballot_sync(0xffffffffu, decider.attended()) & 0x11111111u;
-  decider.SumList(quads, shared);
+  if (chosen) theta = reinterpret_cast<const float*>(p.workspace + w.theta)[head_index];
+  __syncwarp();  // loads first
+  ListDepths<Traits>(p, from.decision, shared);
   WaitCopies<0>();
-  __syncthreads();
-  if (tile == 0) decider.List(chunk_index, shared, quads);
+  __syncwarp();
+  decider.Summarise(shared);
+  if (has_sink) first.Store(p, shared.means);
+  float lse[PageDecider<Traits>::kEach];
+  FindLse<Traits>(decider, sequence, head, masses, shared, lse);
+  if (has_sink) decider.StoreLse(lse);
+  decider.Decide(lse, shared.lse, theta, shared);
+  decider.SumList(shared);
   decider.Weigh(shared);
   __syncthreads();
-  const int64_t slot = chunk_index * w.columns + column_begin;
-  StoreStates<Traits>(shared, reinterpret_cast<ChunkState*>(p.workspace + w.state) + slot);
-  ScaleWeights<Traits>(begin == 0, shared);
-  __syncthreads();
-  AddMeans<Traits>(begin == 0 ? kChunkRows : pages, decider.columns - column_begin, shared,
-                   reinterpret_cast<float*>(p.workspace + w.vectors) +
-                       slot * kNumChunkVectors * Traits::kHeadDim);
-  if (tile == 0) CountPages<Traits>(p.decisions + head_index, shared);
+  StoreChunk<Traits>(decider, s, head, chunk_index, pages, shared);
 }
 
 }  // namespace adaattn
