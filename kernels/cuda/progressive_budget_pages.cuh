@@ -1,0 +1,273 @@
+#ifndef ADAATTN_KERNELS_CUDA_PROGRESSIVE_BUDGET_PAGES_CUH_
+#define ADAATTN_KERNELS_CUDA_PROGRESSIVE_BUDGET_PAGES_CUH_
+
+// What a CTA that works on a budget has: its part of a head's pages, and shared memory.
+
+#include "kernels/cuda/progressive_select.cuh"
+#include "kernels/cuda/row_cluster.cuh"
+
+namespace adaattn {
+
+inline constexpr int32_t kBudgetThreads = 256;
+inline constexpr int32_t kBudgetWarps = kBudgetThreads / 32;
+inline constexpr int32_t kMaxBudgetCtas = 8;  // what every device's clusters may have
+inline constexpr int32_t kWarpPages = 16;     // of a warp at a time: the rows of an MMA
+static_assert(kBudgetWarps == kTileColumns, "a warp a column");
+static_assert(kNumBudgetThetas <= 32, "a lane a theta");
+
+// Pages whose summaries a CTA holds at most; it takes more one block of them after the other.
+ADAATTN_HD constexpr int32_t BudgetBlockPages(int32_t head_dim) {
+  return (head_dim <= 128 ? 2 : 1) * kBudgetWarps * kWarpPages;
+}
+
+// CTAs that share a head: 128 pages each where the device has room, else a block. 8 heads at 8k
+// take one, at 32k four, at 128k eight; 512 heads at 32k two.
+ADAATTN_HD constexpr int32_t BudgetCtas(const ProgressiveParams& p) {
+  const int64_t heads = int64_t{p.num_sequences} * p.shape.num_kv_heads;
+  for (int32_t ctas = 1; ctas < kMaxBudgetCtas; ctas *= 2) {
+    const bool room = 2 * ctas * heads <= p.num_sms;
+    const int32_t most =
+        room ? kBudgetWarps * kWarpPages : BudgetBlockPages(p.shape.head_dim);
+    if (CeilDiv(p.max_sealed, ctas) <= most) return ctas;
+  }
+  return kMaxBudgetCtas;
+}
+
+// The largest weight of a page as a half: small ones keep their digits.
+inline constexpr float kBudgetUnit = 16384;
+
+// Pages of one CTA where `pages` are shared among `ctas`: whole warps.
+ADAATTN_HD constexpr int32_t BudgetPart(int32_t pages, int32_t ctas) {
+  return CeilDiv(CeilDiv(pages, ctas), kWarpPages) * kWarpPages;
+}
+__device__ __forceinline__ PageRange PartOf(const PageRange& pages, const RowCluster& cluster) {
+  const int part = BudgetPart(pages.end - pages.begin, cluster.ctas);
+  const int begin = min(pages.begin + cluster.rank * part, pages.end);
+  return PageRange{begin, min(begin + part, pages.end)};
+}
+
+// What one CTA's pages come to, by column: exp2 of masses relative to `high`.
+template <class Traits>
+struct BudgetPartial {
+  alignas(16) float out[Traits::kColumns][Traits::kHeadDim + 16];  // sum of exp2(mass) * mean
+  float high[Traits::kColumns];                                    // -inf: no page
+  float mass[Traits::kColumns];
+};
+
+// A column once o is known.
+struct alignas(16) BudgetColumn {
+  float lse;             // L
+  float norm;            // |o|
+  float weight;          // 1 / (|o|^2 columns); 0 where o is 0
+  float first_distance;  // |v_0 - o|^2
+};
+
+// A warp's pages on every rung of the ladder.
+struct WarpTerms {
+  ErrorTerms at[kWarpPages][kNumRungs];
+  int below[kWarpPages];  // NumThetasBelow of the page's share
+};
+
+template <class Traits>
+struct BudgetShared {
+  static constexpr int kD = Traits::kHeadDim;
+  static constexpr int kSummaryBytes = SelectShared<Traits>::kSummaryBytes;
+  static constexpr int kPages = BudgetBlockPages(kD);
+  static constexpr int kOutputRows = 2 * Traits::kColumns;  // of a tile
+  static constexpr int kOutputStride = kD + 16;
+  union {
+    // Column n's exp2(mass) * mean_scale in row n, what rounding it lost in row n + 8.
+    alignas(16) __half weights[2 * kTileColumns][kPages + 8];
+    WarpTerms terms[kBudgetWarps];
+  };
+  BudgetPartial<Traits> partial[2];  // of the tile and of the one before
+  alignas(16) float dense[Traits::kColumns][kD];  // the dense tail's output
+  BudgetColumn column[kMaxColumns];
+  alignas(16) float high[Traits::kColumns][kBudgetWarps];  // of the warps' pages of a block
+  alignas(16) float mass[Traits::kColumns][kBudgetWarps];
+  TermFactors factors[3][kNumRungs];     // of whole pages, cut ones and the sink
+  float first[kD];                       // the value of token 0, at the stored depth
+  float first_rms;                       // root mean square of its ranges
+  float first_weight[Traits::kColumns];  // page 0's exp2(mass) where the token stands for it
+  bool sees_first[kMaxColumns];          // the column sees that token
+  ErrorTerms warp_sums[kBudgetWarps][32];
+  ErrorTerms cta_sums[kMaxBudgetCtas][32];  // of the cluster's, in its first CTA
+  // Behind it: the columns' o / |o| as halves [tiles][kOutputRows][kOutputStride], column n's in
+  // row 2 n, what rounding it lost in row 2 n + 1, four channels in the order 0, 2, 1, 3; summaries
+  // [pages of a block][kSummaryBytes].
+};
+
+template <class Traits>
+constexpr size_t BudgetSharedBytes(int32_t columns, int32_t pages) {
+  using Shared = BudgetShared<Traits>;
+  return sizeof(Shared) +
+         size_t{2} * Shared::kOutputRows * Shared::kOutputStride * (columns / kTileColumns) +
+         size_t{Shared::kSummaryBytes} * pages;
+}
+
+// Of one of a CTA's blocks of pages; `rows` may be 0.
+struct PageBlock {
+  int first, rows;
+};
+
+// A CTA's part of a head. The pages of a block lie with the warps 16 by 16; lane (g, t) of a warp
+// has pages g and g + 8 of them and columns t and t + 4 of a tile.
+template <class Traits>
+struct BudgetPages {
+  using Shared = BudgetShared<Traits>;
+  static constexpr int kD = Traits::kHeadDim;
+  static constexpr int kEach = Traits::kColumns / 4;
+  static constexpr int kRounds = Shared::kPages / (kBudgetWarps * kWarpPages);
+  const ProgressiveArgs& p;
+  const SequenceView& s;
+  const RowCluster& cluster;
+  Shared& shared;
+  const ProgressiveSequence& from;
+  int head, columns;
+  int64_t head_index;
+  int lane, warp, g, t;
+  PageRange pages;
+  int blocks;
+  int held = 0;                        // the block whose summaries are in shared memory
+  float unit = 0, inverse_unit = 0;    // kBudgetUnit are its largest mean_scale
+  PageStats stats[kRounds][2][kEach];  // as last loaded
+
+  __device__ __forceinline__ BudgetPages(const ProgressiveArgs& args, const SequenceView& view,
+                                         const RowCluster& row, Shared& memory)
+      : p(args),
+        s(view),
+        cluster(row),
+        shared(memory),
+        from(args.sequences[blockIdx.z]),
+        head(static_cast<int>(blockIdx.y)),
+        columns(args.shape.group_size() * view.q_len),
+        head_index(static_cast<int64_t>(blockIdx.z) * args.shape.num_kv_heads + blockIdx.y),
+        lane(static_cast<int>(threadIdx.x % 32)),
+        warp(static_cast<int>(threadIdx.x / 32)),
+        g(lane / 4),
+        t(lane % 4),
+        pages(PartOf(VisiblePages(from), row)),
+        blocks(max(CeilDiv(pages.end - pages.begin, Shared::kPages), 1)) {}
+
+  __device__ __forceinline__ int tiles() const {
+    return Traits::kColumns < kTileColumns ? 1 : p.work.columns / kTileColumns;
+  }
+  __device__ __forceinline__ __half* Output(int tile) const {
+    return reinterpret_cast<__half*>(&shared + 1) +
+           tile * (Shared::kOutputRows * Shared::kOutputStride);
+  }
+  __device__ __forceinline__ std::byte* Summary(int local) const {
+    return reinterpret_cast<std::byte*>(Output(tiles())) + local * Shared::kSummaryBytes;
+  }
+  __device__ __forceinline__ const ValueSummary& Facts(int local) const {
+    return *reinterpret_cast<const ValueSummary*>(Summary(local));
+  }
+
+  __device__ __forceinline__ PageBlock Block(int i) const {
+    const int first = pages.begin + i * Shared::kPages;
+    return PageBlock{first, min(pages.end - first, Shared::kPages)};
+  }
+  // The first of the warp's 16 pages in a round, by position in the block.
+  __device__ __forceinline__ int WarpBegin(int round) const {
+    return (round * kBudgetWarps + warp) * kWarpPages;
+  }
+  __device__ __forceinline__ bool HasSink() const { return pages.begin == 0 && pages.end > 0; }
+
+  // Starts the copies of the block's summaries.
+  __device__ __forceinline__ void Fetch(const PageBlock& block) const {
+    constexpr int kPieces = Shared::kSummaryBytes / 16;
+    const PageLayout::Section& section = p.layout.value_summary;
+    const uint32_t* table = p.table + from.table_begin + block.first;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < block.rows * kPieces; i += kBudgetThreads) {
+      CopyAsync16(Summary(0) + i * 16,
+                  p.pool + static_cast<int64_t>(table[i / kPieces]) * kPageAlignment +
+                      section.offset + head * section.bytes + i % kPieces * 16);
+    }
+    CommitCopies();
+  }
+
+  // The unit of the block that is held, the same in every warp.
+  __device__ __forceinline__ void FindUnit(const PageBlock& block) {
+    uint32_t top = 0;  // none is below 0: they compare as their bits do
+    for (int local = lane; local < block.rows; local += 32) {
+      top = max(top, __float_as_uint(Facts(local).mean_scale));
+    }
+    const float scale = __uint_as_float(__reduce_max_sync(0xffffffffu, top));
+    unit = scale * (1 / kBudgetUnit);
+    // Where all means are as good as 0, |o|^2 would vanish as well.
+    inverse_unit = scale > 1e-30f ? kBudgetUnit / scale : 0.0f;
+  }
+
+  // Brings the block's summaries unless they are there.
+  __device__ __forceinline__ void Hold(int i) {
+    if (i == held) return;
+    held = i;
+    __syncthreads();
+    Fetch(Block(i));
+    WaitCopies<0>();
+    __syncthreads();
+    FindUnit(Block(i));
+  }
+
+  __device__ __forceinline__ void LoadFirstToken() const {
+    constexpr int kGroups = Traits::kValueGroups;
+    const std::byte* page =
+        p.pool + static_cast<int64_t>(p.table[from.table_begin]) * kPageAlignment;
+    const auto* scales = reinterpret_cast<const uint8_t*>(page + p.layout.value_scales.offset +
+                                                          head * p.layout.value_scales.bytes);
+    for (int c = threadIdx.x; c < kD; c += kBudgetThreads) {
+      shared.first[c] =
+          FirstValue<Traits>(p.layout, page, head, c) * RangeOf(scales[c / (kD / kGroups)]);
+    }
+    for (int n = threadIdx.x; n < columns; n += kBudgetThreads) {
+      shared.sees_first[n] = TokenVisible(s, 0, n / p.shape.group_size());
+    }
+    if (threadIdx.x != 0) return;
+    float squares = 0;
+    for (int group = 0; group < kGroups; ++group) {
+      squares += RangeOf(scales[group]) * RangeOf(scales[group]);
+    }
+    shared.first_rms = sqrtf(squares / kGroups);
+  }
+
+  // Whether that token stands for page 0, whose figures of the column these are.
+  __device__ __forceinline__ bool FirstTokenStands(int column, const PageStats& page) const {
+    return column < columns &&
+           FirstTokenStandsForPage(true, shared.sees_first[column], fabsf(page.concentration));
+  }
+
+  // What depends on no earlier kernel. Afterwards all CTAs of the cluster have started.
+  __device__ __forceinline__ void Prepare() {
+    Fetch(Block(0));
+    if (HasSink()) LoadFirstToken();
+    if (threadIdx.x < 3 * kNumRungs) {
+      const int kind = threadIdx.x / kNumRungs, rung = threadIdx.x % kNumRungs;
+      shared.factors[kind][rung] = RungFactors(
+          from.decision, rung, PageFacts{kind == 2, kind == 1, true}, kD, p.stored_bits);
+    }
+    WaitCopies<0>();
+    cluster.Sync();
+    FindUnit(Block(0));
+  }
+
+  __device__ __forceinline__ void LoadRound(const PageBlock& block, int round, int tile) {
+    const int column = tile * kTileColumns + t;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int local = WarpBegin(round) + 8 * half + g;
+      const float4* at = PageStatsOf(p, head_index, block.first + local);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) {
+        stats[round][half][j] = PageStats{0, -INFINITY, 0, 0};
+        if (local < block.rows && column + 4 * j < columns) {
+          stats[round][half][j] = LoadStats(at, column + 4 * j);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_KERNELS_CUDA_PROGRESSIVE_BUDGET_PAGES_CUH_
