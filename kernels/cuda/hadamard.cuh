@@ -34,7 +34,9 @@ __device__ __forceinline__ void RotateHadamard(float (&x)[kRows][(kHeadDim + 31)
   }
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    const float norm = rsqrtf(kWhole ? float{kHeadDim} : 32 * j < 64 ? 64.0f : float{kHeadDim - 64});
+    const float norm = rsqrtf(kWhole        ? float{kHeadDim}
+                              : 32 * j < 64 ? 64.0f
+                                            : float{kHeadDim - 64});
 #pragma unroll
     for (int i = 0; i < kRows; ++i) x[i][j] *= norm;
   }

@@ -29,6 +29,15 @@ __device__ __forceinline__ float SumOf(const float (&x)[kBudgetWarps]) {
   return ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
 }
 
+__device__ __forceinline__ void AddScaled(const float4& x, float scale, float4* sum) {
+  *sum = make_float4(fmaf(x.x, scale, sum->x), fmaf(x.y, scale, sum->y), fmaf(x.z, scale, sum->z),
+                     fmaf(x.w, scale, sum->w));
+}
+__device__ __forceinline__ void AddSquares(const float4& x, float* sum) {
+  *sum = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, *sum))));
+}
+
+// As a half and what that lost, `lost_at` further on.
 __device__ __forceinline__ void StoreSplit(float x, __half* target, int lost_at) {
   const uint2 split = SplitPair<__half>(x, 0.0f);
   target[0] = __ushort_as_half(static_cast<uint16_t>(split.x));
@@ -43,7 +52,7 @@ struct OutputEstimator {
   static constexpr int kD = Traits::kHeadDim, kColumns = Traits::kColumns;
   static constexpr int kEach = Pages::kEach, kItems = 2 * Pages::kRounds;
   static constexpr int kWarpTiles = (Traits::kTiles + kBudgetWarps - 1) / kBudgetWarps;
-  static constexpr int kLaneChannels = (kD + 31) / 32;
+  static constexpr int kQuads = (kD + 127) / 128;  // of channels: a lane's part of a column
   Pages& own;
   Shared& shared;
   int tile;
@@ -64,21 +73,30 @@ struct OutputEstimator {
     const ProgressiveArgs& p = own.p;
     const int64_t at = own.head_index * p.work.columns + tile * kTileColumns + own.warp;
     dense_lse = reinterpret_cast<const float*>(p.workspace + p.work.dense_lse)[at];
-    WarpCopyAsync(reinterpret_cast<std::byte*>(shared.dense[own.warp]),
-                  p.workspace + p.work.dense_out + at * kD * 4, kD * 4, own.lane);
+    const float* row = reinterpret_cast<const float*>(p.workspace + p.work.dense_out) + at * kD;
+#pragma unroll
+    for (int c = 0; c < kD; c += 128) {
+      const int mine = c + 4 * own.lane;
+      if (mine < kD) CopyAsync16(&shared.dense[own.warp][mine], row + mine);
+    }
     CommitCopies();
   }
 
-  // That column in the Hadamard frame: channel lane + 32 j.
-  __device__ __forceinline__ void RotateDense(float (&dense)[1][kLaneChannels]) const {
+  // That column to the Hadamard frame.
+  __device__ __forceinline__ void RotateDense() const {
     WaitCopies<0>();
     __syncwarp();
+    float x[1][(kD + 31) / 32];
 #pragma unroll
-    for (int j = 0; j < kLaneChannels; ++j) {
-      const int c = own.lane + 32 * j;
-      dense[0][j] = c < kD ? shared.dense[own.warp][c] : 0.0f;
+    for (int c = 0; c < kD; c += 32) {
+      x[0][c / 32] = own.lane + c < kD ? shared.dense[own.warp][own.lane + c] : 0.0f;
     }
-    RotateHadamard<kD>(dense, own.lane);
+    RotateHadamard<kD>(x, own.lane);
+#pragma unroll
+    for (int c = 0; c < kD; c += 32) {
+      if (own.lane + c < kD) shared.dense[own.warp][own.lane + c] = x[0][c / 32];
+    }
+    __syncwarp();
   }
 
   // Leaves the weights of the block's pages in shared memory. Returns what the sums of blocks
@@ -113,7 +131,7 @@ struct OutputEstimator {
         sum += x;
         float weight =
             local < block.rows ? x * (own.Facts(local).mean_scale * own.inverse_unit) : 0.0f;
-        if (block.first + local == 0) {
+        if (i == 0 && block.first + local == 0) {  // no other item is ever page 0
           const bool stands = own.FirstTokenStands(tile * kTileColumns + n, stats);
           shared.first_weight[n] = stands ? x : 0.0f;
           if (stands) weight = 0;
@@ -178,11 +196,23 @@ struct OutputEstimator {
     partial.mass[own.g] = mass;
   }
 
-  // L and o of column `warp`, from the sums of all CTAs and the dense tail's rotated output.
-  __device__ __forceinline__ void Join(const float (&dense)[1][kLaneChannels]) const {
+  // L and o of column `warp`, from the sums of all CTAs and the dense tail: channels 4 (lane + 32
+  // i) to + 3 in element i.
+  __device__ __forceinline__ void Join() const {
     const int n = own.warp, lane = own.lane, other = lane % kMaxBudgetCtas;
     const RowCluster& cluster = own.cluster;
     BudgetPartial<Traits>* partial = &shared.partial[tile % 2];
+    // Of all CTAs at once, and first of all: their memory is far.
+    float4 parts[kMaxBudgetCtas];
+    const auto load_parts = [&](int q) {
+#pragma unroll
+      for (int i = 0; i < kMaxBudgetCtas; ++i) {
+        if (i >= cluster.ctas) break;
+        const auto* row = reinterpret_cast<const float4*>(cluster.At(partial, i)->out[n]);
+        if (HasQuad(q)) parts[i] = row[lane + 32 * q];
+      }
+    };
+    load_parts(0);
     float other_high = -INFINITY, other_mass = 0;
     if (other < cluster.ctas) {
       const BudgetPartial<Traits>* x = cluster.At(partial, other);
@@ -203,49 +233,57 @@ struct OutputEstimator {
       total += __shfl_xor_sync(0xffffffffu, total, step);
     }
     total += dense_factor;
-    float o[kLaneChannels];
+    float4 o[kQuads] = {};
 #pragma unroll
-    for (int j = 0; j < kLaneChannels; ++j) o[j] = dense_factor * dense[0][j];
-#pragma unroll 2
-    for (int i = 0; i < cluster.ctas; ++i) {
-      const float* row = cluster.At(partial, i)->out[n] + lane;
-      const float share = __shfl_sync(0xffffffffu, factor, i);
+    for (int q = 0; q < kQuads; ++q) {
+      if (q > 0) load_parts(q);
+      if (HasQuad(q)) {
+        AddScaled(reinterpret_cast<const float4*>(shared.dense[n])[lane + 32 * q], dense_factor,
+                  &o[q]);
+      }
 #pragma unroll
-      for (int j = 0; j < kLaneChannels; ++j) {
-        if (lane + 32 * j < kD) o[j] = fmaf(share, row[32 * j], o[j]);
+      for (int i = 0; i < kMaxBudgetCtas; ++i) {
+        if (i >= cluster.ctas) break;
+        const float share = __shfl_sync(0xffffffffu, factor, i);
+        if (HasQuad(q)) AddScaled(parts[i], share, &o[q]);
       }
     }
-    StoreOutput(o, total > 0 ? 1.0f / total : 0.0f, total > 0 ? top + Log2(total) : -INFINITY);
+    StoreOutput(o, total > 0 ? __fdividef(1.0f, total) : 0.0f,
+                total > 0 ? top + Log2(total) : -INFINITY);
   }
 
+  __device__ __forceinline__ bool HasQuad(int q) const { return 4 * (own.lane + 32 * q) < kD; }
+
   // Column `warp`'s o, `inverse` times those of its lanes.
-  __device__ __forceinline__ void StoreOutput(float (&o)[kLaneChannels], float inverse,
+  __device__ __forceinline__ void StoreOutput(const float4 (&of)[kQuads], float inverse,
                                               float lse) const {
     const int n = own.warp, lane = own.lane;
+    float4 o[kQuads] = {};
     float square = 0, distance = 0;
 #pragma unroll
-    for (int j = 0; j < kLaneChannels; ++j) {
-      if (lane + 32 * j >= kD) continue;
-      o[j] *= inverse;
-      square = fmaf(o[j], o[j], square);
-      const float off = own.HasSink() ? shared.first[lane + 32 * j] - o[j] : 0.0f;
-      distance = fmaf(off, off, distance);
+    for (int q = 0; q < kQuads; ++q) {
+      AddScaled(of[q], inverse, &o[q]);
+      AddSquares(o[q], &square);
+      if (!own.HasSink() || !HasQuad(q)) continue;
+      float4 off = reinterpret_cast<const float4*>(shared.first)[lane + 32 * q];
+      AddScaled(o[q], -1.0f, &off);
+      AddSquares(off, &distance);
     }
     square = WarpSum(square);
     distance = WarpSum(distance);
     const float inverse_norm = square > 0 ? rsqrtf(square) : 0.0f;
     if (lane == 0) {
-      const float weight = square > 0 ? 1.0f / (square * static_cast<float>(own.columns)) : 0.0f;
-      shared.column[tile * kTileColumns + n] =
-          BudgetColumn{lse, square * inverse_norm, weight, distance};
+      shared.column[tile * kTileColumns + n] = BudgetColumn{
+          lse, square * inverse_norm, inverse_norm * inverse_norm * shared.column_weight, distance};
     }
-    __half* row = own.Output(tile) + 2 * n * Shared::kOutputStride;
+    __half* row = own.Output(tile) + 2 * n * Shared::kOutputStride + 4 * lane;
 #pragma unroll
-    for (int j = 0; j < kLaneChannels; ++j) {
-      const int c = lane + 32 * j;
-      if (c >= kD) continue;
-      StoreSplit(o[j] * inverse_norm, row + c / 4 * 4 + c % 2 * 2 + c / 2 % 2,
-                 Shared::kOutputStride);
+    for (int q = 0; q < kQuads; ++q) {
+      const uint2 even = SplitPair<__half>(o[q].x * inverse_norm, o[q].z * inverse_norm);
+      const uint2 odd = SplitPair<__half>(o[q].y * inverse_norm, o[q].w * inverse_norm);
+      if (!HasQuad(q)) continue;
+      *reinterpret_cast<uint2*>(row + 128 * q) = make_uint2(even.x, odd.x);
+      *reinterpret_cast<uint2*>(row + Shared::kOutputStride + 128 * q) = make_uint2(even.y, odd.y);
     }
   }
 
@@ -260,10 +298,9 @@ struct OutputEstimator {
     }
     StorePartial();
     own.cluster.Arrive();
-    float dense[1][kLaneChannels];
-    if (own.warp < kColumns) RotateDense(dense);
+    if (own.warp < kColumns) RotateDense();
     own.cluster.Wait();
-    if (own.warp < kColumns) Join(dense);
+    if (own.warp < kColumns) Join();
   }
 };
 
@@ -333,7 +370,8 @@ struct TermSummer {
         inputs.mean_distance2 = distance[half][j];
         inputs.spread = facts.spread;
         inputs.scale_rms = facts.scale_rms;
-        if (block.first + local == 0 && own.FirstTokenStands(n, stats)) {
+        const bool sink = round + half == 0 && block.first + local == 0;
+        if (sink && own.FirstTokenStands(n, stats)) {
           inputs.mean_distance2 = column.first_distance;
           inputs.spread = 0;
           inputs.scale_rms = shared.first_rms;
@@ -357,14 +395,16 @@ struct TermSummer {
       const int below = NumThetasBelow(QuadMax(budgets[half].share));
       const bool cut = PageVisibility(own.s, page) == Visibility::kPart;
       const TermFactors(&factors)[kNumRungs] = shared.factors[page == 0 ? 2 : cut ? 1 : 0];
-      for (int rung = own.t; rung < kNumRungs; rung += 4) {
-        terms.at[row][rung] = TermsOf(parts, factors[rung]);
+      static_assert(kNumRungs == 5, "a lane a rung, and one more");
+      terms.at[row][own.t] = TermsOf(parts, factors[own.t]);
+      if (own.t == 0) {
+        terms.at[row][4] = TermsOf(parts, factors[4]);
+        terms.below[row] = below;
       }
-      if (own.t == 0) terms.below[row] = below;
     }
     __syncwarp();
     if (own.lane < kNumBudgetThetas) {
-#pragma unroll 8
+#pragma unroll 4
       for (int row = 0; row < kWarpPages; ++row) {
         AddTerms(terms.at[row][BudgetRung(terms.below[row], own.lane)], sums);
       }

@@ -3,6 +3,7 @@
 
 // What a CTA that works on a budget has: its part of a head's pages, and shared memory.
 
+#include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/progressive_select.cuh"
 #include "kernels/cuda/row_cluster.cuh"
 
@@ -13,6 +14,7 @@ inline constexpr int32_t kBudgetWarps = kBudgetThreads / 32;
 inline constexpr int32_t kMaxBudgetCtas = 8;  // what every device's clusters may have
 inline constexpr int32_t kWarpPages = 16;     // of a warp at a time: the rows of an MMA
 static_assert(kBudgetWarps == kTileColumns, "a warp a column");
+static_assert(2 * kBudgetWarps * kWarpPages <= kBudgetThreads, "a thread fetches a page");
 static_assert(kNumBudgetThetas <= 32, "a lane a theta");
 
 // Pages whose summaries a CTA holds at most; it takes more one block of them after the other.
@@ -26,8 +28,7 @@ ADAATTN_HD constexpr int32_t BudgetCtas(const ProgressiveParams& p) {
   const int64_t heads = int64_t{p.num_sequences} * p.shape.num_kv_heads;
   for (int32_t ctas = 1; ctas < kMaxBudgetCtas; ctas *= 2) {
     const bool room = 2 * ctas * heads <= p.num_sms;
-    const int32_t most =
-        room ? kBudgetWarps * kWarpPages : BudgetBlockPages(p.shape.head_dim);
+    const int32_t most = room ? kBudgetWarps * kWarpPages : BudgetBlockPages(p.shape.head_dim);
     if (CeilDiv(p.max_sealed, ctas) <= most) return ctas;
   }
   return kMaxBudgetCtas;
@@ -80,16 +81,18 @@ struct BudgetShared {
     alignas(16) __half weights[2 * kTileColumns][kPages + 8];
     WarpTerms terms[kBudgetWarps];
   };
-  BudgetPartial<Traits> partial[2];  // of the tile and of the one before
+  BudgetPartial<Traits> partial[2];               // of the tile and of the one before
   alignas(16) float dense[Traits::kColumns][kD];  // the dense tail's output
   BudgetColumn column[kMaxColumns];
   alignas(16) float high[Traits::kColumns][kBudgetWarps];  // of the warps' pages of a block
   alignas(16) float mass[Traits::kColumns][kBudgetWarps];
   TermFactors factors[3][kNumRungs];     // of whole pages, cut ones and the sink
-  float first[kD];                       // the value of token 0, at the stored depth
+  alignas(16) float first[kD];           // the value of token 0, at the stored depth
   float first_rms;                       // root mean square of its ranges
   float first_weight[Traits::kColumns];  // page 0's exp2(mass) where the token stands for it
   bool sees_first[kMaxColumns];          // the column sees that token
+  float column_weight;                   // 1 / columns
+  uint64_t fetched;                      // barrier of the block's summaries
   ErrorTerms warp_sums[kBudgetWarps][32];
   ErrorTerms cta_sums[kMaxBudgetCtas][32];  // of the cluster's, in its first CTA
   // Behind it: the columns' o / |o| as halves [tiles][kOutputRows][kOutputStride], column n's in
@@ -123,12 +126,13 @@ struct BudgetPages {
   const RowCluster& cluster;
   Shared& shared;
   const ProgressiveSequence& from;
-  int head, columns;
-  int64_t head_index;
+  int head, columns, head_index;
   int lane, warp, g, t;
   PageRange pages;
   int blocks;
+  const float4* head_stats;            // of page 0, from the lane's column on
   int held = 0;                        // the block whose summaries are in shared memory
+  uint32_t parity = 0;                 // of `fetched`, once they are
   float unit = 0, inverse_unit = 0;    // kBudgetUnit are its largest mean_scale
   PageStats stats[kRounds][2][kEach];  // as last loaded
 
@@ -141,13 +145,14 @@ struct BudgetPages {
         from(args.sequences[blockIdx.z]),
         head(static_cast<int>(blockIdx.y)),
         columns(args.shape.group_size() * view.q_len),
-        head_index(static_cast<int64_t>(blockIdx.z) * args.shape.num_kv_heads + blockIdx.y),
+        head_index(static_cast<int>(blockIdx.z) * args.shape.num_kv_heads + head),
         lane(static_cast<int>(threadIdx.x % 32)),
         warp(static_cast<int>(threadIdx.x / 32)),
         g(lane / 4),
         t(lane % 4),
         pages(PartOf(VisiblePages(from), row)),
-        blocks(max(CeilDiv(pages.end - pages.begin, Shared::kPages), 1)) {}
+        blocks(max(CeilDiv(pages.end - pages.begin, Shared::kPages), 1)),
+        head_stats(PageStatsOf(args, head_index, 0) + t) {}
 
   __device__ __forceinline__ int tiles() const {
     return Traits::kColumns < kTileColumns ? 1 : p.work.columns / kTileColumns;
@@ -173,18 +178,18 @@ struct BudgetPages {
   }
   __device__ __forceinline__ bool HasSink() const { return pages.begin == 0 && pages.end > 0; }
 
-  // Starts the copies of the block's summaries.
+  // Starts the copies of the block's summaries, a thread a page.
   __device__ __forceinline__ void Fetch(const PageBlock& block) const {
-    constexpr int kPieces = Shared::kSummaryBytes / 16;
+    const int local = static_cast<int>(threadIdx.x);
+    const uint32_t barrier = SharedAddress(&shared.fetched);
+    if (local == 0) ArriveExpectBytes(barrier, block.rows * Shared::kSummaryBytes);
+    if (local >= block.rows) return;
     const PageLayout::Section& section = p.layout.value_summary;
-    const uint32_t* table = p.table + from.table_begin + block.first;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < block.rows * kPieces; i += kBudgetThreads) {
-      CopyAsync16(Summary(0) + i * 16,
-                  p.pool + static_cast<int64_t>(table[i / kPieces]) * kPageAlignment +
-                      section.offset + head * section.bytes + i % kPieces * 16);
-    }
-    CommitCopies();
+    const uint32_t id = p.table[from.table_begin + block.first + local];
+    BulkCopy(
+        SharedAddress(Summary(local)),
+        p.pool + static_cast<int64_t>(id) * kPageAlignment + section.offset + head * section.bytes,
+        Shared::kSummaryBytes, barrier);
   }
 
   // The unit of the block that is held, the same in every warp.
@@ -196,17 +201,18 @@ struct BudgetPages {
     const float scale = __uint_as_float(__reduce_max_sync(0xffffffffu, top));
     unit = scale * (1 / kBudgetUnit);
     // Where all means are as good as 0, |o|^2 would vanish as well.
-    inverse_unit = scale > 1e-30f ? kBudgetUnit / scale : 0.0f;
+    inverse_unit = scale > 1e-30f ? __fdividef(kBudgetUnit, scale) : 0.0f;
   }
 
   // Brings the block's summaries unless they are there.
   __device__ __forceinline__ void Hold(int i) {
     if (i == held) return;
     held = i;
+    FenceAsyncShared();
     __syncthreads();
     Fetch(Block(i));
-    WaitCopies<0>();
-    __syncthreads();
+    parity ^= 1;
+    WaitBarrier(SharedAddress(&shared.fetched), parity);
     FindUnit(Block(i));
   }
 
@@ -239,6 +245,12 @@ struct BudgetPages {
 
   // What depends on no earlier kernel. Afterwards all CTAs of the cluster have started.
   __device__ __forceinline__ void Prepare() {
+    if (threadIdx.x == 0) {
+      InitBarrier(SharedAddress(&shared.fetched), 1);
+      FenceBarrierInit();
+      shared.column_weight = 1.0f / static_cast<float>(columns);
+    }
+    __syncthreads();
     Fetch(Block(0));
     if (HasSink()) LoadFirstToken();
     if (threadIdx.x < 3 * kNumRungs) {
@@ -246,23 +258,26 @@ struct BudgetPages {
       shared.factors[kind][rung] = RungFactors(
           from.decision, rung, PageFacts{kind == 2, kind == 1, true}, kD, p.stored_bits);
     }
-    WaitCopies<0>();
     cluster.Sync();
+    WaitBarrier(SharedAddress(&shared.fetched), parity);
     FindUnit(Block(0));
   }
 
   __device__ __forceinline__ void LoadRound(const PageBlock& block, int round, int tile) {
-    const int column = tile * kTileColumns + t;
+    const int last = max(pages.end - 1, 0);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int local = WarpBegin(round) + 8 * half + g;
-      const float4* at = PageStatsOf(p, head_index, block.first + local);
+      const float4* at = head_stats + min(block.first + local, last) * p.work.columns;
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
-        stats[round][half][j] = PageStats{0, -INFINITY, 0, 0};
-        if (local < block.rows && column + 4 * j < columns) {
-          stats[round][half][j] = LoadStats(at, column + 4 * j);
-        }
+        // Without a branch; what no one has may be anything.
+        const int column = tile * kTileColumns + 4 * j;
+        const PageStats loaded = LoadStats(at, column);
+        const bool any = local < block.rows && column + t < columns;
+        stats[round][half][j] =
+            PageStats{0, any ? loaded.lse : -INFINITY, any ? loaded.variance : 0.0f,
+                      any ? loaded.concentration : 0.0f};
       }
     }
   }

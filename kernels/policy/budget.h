@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "absl/types/span.h"
+#include "kernels/format/float_types.h"
 #include "kernels/host_device.h"
 #include "kernels/policy/decision.h"
 #include "kernels/policy/error_model.h"
@@ -83,11 +84,12 @@ ADAATTN_HD constexpr TermFactors RungFactors(const DecisionParams& params, int32
 // page's rung changes only at this index and 4, 8 and 12 before it.
 ADAATTN_HD int32_t NumThetasBelow(float share) {
   if (!(share > BudgetTheta(0))) return 0;
-  int32_t exponent = 0;
-  const float mantissa =
-      2.0f * frexpf(share, &exponent);  // [1, 2), share = mantissa 2^(exponent-1)
+  // share = (1 + mantissa / 2^23) 2^octave, and so are the thetas, whose mantissa is 0 or this.
+  constexpr uint32_t kHalfOctave = 0x3504f3;
+  const uint32_t bits = FloatBits(share), mantissa = bits & 0x7fffffu;
+  const int32_t octave = static_cast<int32_t>(bits >> 23) - 127;
   const int32_t below =
-      2 * (exponent + 15) + (mantissa > 1.0f ? 1 : 0) + (mantissa > 1.41421356f ? 1 : 0);
+      2 * (octave + 16) + (mantissa > 0 ? 1 : 0) + (mantissa > kHalfOctave ? 1 : 0);
   return below < kNumBudgetThetas + 12 ? below : kNumBudgetThetas + 12;
 }
 
