@@ -4,43 +4,19 @@
 // What a CTA that works on a budget has: its part of a head's pages, and shared memory.
 
 #include "kernels/cuda/async_copy.cuh"
+#include "kernels/cuda/budget_parts.h"
 #include "kernels/cuda/progressive_select.cuh"
 #include "kernels/cuda/row_cluster.cuh"
 
 namespace adaattn {
 
-inline constexpr int32_t kBudgetThreads = 256;
-inline constexpr int32_t kBudgetWarps = kBudgetThreads / 32;
-inline constexpr int32_t kMaxBudgetCtas = 8;  // what every device's clusters may have
-inline constexpr int32_t kWarpPages = 16;     // of a warp at a time: the rows of an MMA
 static_assert(kBudgetWarps == kTileColumns, "a warp a column");
 static_assert(2 * kBudgetWarps * kWarpPages <= kBudgetThreads, "a thread fetches a page");
 static_assert(kNumBudgetThetas <= 32, "a lane a theta");
 
-// Pages whose summaries a CTA holds at most; it takes more one block of them after the other.
-ADAATTN_HD constexpr int32_t BudgetBlockPages(int32_t head_dim) {
-  return (head_dim <= 128 ? 2 : 1) * kBudgetWarps * kWarpPages;
-}
-
-// CTAs that share a head: 128 pages each where the device has room, else a block. 8 heads at 8k
-// take one, at 32k four, at 128k eight; 512 heads at 32k two.
-ADAATTN_HD constexpr int32_t BudgetCtas(const ProgressiveParams& p) {
-  const int64_t heads = int64_t{p.num_sequences} * p.shape.num_kv_heads;
-  for (int32_t ctas = 1; ctas < kMaxBudgetCtas; ctas *= 2) {
-    const bool room = 2 * ctas * heads <= p.num_sms;
-    const int32_t most = room ? kBudgetWarps * kWarpPages : BudgetBlockPages(p.shape.head_dim);
-    if (CeilDiv(p.max_sealed, ctas) <= most) return ctas;
-  }
-  return kMaxBudgetCtas;
-}
-
 // The largest weight of a page as a half: small ones keep their digits.
 inline constexpr float kBudgetUnit = 16384;
 
-// Pages of one CTA where `pages` are shared among `ctas`: whole warps.
-ADAATTN_HD constexpr int32_t BudgetPart(int32_t pages, int32_t ctas) {
-  return CeilDiv(CeilDiv(pages, ctas), kWarpPages) * kWarpPages;
-}
 __device__ __forceinline__ PageRange PartOf(const PageRange& pages, const RowCluster& cluster) {
   const int part = BudgetPart(pages.end - pages.begin, cluster.ctas);
   const int begin = min(pages.begin + cluster.rank * part, pages.end);
