@@ -48,6 +48,7 @@ struct Sample {
 struct Judged {
   double mean_error = 0, worst_error = 0;
   double predicted_error = 0;  // mean over kv heads
+  double theta = 0;            // geometric mean over kv heads; 0: some read everything
   int64_t bytes = 0;           // K, V and bases
   bool recount_equal = true;
   HeadDecision sum = {};  // page counts of all kv heads
@@ -96,6 +97,7 @@ absl::StatusOr<Judged> RunAndJudge(ProgressiveCase* test, const Sample& sample) 
   ADAATTN_ASSIGN_OR_RETURN(const ProgressiveOutput output, test->Run());
   const AttentionShape& shape = test->shape();
   Judged judged;
+  double log_theta = 0;
   for (size_t i = 0; i < sample.rows.size(); ++i) {
     const int64_t row =
         int64_t{sample.rows[i].sequence} * shape.num_q_heads + sample.rows[i].q_head;
@@ -111,11 +113,13 @@ absl::StatusOr<Judged> RunAndJudge(ProgressiveCase* test, const Sample& sample) 
     judged.bytes += decision.key_bytes + decision.value_bytes + decision.basis_bytes;
     judged.predicted_error +=
         decision.predicted_error / static_cast<double>(output.decisions.size());
+    log_theta += std::log2(decision.theta) / static_cast<double>(output.decisions.size());
     for (int32_t i = 0; i < kNumKeyDepths; ++i) judged.sum.key_pages[i] += decision.key_pages[i];
     for (int32_t i = 0; i < kNumValueDepths; ++i) {
       judged.sum.value_pages[i] += decision.value_pages[i];
     }
   }
+  judged.theta = std::exp2(log_theta);
   return judged;
 }
 
@@ -165,6 +169,7 @@ nlohmann::json Describe(const ProgressiveCase& test, const DecisionParams& decis
       {"coarse_z", decision.coarse_z},
       {decision.policy == Policy::kBudget ? "target" : "theta",
        decision.policy == Policy::kBudget ? decision.target_relative_error : decision.theta},
+      {"mean_theta", judged.theta},
       {"median_us", median},
       {"min_us", times.front()},
       {"runs", times.size()},
@@ -202,12 +207,12 @@ absl::StatusOr<bool> BenchCase(const ProgressiveBenchOptions& options, int runs,
   nlohmann::json entry = Describe(*test, decision, sample, judged, times);
   std::printf(
       "%-34s %s %.5f  median %8.2f us  min %8.2f  reads %.4f of BF16%s  %5.2f TB/s  %6.2f as BF16  "
-      "error %.4f (worst %.3f, predicted %.4f, FP8 %.4f)%s\n",
+      "error %.4f (worst %.3f, predicted %.4f, FP8 %.4f) mean theta %.5f%s\n",
       test->Name().c_str(), decision.policy == Policy::kBudget ? "target" : "theta",
       *Knob(&decision), times[times.size() / 2], times.front(),
       entry["fraction_of_bf16"].get<double>(), judged.recount_equal ? "" : " BUT RECOUNT DIFFERS",
       entry["tb_per_s_read"].get<double>(), entry["tb_per_s_as_bf16"].get<double>(),
-      judged.mean_error, judged.worst_error, judged.predicted_error, sample.fp8_error,
+      judged.mean_error, judged.worst_error, judged.predicted_error, sample.fp8_error, judged.theta,
       good ? "" : "  FAIL");
   std::fflush(stdout);
   report->push_back(std::move(entry));

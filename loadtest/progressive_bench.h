@@ -49,8 +49,9 @@ std::vector<std::string> BenchTraces(const ProgressiveBenchOptions& options);
 // Times progressive decode on captured traces and judges its error. Theta (or the target) that is
 // searched is the largest whose mean error is at most half of dense FP8's on the same rows; at
 // FP8's own where the trace is tiled, which divides the shares. Prints one line a case and appends
-// to `report`. False when a kernel's count of bytes is not what its page counts imply, an output is
-// not finite, or no theta reaches the goal.
+// to `report`; a budget's line names the mean theta that it chose, whose threshold is the same step
+// without the theta launch. False when a kernel's count of bytes is not what its page counts imply,
+// an output is not finite, or no theta reaches the goal.
 absl::StatusOr<bool> BenchProgressive(const ProgressiveBenchOptions& options, int runs,
                                       const DeviceBuffer& flush, nlohmann::json* report);
 

@@ -129,10 +129,8 @@ void Selection::Reserve() {
   factors_ = PartsRow{Pages(), Pages(), Pages()};
   rung_of_ = arena_->Get<uint8_t>(stride_);
   for (int32_t i = 0; i < kNumRungs; ++i) {
-    const float share = i == 0 ? 0.0f : 1.5f * static_cast<float>(1 << (2 * (i - 1)));
     const SequenceStep& sequence = *job_.head->sequence;
-    rung_depths_[i] =
-        LadderDepth(sequence.decision, 1.0f, share, PageFacts(), head_dim_, sequence.stored_bits);
+    rung_depths_[i] = RungDepth(sequence.decision, i, PageFacts(), head_dim_, sequence.stored_bits);
     rungs_[i] =
         FactorsOf(ScoreVarianceAt(1.0f, rung_depths_[i].key.bits), rung_depths_[i].value_bits);
   }

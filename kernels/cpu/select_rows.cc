@@ -310,11 +310,6 @@ void TakeRoots(int32_t count, const PartsSum& sum) {
   HWY_DYNAMIC_DISPATCH(TakeRootsImpl)(count, sum);
 }
 
-TermFactors FactorsOf(float score_factor, int32_t value_bits) {
-  if (value_bits == 0) return TermFactors{1.0f, 0.0f, 0.0f};
-  return TermFactors{0.0f, score_factor, CodeVariance(1.0f, value_bits)};
-}
-
 ErrorTerms SumTerms(const PartsRow& parts, const PartsRow& factors, int32_t count) {
   return HWY_DYNAMIC_DISPATCH(SumTermsImpl)(parts, factors, count);
 }

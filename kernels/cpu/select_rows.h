@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/policy/error_model.h"
+#include "kernels/policy/ladder.h"
 #include "kernels/policy/theta.h"
 
 namespace adaattn {
@@ -86,19 +87,8 @@ struct PartsSum {
 void AddParts(const PartsRow& parts, float weight, int32_t count, const PartsSum& sum);
 void TakeRoots(int32_t count, const PartsSum& sum);
 
-// TermsOf as a sum of parts: what each is multiplied by at one depth.
-struct TermFactors {
-  float skipped = 0;
-  float score = 0;
-  float value = 0;
-};
-TermFactors FactorsOf(float score_factor, int32_t value_bits);
-
 // Terms of all pages, page i at factors[i], given as three arrays.
 ErrorTerms SumTerms(const PartsRow& parts, const PartsRow& factors, int32_t count);
-
-// A page's rung on the ladder: how many of theta, 4 theta, 16 theta and 64 theta its share exceeds.
-inline constexpr int32_t kNumRungs = 5;
 
 // Terms of all pages on the ladder with `theta`, rung i as deep as rungs[i] says.
 ErrorTerms SumLadder(const PartsSum& sum, const float* shares, float theta,

@@ -92,6 +92,14 @@ __device__ __forceinline__ float2 UnpackPair<__half>(uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
+// A pair as T and what that lost, as T.
+template <typename T>
+__device__ __forceinline__ uint2 SplitPair(float low, float high) {
+  const uint32_t pair = PackPair<T>(low, high);
+  const float2 kept = UnpackPair<T>(pair);
+  return make_uint2(pair, PackPair<T>(low - kept.x, high - kept.y));
+}
+
 // Four 8x8 tiles of 16-bit values in shared memory, whose row r of tile i the lane 8 i + r names,
 // as (g, 2t), (g, 2t + 1); transposed: (2t, g), (2t + 1, g).
 template <bool kTransposed>

@@ -129,7 +129,6 @@ struct ProgressiveWorkspace {
   int64_t dense_out = 0;    // float [S, H, C, D]
   int64_t dense_score = 0;  // float [S, H, C]: mean score of the dense tokens, log2 units
   int64_t theta = 0;        // float [S, H]
-  int64_t budget = 0;       // PageBudget [S, H, pages]
   int64_t global_lse = 0;   // float [S, H, C]: what all sums are relative to
   int64_t vectors = 0;      // float [S, H, chunks, C, kNumChunkVectors, D]
   int64_t state = 0;        // ChunkState [S, H, chunks, C]
@@ -179,7 +178,6 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   w.dense_out = add(heads * w.columns * d * 4);
   w.dense_score = add(heads * w.columns * 4);
   w.theta = add(heads * 4);
-  w.budget = add(p.budget ? heads * p.max_sealed * static_cast<int64_t>(sizeof(PageBudget)) : 0);
   w.global_lse = add(heads * w.columns * 4);
   const int64_t chunks = heads * w.chunks, slots = w.attend_ctas * AttendSlots(d) + heads;
   w.vectors = add(chunks * w.columns * kNumChunkVectors * d * 4);
@@ -307,6 +305,11 @@ __device__ __forceinline__ float ColumnMax(float x) {  // over lanes of equal la
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 4));
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 8));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 16));
+}
+__device__ __forceinline__ float ColumnSum(float x) {  // likewise
+  x += __shfl_xor_sync(0xffffffffu, x, 4);
+  x += __shfl_xor_sync(0xffffffffu, x, 8);
+  return x + __shfl_xor_sync(0xffffffffu, x, 16);
 }
 __device__ __forceinline__ float QuadSum(float x) {  // over lanes of equal lane / 4
   x += __shfl_xor_sync(0xffffffffu, x, 1);

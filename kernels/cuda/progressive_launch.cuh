@@ -15,21 +15,32 @@
 
 namespace adaattn {
 
-// Launches `kernel` so that its prologue may run before the kernel in front of it has ended.
+// Launches `kernel` so that its prologue may run before the kernel in front of it has ended, if
+// `overlap` says so. Rows of the grid are clusters of `cluster` CTAs.
 template <typename Kernel>
 absl::Status LaunchProgressive(Kernel kernel, dim3 grid, int threads, size_t shared_bytes,
                                bool overlap, const ProgressiveArgs& args, cudaStream_t stream,
-                               const char* name) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+                               const char* name, unsigned cluster = 1) {
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned num_attributes = 0;
+  if (overlap) {
+    cudaLaunchAttribute& attribute = attributes[num_attributes++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[num_attributes++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = num_attributes;
   return FromCuda(cudaLaunchKernelEx(&config, kernel, args), name);
 }
 
@@ -49,10 +60,11 @@ absl::Status AllowShared(Kernel kernel, size_t bytes) {
 // `TileTraits`: of the kernels that are leaner where columns are few.
 template <class Traits, class TileTraits>
 absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
+  // Theta comes from masses after the soft cap.
+  using ThetaTraits = ProgressiveTraits<Traits::kHeadDim, false, TileTraits::kColumns>;
   constexpr size_t kPrepareShared = sizeof(PrepareShared<Traits>);
   constexpr size_t kScanShared = sizeof(ScanShared<TileTraits>);
   constexpr size_t kRefineShared = sizeof(RefineShared<Traits>);
-  constexpr size_t kThetaShared = sizeof(ThetaShared<Traits>);
   constexpr size_t kSelectShared = sizeof(SelectShared<TileTraits>);
   constexpr size_t kAttendShared = sizeof(AttendShared<Traits>);
   constexpr size_t kMergePart = sizeof(MergePart<Traits>);
@@ -60,7 +72,8 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressivePrepareKernel<Traits>, kPrepareShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveScanKernel<TileTraits>, kScanShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveRefineKernel<Traits>, kRefineShared));
-    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveThetaKernel<Traits>, kThetaShared));
+    ADAATTN_RETURN_IF_ERROR(
+        AllowShared(ProgressiveThetaKernel<ThetaTraits>, MaxThetaSharedBytes<ThetaTraits>()));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveSelectKernel<TileTraits>, kSelectShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveAttendKernel<Traits>, kAttendShared));
     return AllowShared(ProgressiveMergeKernel<Traits>, kMergeMaxWarps * kMergePart);
@@ -86,9 +99,10 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
                                               "refine"));
   }
   if (p.theta) {
-    ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveThetaKernel<Traits>,
-                                              dim3(heads, sequences), kThetaThreads, kThetaShared,
-                                              true, p, stream, "theta"));
+    const auto ctas = static_cast<unsigned>(BudgetCtas(p));
+    ADAATTN_RETURN_IF_ERROR(LaunchProgressive(
+        ProgressiveThetaKernel<ThetaTraits>, dim3(ctas, heads, sequences), kThetaThreads,
+        ThetaSharedBytes<ThetaTraits>(p), true, p, stream, "theta", ctas));
   }
   ADAATTN_RETURN_IF_ERROR(
       LaunchProgressive(ProgressiveSelectKernel<TileTraits>,

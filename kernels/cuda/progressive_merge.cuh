@@ -10,6 +10,7 @@
 // Every sum has an order of its own: nothing depends on timing. A CTA takes a column; the last one
 // of a head sums up the decision. grid (columns, num_kv_heads, num_sequences)
 
+#include "kernels/cuda/hadamard.cuh"
 #include "kernels/cuda/progressive_attend.cuh"
 #include "kernels/cuda/progressive_select.cuh"
 
@@ -45,40 +46,6 @@ struct ColumnVectors {
 #pragma unroll
       for (int i = 0; i < kNumChunkVectors; ++i) x[i][j] = at < kD ? sums.vectors[i][at] : 0.0f;
       if (at < kD) x[kSkipped][j] = fmaf(sums.partial[at], attended, x[kSkipped][j] * skipped);
-    }
-  }
-
-  // Block Hadamard transforms: 80 = 64 + 16, 96 = 64 + 32 (format/hadamard.h). A block of less than
-  // 32 channels starts at a lane 0 and stays below its own length.
-  __device__ __forceinline__ void Transform(int lane) {
-    constexpr bool kWhole = (kD & (kD - 1)) == 0;
-#pragma unroll
-    for (int step = 1; step < kD; step *= 2) {
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        const int block = kWhole ? kD : 32 * j < 64 ? 64 : kD - 64;
-        if (step >= block) continue;
-        if (step < 32) {
-#pragma unroll
-          for (int i = 0; i < kNumChunkVectors; ++i) {
-            const float other = __shfl_xor_sync(0xffffffffu, x[i][j], step);
-            x[i][j] = (lane & step) == 0 ? x[i][j] + other : other - x[i][j];
-          }
-        } else if ((32 * j & step) == 0) {
-#pragma unroll
-          for (int i = 0; i < kNumChunkVectors; ++i) {
-            const float low = x[i][j], high = x[i][j + step / 32];
-            x[i][j] = low + high;
-            x[i][j + step / 32] = low - high;
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const float norm = rsqrtf(kWhole ? float{kD} : 32 * j < 64 ? 64.0f : float{kD - 64});
-#pragma unroll
-      for (int i = 0; i < kNumChunkVectors; ++i) x[i][j] *= norm;
     }
   }
 };
@@ -228,7 +195,7 @@ __device__ __forceinline__ void FinishColumn(const ProgressiveArgs& p, int64_t r
   const float attended = reference == -INFINITY ? 0.0f : Exp2(reference - top);
   const float tail = dense.lse == -INFINITY ? 0.0f : Exp2(dense.lse - lse - top);
   ColumnVectors<Traits> vectors(sums, skipped, attended, lane);
-  vectors.Transform(lane);
+  RotateHadamard<kD>(vectors.x, lane);
   const float mass = fmaf(state.mass, skipped, fmaf(sums.mass, attended, tail));
   const float inverse = mass > 0 ? 1.0f / mass : 0.0f;
   float norm = 0, cross = 0;

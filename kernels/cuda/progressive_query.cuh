@@ -85,14 +85,6 @@ struct QueryColumn {
   }
 };
 
-// A pair as T and what that lost, as T.
-template <typename T>
-__device__ __forceinline__ uint2 SplitPair(float low, float high) {
-  const uint32_t pair = PackPair<T>(low, high);
-  const float2 kept = UnpackPair<T>(pair);
-  return make_uint2(pair, PackPair<T>(low - kept.x, high - kept.y));
-}
-
 // The column's query times `inverse` as rows `column` and `column` + 8.
 template <typename T, class Traits>
 __device__ __forceinline__ void StoreQuery(const QueryColumn<Traits>& q, float inverse, int column,

@@ -168,12 +168,6 @@ __device__ __forceinline__ void PackScores(const float (&sums)[4][4], const Scor
   }
 }
 
-__device__ __forceinline__ float ColumnSum(float x) {  // over lanes of equal lane % 4
-  x += __shfl_xor_sync(0xffffffffu, x, 4);
-  x += __shfl_xor_sync(0xffffffffu, x, 8);
-  return x + __shfl_xor_sync(0xffffffffu, x, 16);
-}
-
 // log2 of the sum of exp2(score) of the lane's columns, and the concentration. `base`: what the
 // sum is relative to, after the soft cap; where it is too low, or -inf, the page's own maximum is.
 // inf: anything will do.

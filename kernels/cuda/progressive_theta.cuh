@@ -6,7 +6,10 @@
 //   entropy, learned  from how the mass lies, as policy/theta.h states it: sums over every page's
 //                     and the dense tail's share of each column
 // Sums have an order of their own: theta does not depend on timing.
-// grid (num_kv_heads, num_sequences); sequences of other policies leave at once.
+// grid (BudgetCtas, num_kv_heads, num_sequences), a cluster a head, whose CTAs have a part of its
+// pages each; sequences of other policies leave at once.
+
+#include <algorithm>
 
 #include "kernels/cuda/progressive_budget.cuh"
 #include "kernels/policy/theta.h"
@@ -20,13 +23,23 @@ struct MassShared {
   float lse[kMaxColumns];
   float2 lse_parts[kThetaWarps][kMaxColumns];
   MassSums sums[kThetaWarps][kTileColumns];
+  MassSums cta_sums[kMaxBudgetCtas];  // of the cluster's, in its first CTA
 };
 
+// Bytes of shared memory of a CTA.
 template <class Traits>
-union ThetaShared {
-  BudgetShared<Traits> budget;
-  MassShared mass;
-};
+size_t ThetaSharedBytes(const ProgressiveArgs& p) {
+  if (!p.budget) return sizeof(MassShared);
+  const int32_t pages =
+      std::min(BudgetPart(p.max_sealed, BudgetCtas(p)), BudgetBlockPages(Traits::kHeadDim));
+  return std::max(sizeof(MassShared), BudgetSharedBytes<Traits>(p.work.columns, pages));
+}
+// Of any CTA.
+template <class Traits>
+constexpr size_t MaxThetaSharedBytes() {
+  return BudgetSharedBytes<Traits>(Traits::kColumns == kTileColumns ? kMaxColumns : kTileColumns,
+                                   BudgetBlockPages(Traits::kHeadDim));
+}
 
 __device__ __forceinline__ MassSums ShuffleMasses(const MassSums& sums, int step) {
   const auto other = [step](float x) { return __shfl_xor_sync(0xffffffffu, x, step); };
@@ -34,12 +47,11 @@ __device__ __forceinline__ MassSums ShuffleMasses(const MassSums& sums, int step
                   other(sums.token_square), other(sums.variance)};
 }
 
-// The sums of one tile of columns over the visible sealed pages, lane n < 8 of each warp its part
-// of column column_begin + n, to shared memory.
-template <class Traits>
-__device__ __forceinline__ void SumPageMasses(const ProgressiveArgs& p, const SequenceView& s,
-                                              PageRange pages, int64_t head_index, int column_begin,
-                                              int columns, MassShared& shared) {
+// The sums of one tile of columns over `pages`, lane n < 8 of each warp its part of column
+// column_begin + n, to shared memory.
+__device__ __forceinline__ void SumPageMasses(const ProgressiveArgs& p, PageRange pages,
+                                              int64_t head_index, int column_begin, int columns,
+                                              MassShared& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int column = column_begin + lane % kTileColumns;
   MassSums sums;
@@ -60,27 +72,26 @@ __device__ __forceinline__ void SumPageMasses(const ProgressiveArgs& p, const Se
   if (lane < kTileColumns) shared.sums[warp][lane] = sums;
 }
 
-// By all threads of a CTA; thread 0 stores theta.
-template <class Traits>
+// By all threads of a cluster, whose CTAs have all started; the first one's thread 0 stores theta.
 __device__ __forceinline__ void ThetaFromPageMasses(const ProgressiveArgs& p,
                                                     const ProgressiveSequence& from,
-                                                    const SequenceView& s, int64_t head_index,
+                                                    const RowCluster& cluster, int64_t head_index,
                                                     MassShared& shared) {
   GlobalLse<kThetaWarps>(p, from, head_index, shared.lse, shared.lse_parts);
-  const int columns = p.shape.group_size() * s.q_len;
-  const PageRange pages = VisiblePages(from);
+  const int columns = p.shape.group_size() * from.q_len;
+  const PageRange visible = VisiblePages(from), pages = PartOf(visible, cluster);
   const auto* dense =
       reinterpret_cast<const float*>(p.workspace + p.work.dense_lse) + head_index * p.work.columns;
   MassSums total;  // of thread 0: all columns
   for (int column_begin = 0; column_begin < columns; column_begin += kTileColumns) {
-    SumPageMasses<Traits>(p, s, pages, head_index, column_begin, columns, shared);
+    SumPageMasses(p, pages, head_index, column_begin, columns, shared);
     __syncthreads();
     if (threadIdx.x < 32) {
       const int lane = threadIdx.x, column = column_begin + lane;
       MassSums sums;
       if (lane < kTileColumns && column < columns) {
         for (int warp = 0; warp < kThetaWarps; ++warp) AddMasses(shared.sums[warp][lane], &sums);
-        if (dense[column] != -INFINITY) {
+        if (cluster.rank == 0 && dense[column] != -INFINITY) {
           AddDenseMass(Exp2(dense[column] - shared.lse[column]), &sums);
         }
       }
@@ -92,28 +103,45 @@ __device__ __forceinline__ void ThetaFromPageMasses(const ProgressiveArgs& p,
     }
     __syncthreads();
   }
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x == 0) cluster.At(&shared, 0)->cta_sums[cluster.rank] = total;
+  cluster.Sync();
+  if (cluster.rank != 0 || threadIdx.x != 0) return;
+  MassSums sums;
+  for (int i = 0; i < cluster.ctas; ++i) AddMasses(shared.cta_sums[i], &sums);
   reinterpret_cast<float*>(p.workspace + p.work.theta)[head_index] =
-      ThetaFromMasses(from.decision, total, columns, pages.end - pages.begin);
+      ThetaFromMasses(from.decision, sums, columns, visible.end - visible.begin);
+}
+
+// What its registers allow.
+template <class Traits>
+constexpr int ThetaCtasPerSm() {
+  return Traits::kColumns == kFewColumns && Traits::kHeadDim <= 128 ? 3 : 2;
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kThetaThreads, 2)
+__global__ void __launch_bounds__(kThetaThreads, ThetaCtasPerSm<Traits>())
     ProgressiveThetaKernel(const __grid_constant__ ProgressiveArgs p) {
   extern __shared__ __align__(16) std::byte shared_bytes[];
-  auto& shared = *reinterpret_cast<ThetaShared<Traits>*>(shared_bytes);
-  const int head = blockIdx.x, sequence = blockIdx.y;
+  const int head = blockIdx.y, sequence = blockIdx.z;
   const ProgressiveSequence& from = p.sequences[sequence];
+  const SequenceView s(from);
+  const RowCluster cluster;
+  const bool budget = from.decision.policy == Policy::kBudget;
+  BudgetPages<Traits> own(p, s, cluster, *reinterpret_cast<BudgetShared<Traits>*>(shared_bytes));
+  if (budget) {
+    own.Prepare();
+  } else {
+    cluster.Sync();
+  }
   WaitForDependencies();
   NoteTime(p.stamps, kThetaStamp);
   LaunchDependents();
-  if (!ChoosesTheta(from.decision.policy)) return;
-  const SequenceView s(from);
-  const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
-  if (from.decision.policy == Policy::kBudget) {
-    ThetaFromBudget<Traits>(p, from, s, head_index, head, shared.budget);
-  } else {
-    ThetaFromPageMasses<Traits>(p, from, s, head_index, shared.mass);
+  if (budget) {
+    ThetaFromBudget(own);
+  } else if (ChoosesTheta(from.decision.policy)) {
+    ThetaFromPageMasses(p, from, cluster,
+                        static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head,
+                        *reinterpret_cast<MassShared*>(shared_bytes));
   }
 }
 

@@ -1,7 +1,5 @@
 #include "kernels/policy/budget.h"
 
-#include <algorithm>
-
 namespace adaattn {
 
 BudgetChoice ChooseTheta(const DecisionParams& params, absl::Span<const PageBudget> pages,
@@ -9,14 +7,14 @@ BudgetChoice ChooseTheta(const DecisionParams& params, absl::Span<const PageBudg
   ErrorTerms sums[kNumBudgetThetas];
   ErrorTerms full_depth;
   for (const PageBudget& page : pages) {
+    ErrorTerms terms[kNumRungs];
+    for (int32_t rung = 0; rung < kNumRungs; ++rung) {
+      terms[rung] =
+          TermsOf(page.parts, RungFactors(params, rung, page.facts, head_dim, stored_bits));
+    }
     const int32_t below = NumThetasBelow(page.share);
-    int32_t begin = 0;
-    for (const int32_t edge : {below - 12, below - 8, below - 4, below, kNumBudgetThetas}) {
-      const int32_t end = std::min(std::max(edge, begin), kNumBudgetThetas);
-      if (end == begin) continue;
-      const ErrorTerms terms =
-          BudgetTermsAt(params, page, BudgetTheta(begin), head_dim, stored_bits);
-      for (; begin < end; ++begin) AddTerms(terms, &sums[begin]);
+    for (int32_t i = 0; i < kNumBudgetThetas; ++i) {
+      AddTerms(terms[BudgetRung(below, i)], &sums[i]);
     }
     AddTerms(BudgetTermsAt(params, page, 0.0f, head_dim, stored_bits), &full_depth);
   }

@@ -9,14 +9,14 @@
 // actual error of a head spreads about its prediction (log-normally, sigma .3 to .5), so aiming at
 // the target itself would exceed it in half of the steps.
 //
-// On the device: AddToBudget per page and column, BudgetTermsAt summed over pages by member for
-// every theta of the grid and for 0 (NumThetasBelow says where it changes), ChooseThetaFromTerms at
-// the end.
+// On the device: AddToBudget per page and column; RungFactors, of which a page has five whatever
+// the theta; BudgetRung for which of them a theta of the grid asks; sums over pages by member.
 
 #include <cmath>
 #include <cstdint>
 
 #include "absl/types/span.h"
+#include "kernels/format/float_types.h"
 #include "kernels/host_device.h"
 #include "kernels/policy/decision.h"
 #include "kernels/policy/error_model.h"
@@ -72,16 +72,31 @@ ADAATTN_HD ErrorTerms BudgetTermsAt(const DecisionParams& params, const PageBudg
   return TermsOf(page.parts, ScoreVarianceAt(1.0f, depth.key.bits), depth.value_bits);
 }
 
+// What a page's terms are made of on rung `rung` of the ladder.
+ADAATTN_HD constexpr TermFactors RungFactors(const DecisionParams& params, int32_t rung,
+                                             const PageFacts& facts, int32_t head_dim,
+                                             int32_t stored_bits) {
+  const PageDepth depth = RungDepth(params, rung, facts, head_dim, stored_bits);
+  return FactorsOf(ScoreVarianceAt(1.0f, depth.key.bits), depth.value_bits);
+}
+
 // How many values of the grid lie below `share`. As 4 theta is the grid's value four further on, a
-// page's value bits change only at this index and 4, 8 and 12 before it.
+// page's rung changes only at this index and 4, 8 and 12 before it.
 ADAATTN_HD int32_t NumThetasBelow(float share) {
   if (!(share > BudgetTheta(0))) return 0;
-  int32_t exponent = 0;
-  const float mantissa =
-      2.0f * frexpf(share, &exponent);  // [1, 2), share = mantissa 2^(exponent-1)
+  // share = (1 + mantissa / 2^23) 2^octave, and so are the thetas, whose mantissa is 0 or this.
+  constexpr uint32_t kHalfOctave = 0x3504f3;
+  const uint32_t bits = FloatBits(share), mantissa = bits & 0x7fffffu;
+  const int32_t octave = static_cast<int32_t>(bits >> 23) - 127;
   const int32_t below =
-      2 * (exponent + 15) + (mantissa > 1.0f ? 1 : 0) + (mantissa > 1.41421356f ? 1 : 0);
+      2 * (octave + 16) + (mantissa > 0 ? 1 : 0) + (mantissa > kHalfOctave ? 1 : 0);
   return below < kNumBudgetThetas + 12 ? below : kNumBudgetThetas + 12;
+}
+
+// The rung that value `index` of the grid puts a page on whose share has `below` values below it.
+ADAATTN_HD constexpr int32_t BudgetRung(int32_t below, int32_t index) {
+  const int32_t above = below - index;
+  return above <= 0 ? 0 : above > 12 ? 4 : (above + 3) / 4;
 }
 
 // Whether the mean square relative error of `terms` is low enough for the target.

@@ -146,6 +146,26 @@ ADAATTN_HD ErrorTerms TermsOf(const PageErrorParts& parts, float score_factor, i
   return terms;
 }
 
+// TermsOf as a sum of parts: what each is multiplied by at one depth.
+struct TermFactors {
+  float skipped = 0;  // and the root of it
+  float score = 0;
+  float value = 0;
+};
+
+ADAATTN_HD constexpr TermFactors FactorsOf(float score_factor, int32_t value_bits) {
+  if (value_bits == 0) return TermFactors{1.0f, 0.0f, 0.0f};
+  return TermFactors{0.0f, score_factor, CodeVariance(1.0f, value_bits)};
+}
+
+ADAATTN_HD ErrorTerms TermsOf(const PageErrorParts& parts, const TermFactors& factors) {
+  ErrorTerms terms;
+  terms.square =
+      factors.skipped * parts.skipped + factors.score * parts.score + factors.value * parts.value;
+  terms.amplitude = factors.skipped * sqrtf(parts.skipped);
+  return terms;
+}
+
 // E|do|^2 / |o|^2. `norm2` is that of the estimate or of the output, which lack what skipping lost:
 // it is at right angles to them, and added. So the result stays below 1; it is 0 where both are 0.
 ADAATTN_HD constexpr float RelativeErrorSquare(const ErrorTerms& terms, float norm2) {

@@ -39,6 +39,10 @@ ADAATTN_HD constexpr int32_t LadderValueBits(float share, float theta) {
                                  : 0;
 }
 
+// A page's rung: how many of theta, 4 theta, 16 theta and 64 theta its share exceeds. It stands for
+// twice as many bits of the values.
+inline constexpr int32_t kNumRungs = 5;
+
 // Key bits that go with values read at `value_bits`: the scan's where they are skipped, else two
 // more than the values', from 4 to 8.
 ADAATTN_HD constexpr int32_t LadderKeyBits(int32_t value_bits) {
@@ -91,11 +95,10 @@ ADAATTN_HD constexpr PageDepth StaticDepth(const DecisionParams& params, int32_t
   return depth;
 }
 
-// The ladder's depth of one page. `theta` is what the policy gives the head (0 reads every
-// page that has any mass at full depth). An unopened page stays at its coarse prefix.
-ADAATTN_HD constexpr PageDepth LadderDepth(const DecisionParams& params, float theta, float share,
-                                           const PageFacts& facts, int32_t head_dim,
-                                           int32_t stored_bits) {
+// The depth of one page on rung `rung` of the ladder. An unopened page stays at its coarse prefix.
+ADAATTN_HD constexpr PageDepth RungDepth(const DecisionParams& params, int32_t rung,
+                                         const PageFacts& facts, int32_t head_dim,
+                                         int32_t stored_bits) {
   if (facts.sink) return FullDepth(head_dim, stored_bits);
   PageDepth depth;
   if (!facts.opened && !facts.cut) {
@@ -103,7 +106,7 @@ ADAATTN_HD constexpr PageDepth LadderDepth(const DecisionParams& params, float t
     depth.key.chunks = static_cast<uint8_t>(CoarseChunks(params, head_dim));
     return depth;
   }
-  int32_t value = LadderValueBits(share, theta);
+  int32_t value = 2 * rung;
   if (facts.cut && value < 2) value = 2;
   if (value < params.floor_value_bits) value = params.floor_value_bits;
   int32_t key = LadderKeyBits(value);
@@ -112,6 +115,14 @@ ADAATTN_HD constexpr PageDepth LadderDepth(const DecisionParams& params, float t
   depth.key.chunks = static_cast<uint8_t>(NumRankChunks(head_dim));
   depth.value_bits = static_cast<uint8_t>(value > stored_bits ? stored_bits : value);
   return depth;
+}
+
+// The ladder's depth of one page. `theta` is what the policy gives the head (0 reads every
+// page that has any mass at full depth).
+ADAATTN_HD constexpr PageDepth LadderDepth(const DecisionParams& params, float theta, float share,
+                                           const PageFacts& facts, int32_t head_dim,
+                                           int32_t stored_bits) {
+  return RungDepth(params, LadderValueBits(share, theta) / 2, facts, head_dim, stored_bits);
 }
 
 }  // namespace adaattn

@@ -143,6 +143,40 @@ TEST(BudgetTest, KnowsWhereAPagesDepthChanges) {
   }
 }
 
+// What the device sums by rung is what the ladder says for every theta.
+TEST(BudgetTest, RungsGiveTheTermsOfTheLadder) {
+  std::vector<float> shares = {0, 1e-9f, 0.3f, 1.0f};  // 1: above 12 more than the grid has
+  for (int32_t i = 0; i < kNumBudgetThetas; i += 3) {
+    for (const float scale : {0.999f, 1.0f, 1.001f}) shares.push_back(scale * BudgetTheta(i));
+  }
+  const PageFacts facts[] = {
+      {false, false, true}, {false, true, true}, {true, false, true}, {false, false, false}};
+  for (const int32_t floor_value_bits : {0, 4}) {
+    for (const int32_t stored_bits : {8, 6, 4}) {
+      DecisionParams params = BudgetParams(0.05f);
+      params.floor_value_bits = floor_value_bits;
+      params.floor_key_bits = floor_value_bits == 0 ? 4 : 6;
+      for (const PageFacts& fact : facts) {
+        for (PageBudget page : Budgets(shares)) {
+          page.facts = fact;
+          const int32_t below = NumThetasBelow(page.share);
+          const auto expect_at = [&](int32_t rung, float theta) {
+            const ErrorTerms expected = BudgetTermsAt(params, page, theta, kDim, stored_bits);
+            const ErrorTerms terms =
+                TermsOf(page.parts, RungFactors(params, rung, fact, kDim, stored_bits));
+            EXPECT_FLOAT_EQ(terms.square, expected.square) << page.share << " at " << theta;
+            EXPECT_FLOAT_EQ(terms.amplitude, expected.amplitude) << page.share << " at " << theta;
+          };
+          for (int32_t i = 0; i < kNumBudgetThetas; ++i) {
+            expect_at(BudgetRung(below, i), BudgetTheta(i));
+          }
+          expect_at(page.share > 0 ? kNumRungs - 1 : 0, 0.0f);
+        }
+      }
+    }
+  }
+}
+
 TEST(BudgetTest, ErrorsFallWithDepth) {
   const DecisionParams params = BudgetParams(0.05f);
   const std::vector<PageBudget> pages = Budgets({0.2f});

@@ -1,0 +1,43 @@
+#ifndef ADAATTN_KERNELS_CUDA_ROW_CLUSTER_CUH_
+#define ADAATTN_KERNELS_CUDA_ROW_CLUSTER_CUH_
+
+// CTAs that work on one thing together. Needs sm_90.
+
+#include <cooperative_groups.h>
+
+namespace adaattn {
+
+// The CTAs of one row of the grid: a thread block cluster, or a lone CTA. Barriers are for all
+// threads of all of them, and order accesses to each other's shared memory, too.
+struct RowCluster {
+  int rank, ctas;
+
+  __device__ __forceinline__ RowCluster()
+      : rank(static_cast<int>(blockIdx.x)), ctas(static_cast<int>(gridDim.x)) {}
+
+  // The same variable in the shared memory of CTA `of`, which must have started and not ended.
+  template <typename T>
+  __device__ __forceinline__ T* At(T* shared, int of) const {
+    return of == rank ? shared : cooperative_groups::this_cluster().map_shared_rank(shared, of);
+  }
+
+  // A barrier in two halves, for work that waits for nobody in between.
+  __device__ __forceinline__ void Arrive() const {
+    if (ctas > 1) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  }
+  __device__ __forceinline__ void Wait() const {
+    if (ctas > 1) {
+      asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+    } else {
+      __syncthreads();
+    }
+  }
+  __device__ __forceinline__ void Sync() const {
+    Arrive();
+    Wait();
+  }
+};
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_KERNELS_CUDA_ROW_CLUSTER_CUH_
