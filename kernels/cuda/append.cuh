@@ -1,10 +1,12 @@
 #ifndef ADAATTN_KERNELS_CUDA_APPEND_CUH_
 #define ADAATTN_KERNELS_CUDA_APPEND_CUH_
 
-// The two ends of a step: q, k, v in; out, lse, decisions, flags back.
+// The two ends of a step: its block, q, k, v in; out, lse, decisions, flags back.
 // grid (2 CTAs a multiprocessor), fixed: how much there is to do stands in the step's header. A
 // warp takes one unit at a time: the rows of one AppendRun for one kv head of K or of V, or 512
-// elements of one sequence's q. Loads cross PCIe, so they are long and many are in flight.
+// elements of one sequence's q. Loads cross PCIe, so they are long and many are in flight: while
+// some warps bring the block for the kernels that follow, the others read it where the host packed
+// it.
 
 #include <cuda_fp8.h>
 
@@ -13,6 +15,7 @@
 #include "kernels/cuda/element.cuh"
 #include "kernels/cuda/stage_stamps.h"
 #include "kernels/cuda/step_params.h"
+#include "kernels/cuda/step_report.h"
 #include "kernels/format/float_types.h"
 #include "kernels/format/page_layout.h"
 
@@ -49,13 +52,29 @@ __device__ __forceinline__ void StorePageFour(std::byte* data, DType type, int64
   StoreFour(data, type, index, x);
 }
 
+// A part of the block, by way of the L1 cache: many threads ask for the same, and while the kernel
+// runs nobody writes it.
+template <class T>
+__device__ __forceinline__ T LoadFromBlock(const T* from) {
+  static_assert(sizeof(T) % sizeof(uint4) == 0, "loaded 16 bytes at a time");
+  uint4 words[sizeof(T) / sizeof(uint4)];
+#pragma unroll
+  for (size_t i = 0; i < sizeof(T) / sizeof(uint4); ++i) {
+    words[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+  }
+  T value;
+  memcpy(&value, words, sizeof(T));
+  return value;
+}
+
 // One kv head's part of a run, of K or of V. False when a value is not finite or does not fit.
-__device__ __forceinline__ bool AppendHead(const StepParams& p, const AppendRun& run, int kv_head,
-                                           bool is_value, int lane) {
+__device__ __forceinline__ bool AppendHead(const StepParams& p, const StepHeader& header,
+                                           const AppendRun& run, int kv_head, bool is_value,
+                                           int lane) {
   const int d = p.shape.head_dim, pieces = d / 4;
   const int scales = is_value ? run.value_scales : run.key_scales;
-  const float factor = scales < 0 ? 1.0f : 1.0f / p.scales[scales + kv_head];
-  const std::byte* in = is_value ? p.header->v : p.header->k;
+  const float factor = scales < 0 ? 1.0f : 1.0f / __ldg(p.scales + scales + kv_head);
+  const std::byte* in = is_value ? header.v : header.k;
   std::byte* head = p.pool + PageOffset(PageId{run.page}) +
                     (is_value ? DenseValueOffset(p.shape, kv_head, p.page_type)
                               : DenseKeyOffset(kv_head, d, p.page_type));
@@ -74,8 +93,8 @@ __device__ __forceinline__ bool AppendHead(const StepParams& p, const AppendRun&
 }
 
 // One unit of a sequence's q, copied as it is. False when a value is not finite.
-__device__ __forceinline__ bool CopyQuery(const StepParams& p, const StepSequence& sequence,
-                                          int unit, int lane) {
+__device__ __forceinline__ bool CopyQuery(const StepParams& p, const StepHeader& header,
+                                          const StepSequence& sequence, int unit, int lane) {
   const int64_t row = int64_t{p.shape.num_q_heads} * p.shape.head_dim;
   const int64_t end = (sequence.q_row + sequence.q_len) * row;
   const int64_t first = sequence.q_row * row + int64_t{unit} * kQueryUnit;
@@ -85,7 +104,7 @@ __device__ __forceinline__ bool CopyQuery(const StepParams& p, const StepSequenc
     const int64_t at = first + i + lane * 4;
     if (at >= end) continue;
     float x[4];
-    LoadFour(p.header->q, p.in_type, at, x);
+    LoadFour(header.q, p.in_type, at, x);
     finite = finite && AllWithin(x, kFloatMax);
     StoreFour(p.q, p.in_type, at, make_float4(x[0], x[1], x[2], x[3]));
   }
@@ -93,11 +112,12 @@ __device__ __forceinline__ bool CopyQuery(const StepParams& p, const StepSequenc
 }
 
 __global__ void __launch_bounds__(kAppendThreads)
-    AppendKernel(const __grid_constant__ StepParams p, int num_decisions) {
+    AppendKernel(const __grid_constant__ StepParams p, std::byte* block, int num_decisions) {
   NoteTime(p.stamps, kAppendStamp);
-  const StepHeader& header = *p.header;
-  const auto* runs = reinterpret_cast<const AppendRun*>(
-      reinterpret_cast<const std::byte*>(p.header) + header.runs_offset);
+  constexpr int kHeaderWords = sizeof(StepHeader) / sizeof(uint4);
+  __shared__ uint4 header_words[kHeaderWords];
+  const auto* packed = reinterpret_cast<const uint4*>(p.header);
+  if (threadIdx.x < kHeaderWords) header_words[threadIdx.x] = __ldg(packed + threadIdx.x);
   const int thread = blockIdx.x * kAppendThreads + threadIdx.x, lane = threadIdx.x % 32;
   const int num_threads = gridDim.x * kAppendThreads;
   static_assert(sizeof(HeadDecision) % 4 == 0, "cleared by words");
@@ -105,6 +125,14 @@ __global__ void __launch_bounds__(kAppendThreads)
   for (int i = thread; i < num_decisions * kWords; i += num_threads) {
     reinterpret_cast<uint32_t*>(p.decisions)[i] = 0;
   }
+  __syncthreads();
+  const StepHeader& header = *reinterpret_cast<const StepHeader*>(header_words);
+  // From the grid's last thread on: units begin with the first.
+  for (int64_t i = num_threads - 1 - thread; i < header.block_bytes / 16; i += num_threads) {
+    reinterpret_cast<uint4*>(block)[i] = __ldg(packed + i);
+  }
+  const auto* runs = reinterpret_cast<const AppendRun*>(
+      reinterpret_cast<const std::byte*>(p.header) + header.runs_offset);
   const int heads = p.shape.num_kv_heads;
   const int append_units = header.num_runs * heads * 2;
   const int query_elements = header.max_q_len * p.shape.num_q_heads * p.shape.head_dim;
@@ -114,16 +142,37 @@ __global__ void __launch_bounds__(kAppendThreads)
     bool finite;
     int sequence;
     if (unit < append_units) {
-      const AppendRun& run = runs[unit / (2 * heads)];
+      const AppendRun run = LoadFromBlock(runs + unit / (2 * heads));
       sequence = run.sequence;
-      finite = AppendHead(p, run, unit % heads, unit / heads % 2 != 0, lane);
+      finite = AppendHead(p, header, run, unit % heads, unit / heads % 2 != 0, lane);
     } else {
       sequence = (unit - append_units) / query_units;
-      finite = CopyQuery(p, p.sequences[sequence], (unit - append_units) % query_units, lane);
+      finite = CopyQuery(p, header, LoadFromBlock(p.sequences + sequence),
+                         (unit - append_units) % query_units, lane);
     }
     if (!finite) atomicOr(p.flags + sequence, unit < append_units ? kNonfiniteKv : kNonfiniteQ);
   }
   NoteTime(p.stamps, kAppendedStamp);
+}
+
+// Tells the host that the step has ended, once for the grid, when the last of its CTAs arrives.
+__device__ __forceinline__ void ReportStep(const StepParams& p, const StepHeader& header) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();  // What the CTA wrote stands in host memory before it arrives.
+    is_last = atomicAdd(p.arrivals, 1) == gridDim.x - 1;
+    if (is_last) p.stamps[kReturnedStamp] = GlobalTime();
+  }
+  __syncthreads();
+  if (!is_last) return;
+  StepReport& report = *header.report;
+  for (int i = threadIdx.x; i < kNumStamps; i += kAppendThreads) report.stamps[i] = p.stamps[i];
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  *p.arrivals = 0;
+  __threadfence_system();
+  *static_cast<volatile int64_t*>(&report.ticket) = header.ticket;
 }
 
 __global__ void __launch_bounds__(kAppendThreads)
@@ -152,11 +201,7 @@ __global__ void __launch_bounds__(kAppendThreads)
     header.results[2 * i + 1] = (flags & kNonfiniteKv) != 0;
     p.flags[i] = 0;
   }
-  if (blockIdx.x > 0) return;
-  __syncthreads();
-  NoteTime(p.stamps, kReturnedStamp);
-  __syncthreads();
-  for (int i = threadIdx.x; i < kNumStamps; i += kAppendThreads) header.stamps[i] = p.stamps[i];
+  ReportStep(p, header);
 }
 
 }  // namespace adaattn

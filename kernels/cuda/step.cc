@@ -75,7 +75,7 @@ class Packer {
     AddScanRuns();
     FillHeader();
     if (plan_.exact() != nullptr) AddSchedule();
-    return header_->runs_offset + header_->num_runs * int64_t{sizeof(AppendRun)};
+    return header_->block_bytes;
   }
 
  private:
@@ -192,6 +192,8 @@ void Packer::AddRuns() {
     }
   }
   header_->num_runs = num_runs;
+  static_assert(sizeof(AppendRun) % 16 == 0, "copied 16 bytes at a time");
+  header_->block_bytes = header_->runs_offset + num_runs * int64_t{sizeof(AppendRun)};
 }
 
 void Packer::AddScanRuns() {
@@ -226,6 +228,27 @@ void Packer::AddSchedule() {
                  batch_.shape.group_size(), plan_.key().exact_row_tiles, plan_.num_ctas(),
                  reinterpret_cast<DecodeItem*>(block_ + plan_.layout().items),
                  reinterpret_cast<int32_t*>(block_ + plan_.layout().cta_items));
+}
+
+// What a kernel at one of the two ends of a step gets; it reads the block at `block`.
+StepParams EndParams(const CudaPlan& plan, const Scratch& scratch, const PageMemory& memory,
+                     const std::byte* block) {
+  StepParams params;
+  params.shape = plan.key().shape;
+  params.in_type = plan.key().in_type;
+  params.page_type = DenseDType(plan.key().format);
+  params.pool = memory.pool;
+  params.header = reinterpret_cast<const StepHeader*>(block);
+  params.sequences = reinterpret_cast<const StepSequence*>(block + plan.layout().steps);
+  params.scales = reinterpret_cast<const float*>(block + plan.layout().scales);
+  params.q = scratch.q();
+  params.out = scratch.out();
+  params.lse = scratch.lse();
+  params.decisions = scratch.decisions();
+  params.flags = scratch.flags();
+  params.arrivals = scratch.arrivals();
+  params.stamps = scratch.stamps();
+  return params;
 }
 
 }  // namespace
@@ -277,26 +300,13 @@ BoundedParams BoundedStepParams(const CudaPlan& plan, const Scratch& scratch,
 }
 
 absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, const PageMemory& memory,
-                         int32_t num_sms, cudaStream_t stream) {
+                         const std::byte* source, int32_t num_sms, cudaStream_t stream) {
   const PlanKey& key = plan.key();
   const std::byte* block = scratch.block();
   const BlockLayout& layout = plan.layout();
-  StepParams step;
-  step.shape = key.shape;
-  step.in_type = key.in_type;
-  step.page_type = DenseDType(key.format);
-  step.pool = memory.pool;
-  step.header = reinterpret_cast<const StepHeader*>(block);
-  step.sequences = reinterpret_cast<const StepSequence*>(block + layout.steps);
-  step.scales = reinterpret_cast<const float*>(block + layout.scales);
-  step.q = scratch.q();
-  step.out = scratch.out();
-  step.lse = scratch.lse();
-  step.decisions = scratch.decisions();
-  step.flags = scratch.flags();
-  step.stamps = scratch.stamps();
   const int32_t exact_decisions = key.max_sequences * key.shape.num_kv_heads;
-  ADAATTN_RETURN_IF_ERROR(LaunchAppend(step, exact_decisions, num_sms, stream));
+  ADAATTN_RETURN_IF_ERROR(LaunchAppend(EndParams(plan, scratch, memory, source), scratch.block(),
+                                       exact_decisions, num_sms, stream));
   if (plan.exact() != nullptr) {
     DecodeParams exact;
     exact.memory = memory;
@@ -304,7 +314,7 @@ absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, const Pag
     exact.sequences = reinterpret_cast<const DeviceSequence*>(block + layout.sequences);
     exact.items = reinterpret_cast<const DecodeItem*>(block + layout.items);
     exact.cta_items = reinterpret_cast<const int32_t*>(block + layout.cta_items);
-    exact.scales = step.scales;
+    exact.scales = reinterpret_cast<const float*>(block + layout.scales);
     exact.q = scratch.q();
     exact.out = scratch.out();
     exact.lse = scratch.lse();
@@ -327,7 +337,7 @@ absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, const Pag
   if (key.bounded.num_sequences > 0) {
     ADAATTN_RETURN_IF_ERROR(RunBounded(BoundedStepParams(plan, scratch, memory), stream));
   }
-  return LaunchReturn(step, num_sms, stream);
+  return LaunchReturn(EndParams(plan, scratch, memory, block), num_sms, stream);
 }
 
 }  // namespace adaattn

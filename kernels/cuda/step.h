@@ -14,8 +14,9 @@
 
 namespace adaattn {
 
-// Writes the block of `batch` to `block` and returns its bytes.
-// Requires: `plan` has the batch's key; `block` has room for plan.Needs(batch).block.
+// Writes the block of `batch` to `block` and returns its bytes. Its header has neither report nor
+// ticket. Requires: `plan` has the batch's key; `block`, aligned to 16, has room for
+// plan.Needs(batch).block.
 int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, std::byte* block);
 
 // What the progressive launch of one group of sealed sequences gets: shapes from the plan, data
@@ -27,10 +28,11 @@ ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std
 BoundedParams BoundedStepParams(const CudaPlan& plan, const Scratch& scratch,
                                 const PageMemory& memory);
 
-// Enqueues the kernels of every step of `plan`: all that changes between steps is in the block.
-// kUnimplemented for sealed sequences of a shape without a kernel.
+// Enqueues the kernels of every step of `plan` whose block is packed at `source`, in pinned memory:
+// all that changes between steps is in the block. kUnimplemented for sealed sequences of a shape
+// without a kernel.
 absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, const PageMemory& memory,
-                         int32_t num_sms, cudaStream_t stream);
+                         const std::byte* source, int32_t num_sms, cudaStream_t stream);
 
 }  // namespace adaattn
 

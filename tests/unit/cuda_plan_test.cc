@@ -153,6 +153,21 @@ TEST(PackStepTest, FitsTheBoundsOfItsPlan) {
   }
 }
 
+TEST(PackStepTest, SaysHowMuchThereIsToCopy) {
+  for (const PageFormat format : {PageFormat::kBf16, PageFormat::kF8E4m3}) {
+    for (const int32_t count : {1, 5}) {
+      Batch batch(std::vector<int64_t>(count, 700), format);
+      const Packed packed(&batch);
+      const auto header = packed.At<StepHeader>(0, 0);
+      EXPECT_EQ(header.block_bytes, packed.bytes);
+      EXPECT_EQ(header.block_bytes % 16, 0);
+      EXPECT_EQ(header.block_bytes,
+                header.runs_offset + header.num_runs * int64_t{sizeof(AppendRun)});
+      EXPECT_GE(header.runs_offset, packed.plan.layout().tail + count * 11 * int64_t{4});
+    }
+  }
+}
+
 TEST(PackStepTest, CutsAppendsAtPageEdges) {
   Batch batch({63, 128});
   batch.steps[0].append_len = 70;
