@@ -80,7 +80,8 @@ class CudaBackend final : public Backend {
     StepReport* report() const { return reinterpret_cast<StepReport*>(report_memory.data()); }
 
     PinnedBuffer block, report_memory;
-    int64_t ticket = 0;  // 0 = idle
+    PackedSchedules schedules;  // that `block` holds
+    int64_t ticket = 0;         // 0 = idle
     const CudaPlan* plan = nullptr;
     StageTimes* stage_times = nullptr;
   };
@@ -215,6 +216,7 @@ void CudaBackend::EvictGraphs() {
 absl::Status CudaBackend::Prepare(const ScratchNeeds& needs, Slot* slot, CudaPlan* plan) {
   if (!scratch_.Covers(needs)) ADAATTN_RETURN_IF_ERROR(scratch_.Grow(needs, stream_.get()));
   if (slot->block.bytes() < needs.block) {
+    slot->schedules = PackedSchedules();
     ADAATTN_RETURN_IF_ERROR(slot->block.Allocate(needs.block + needs.block / 2));
   }
   const std::byte* source = slot->block.data();
@@ -264,7 +266,7 @@ absl::StatusOr<CudaBackend::Slot*> CudaBackend::IdleSlot() {
 }
 
 absl::Status CudaBackend::Launch(const AttendBatch& batch, Slot* slot, CudaPlan* plan) {
-  PackStep(*plan, batch, slot->block.data());
+  PackStep(*plan, batch, slot->block.data(), &slot->schedules);
   auto* header = reinterpret_cast<StepHeader*>(slot->block.data());
   header->report = slot->report();
   header->ticket = last_ticket_ + 1;

@@ -5,18 +5,6 @@
 namespace adaattn {
 namespace {
 
-// The pages of one sequence that its rows attend.
-struct PageRange {
-  int32_t begin = 0;
-  int32_t end = 0;
-};
-
-PageRange AttendedPages(const DeviceSequence& sequence) {
-  const KeyRange keys = AttendedKeys(sequence);
-  if (keys.end <= keys.begin) return PageRange{};
-  return PageRange{keys.begin / kPageTokens, (keys.end + kPageTokens - 1) / kPageTokens};
-}
-
 int32_t NumRowBlocks(const DeviceSequence& sequence, int32_t group_size, int32_t row_tiles) {
   const int32_t rows = 8 * row_tiles;
   return (group_size * sequence.q_len + rows - 1) / rows;
@@ -33,7 +21,7 @@ class Dealer {
     StartCta();
   }
 
-  void AddGroup(int32_t sequence, int32_t kv_head, int32_t row_block, PageRange pages) {
+  void AddGroup(int32_t sequence, int32_t kv_head, int32_t row_block, PageRun pages) {
     int32_t num_parts = 0;
     do {
       const int64_t rest = pages.end - pages.begin;
@@ -97,6 +85,12 @@ class Dealer {
 
 }  // namespace
 
+PageRun AttendedPages(const DeviceSequence& sequence) {
+  const KeyRange keys = AttendedKeys(sequence);
+  if (keys.end <= keys.begin) return PageRun{};
+  return PageRun{keys.begin / kPageTokens, (keys.end + kPageTokens - 1) / kPageTokens};
+}
+
 int32_t ChooseRowTiles(int32_t head_dim, int32_t group_size, int32_t max_q_len) {
   const int32_t rows = group_size * max_q_len;
   const int32_t most = head_dim > 128 ? 2 : 4;
@@ -127,14 +121,14 @@ DecodeScheduleSize ScheduleDecode(absl::Span<const DeviceSequence> sequences, in
   int64_t pages = 0;
   for (const DeviceSequence& sequence : sequences) {
     if (sequence.q_len == 0) continue;
-    const PageRange range = AttendedPages(sequence);
+    const PageRun range = AttendedPages(sequence);
     pages += int64_t{range.end - range.begin} * num_kv_heads *
              NumRowBlocks(sequence, group_size, row_tiles);
   }
   Dealer dealer(pages, num_ctas, items, cta_items);
   for (size_t i = 0; i < sequences.size(); ++i) {
     if (sequences[i].q_len == 0) continue;
-    const PageRange range = AttendedPages(sequences[i]);
+    const PageRun range = AttendedPages(sequences[i]);
     const int32_t num_blocks = NumRowBlocks(sequences[i], group_size, row_tiles);
     for (int32_t head = 0; head < num_kv_heads; ++head) {
       for (int32_t block = 0; block < num_blocks; ++block) {

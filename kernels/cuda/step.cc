@@ -55,7 +55,8 @@ void FillPaged(const SequenceStep& sequence, const DeviceSequence& device, Paged
 // Fills the block in its place: copies of structures just made wait for their stores.
 class Packer {
  public:
-  Packer(const CudaPlan& plan, const AttendBatch& batch, std::byte* block)
+  Packer(const CudaPlan& plan, const AttendBatch& batch, std::byte* block,
+         PackedSchedules* schedules)
       : plan_(plan),
         batch_(batch),
         block_(block),
@@ -65,16 +66,22 @@ class Packer {
         progressive_(reinterpret_cast<ProgressiveSequence*>(block + plan.layout().progressive)),
         bounded_(reinterpret_cast<BoundedSequence*>(block + plan.layout().bounded)),
         scales_(reinterpret_cast<float*>(block + plan.layout().scales)),
-        table_(reinterpret_cast<uint32_t*>(block + plan.layout().tail)) {
+        table_(reinterpret_cast<uint32_t*>(block + plan.layout().tail)),
+        schedules_(schedules) {
+    if (schedules_->plan != &plan) {
+      schedules_->plan = &plan;
+      schedules_->exact.clear();
+      schedules_->sealed.clear();
+    }
     for (int32_t i = 0; i < kNumSealedGroups; ++i) next_sealed_[i] = plan.FirstSealed(i);
   }
 
   int64_t Pack() {
     for (const SequenceStep& sequence : batch_.sequences) AddSequence(sequence);
     AddRuns();
-    AddScanRuns();
+    if (!HoldsScanRuns()) AddScanRuns();
     FillHeader();
-    if (plan_.exact() != nullptr) AddSchedule();
+    if (plan_.exact() != nullptr && !HoldsSchedule()) AddSchedule();
     return header_->block_bytes;
   }
 
@@ -84,7 +91,11 @@ class Packer {
   void AddPages(absl::Span<const PageId> pages);
   int32_t AddScales(absl::Span<const float> scales);
   void AddRuns();
+  // Whether the block has the runs of these very pages; tells the sequences which are theirs.
+  bool HoldsScanRuns();
   void AddScanRuns();
+  // Likewise of the items.
+  bool HoldsSchedule();
   void AddSchedule();
   void FillHeader();
 
@@ -98,6 +109,7 @@ class Packer {
   BoundedSequence* const bounded_;
   float* const scales_;
   uint32_t* const table_;
+  PackedSchedules* const schedules_;
   int32_t next_sealed_[kNumSealedGroups] = {};
   int32_t num_bounded_ = 0;
   int32_t num_sequences_ = 0;
@@ -196,6 +208,21 @@ void Packer::AddRuns() {
   header_->block_bytes = header_->runs_offset + num_runs * int64_t{sizeof(AppendRun)};
 }
 
+bool Packer::HoldsScanRuns() {
+  std::vector<PackedSchedules::Sealed>& last = schedules_->sealed;
+  const size_t num_sealed = plan_.FirstSealed(kNumSealedGroups);
+  bool same = last.size() == num_sealed;
+  last.resize(num_sealed);
+  for (size_t i = 0; i < num_sealed; ++i) {
+    const PageRun pages = VisibleSealedPages(progressive_[i]);
+    same = same && pages == last[i].pages;
+    last[i].pages = pages;
+    progressive_[i].scan_begin = last[i].scan_begin;
+    progressive_[i].num_scan_runs = last[i].num_scan_runs;
+  }
+  return same;
+}
+
 void Packer::AddScanRuns() {
   auto* runs = reinterpret_cast<ScanRun*>(block_ + plan_.layout().scan_runs);
   for (int32_t i = 0; i < kNumSealedGroups; ++i) {
@@ -203,6 +230,10 @@ void Packer::AddScanRuns() {
     if (count == 0) continue;
     ScheduleScan(plan_.GroupParams(i), absl::MakeSpan(progressive_ + plan_.FirstSealed(i), count),
                  runs + plan_.FirstScanRun(i));
+  }
+  for (size_t i = 0; i < schedules_->sealed.size(); ++i) {
+    schedules_->sealed[i].scan_begin = progressive_[i].scan_begin;
+    schedules_->sealed[i].num_scan_runs = progressive_[i].num_scan_runs;
   }
 }
 
@@ -221,6 +252,20 @@ void Packer::FillHeader() {
   header_->out_bytes = header_->num_lse * shape.head_dim * DTypeBytes(batch_.out_type);
   header_->num_sequences = num_sequences_;
   header_->max_q_len = max_q_len_;
+}
+
+bool Packer::HoldsSchedule() {
+  std::vector<PackedSchedules::Exact>& last = schedules_->exact;
+  bool same = static_cast<int32_t>(last.size()) == num_sequences_;
+  last.resize(num_sequences_);
+  for (int32_t i = 0; i < num_sequences_; ++i) {
+    const int32_t q_len = sequences_[i].q_len;
+    const PageRun pages = q_len > 0 ? AttendedPages(sequences_[i]) : PageRun();
+    same = same && pages == last[i].pages && q_len == last[i].q_len;
+    last[i].pages = pages;
+    last[i].q_len = q_len;
+  }
+  return same;
 }
 
 void Packer::AddSchedule() {
@@ -253,8 +298,9 @@ StepParams EndParams(const CudaPlan& plan, const Scratch& scratch, const PageMem
 
 }  // namespace
 
-int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, std::byte* block) {
-  return Packer(plan, batch, block).Pack();
+int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, std::byte* block,
+                 PackedSchedules* schedules) {
+  return Packer(plan, batch, block, schedules).Pack();
 }
 
 ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,
