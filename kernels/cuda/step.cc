@@ -117,7 +117,6 @@ class Packer {
   int32_t num_scales_ = 0;
   int32_t q_row_ = 0;
   int32_t kv_row_ = 0;
-  int32_t max_q_len_ = 0;
 };
 
 void Packer::AddSequence(const SequenceStep& sequence) {
@@ -155,7 +154,6 @@ void Packer::AddSequence(const SequenceStep& sequence) {
   ++num_sequences_;
   q_row_ += sequence.q_len;
   kv_row_ += sequence.append_len;
-  max_q_len_ = std::max(max_q_len_, sequence.q_len);
 }
 
 void Packer::AddBounded(const SequenceStep& sequence, const DeviceSequence& device,
@@ -251,7 +249,6 @@ void Packer::FillHeader() {
   header_->num_lse = int64_t{q_row_} * shape.num_q_heads;
   header_->out_bytes = header_->num_lse * shape.head_dim * DTypeBytes(batch_.out_type);
   header_->num_sequences = num_sequences_;
-  header_->max_q_len = max_q_len_;
 }
 
 bool Packer::HoldsSchedule() {

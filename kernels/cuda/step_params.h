@@ -30,15 +30,14 @@ struct alignas(16) StepHeader {
   StepReport* report = nullptr;
   int64_t ticket = 0;  // what is reported when the step ends
   int64_t out_bytes = 0;
-  int64_t num_lse = 0;
+  int64_t num_lse = 0;      // rows of q times num_q_heads
   int64_t runs_offset = 0;  // of AppendRun [num_runs], from the start of the block
   int32_t num_runs = 0;
   int32_t num_sequences = 0;
-  int32_t max_q_len = 0;
 };
 
 // Where one sequence's rows of q lie and where its decisions are made.
-struct alignas(16) StepSequence {
+struct StepSequence {
   int32_t q_row = 0;
   int32_t q_len = 0;
   int32_t decision = 0;  // row of the device's decisions
