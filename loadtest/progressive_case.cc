@@ -98,7 +98,8 @@ absl::Status ProgressiveCase::SetDecision(const DecisionParams& decision) {
   batch.buffers = buffers_.get();
   if (plan_ == nullptr) ADAATTN_RETURN_IF_ERROR(MakePlan(batch));
   std::vector<std::byte> block(plan_->Needs(batch).block);
-  const int64_t bytes = PackStep(*plan_, batch, block.data());
+  PackedSchedules schedules;
+  const int64_t bytes = PackStep(*plan_, batch, block.data(), &schedules);
   ADAATTN_RETURN_IF_CUDA_ERROR(
       cudaMemcpy(scratch_.block(), block.data(), bytes, cudaMemcpyHostToDevice));
   return FromCuda(cudaDeviceSynchronize(), "copying the step's block");

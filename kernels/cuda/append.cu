@@ -9,9 +9,9 @@ cudaError_t ProbeKernelImage() {
   return cudaFuncGetAttributes(&attributes, AppendKernel);
 }
 
-absl::Status LaunchAppend(const StepParams& params, int32_t num_decisions, int32_t num_sms,
-                          cudaStream_t stream) {
-  AppendKernel<<<2 * num_sms, kAppendThreads, 0, stream>>>(params, num_decisions);
+absl::Status LaunchAppend(const StepParams& params, std::byte* block, int32_t num_decisions,
+                          int32_t num_sms, cudaStream_t stream) {
+  AppendKernel<<<2 * num_sms, kAppendThreads, 0, stream>>>(params, block, num_decisions);
   return FromCuda(cudaGetLastError(), "AppendKernel");
 }
 

@@ -1,5 +1,5 @@
 // The Backend of kernels/attention.h on one GPU. Everything runs on one stream, in order; a step is
-// one copy of its packed block and one launch of its plan's graph.
+// one launch of its plan's graph, which brings the packed block and reports its end by itself.
 
 #include <algorithm>
 #include <array>
@@ -21,6 +21,7 @@
 #include "kernels/cuda/status.h"
 #include "kernels/cuda/step.h"
 #include "kernels/cuda/step_buffers.h"
+#include "kernels/cuda/step_report.h"
 #include "kernels/cuda/stream.h"
 #include "kernels/cuda/tuning.h"
 
@@ -28,7 +29,6 @@ namespace adaattn {
 namespace {
 
 constexpr int32_t kMaxGraphs = 64;
-constexpr int64_t kSlots = 2;  // steps in flight
 
 class CudaBackend final : public Backend {
  public:
@@ -77,9 +77,11 @@ class CudaBackend final : public Backend {
  private:
   // A step in flight.
   struct Slot {
-    PinnedBuffer block, stamps;
-    Event done;
-    int64_t ticket = 0;  // 0 = idle
+    StepReport* report() const { return reinterpret_cast<StepReport*>(report_memory.data()); }
+
+    PinnedBuffer block, report_memory;
+    PackedSchedules schedules;  // that `block` holds
+    int64_t ticket = 0;         // 0 = idle
     const CudaPlan* plan = nullptr;
     StageTimes* stage_times = nullptr;
   };
@@ -87,6 +89,8 @@ class CudaBackend final : public Backend {
   // Every call begins with Enter and ends with Leave: a lost device fails all calls from then on.
   absl::Status Enter() {
     if (!lost_.ok()) return lost_;
+    int current = -1;
+    if (cudaGetDevice(&current) == cudaSuccess && current == device_) return absl::OkStatus();
     return Leave(FromCuda(cudaSetDevice(device_), "cudaSetDevice"));
   }
   absl::Status Leave(absl::Status status) {
@@ -102,12 +106,19 @@ class CudaBackend final : public Backend {
   }
 
   absl::StatusOr<CudaPlan*> FindPlan(const AttendBatch& batch);
-  // Makes scratch and graph fit for a step of `plan`.
-  absl::Status Prepare(const ScratchNeeds& needs, CudaPlan* plan);
-  void EvictGraph();
-  absl::Status Launch(const CudaPlan& plan, const AttendBatch& batch, int64_t block_bytes,
-                      Slot* slot);
+  // A slot without a step in flight: the first, so that callers who wait for every step capture
+  // each plan once.
+  absl::StatusOr<Slot*> IdleSlot();
+  // Makes scratch, block and graph fit for a step of `plan` in `slot`.
+  absl::Status Prepare(const ScratchNeeds& needs, Slot* slot, CudaPlan* plan);
+  StepGraph* GraphOf(const Slot* slot, CudaPlan* plan) {
+    return &plan->graphs[slot - slots_.data()];
+  }
+  void EvictGraphs();
+  absl::Status Launch(const AttendBatch& batch, Slot* slot, CudaPlan* plan);
   absl::Status Finish(Slot* slot);
+  // Whether the stream has no work left.
+  absl::StatusOr<bool> IsIdle();
   template <class Task>
   absl::Status RunPageTasks(absl::Span<const Task> tasks, bool seal, float* drift);
 
@@ -126,7 +137,7 @@ class CudaBackend final : public Backend {
   // The one asked for last comes first: steps repeat, and a server sees thousands of shapes.
   std::vector<std::unique_ptr<CudaPlan>> plans_;
   int32_t num_graphs_ = 0;
-  std::array<Slot, kSlots> slots_;
+  std::array<Slot, kStepsInFlight> slots_;
   int64_t last_ticket_ = 0;
 };
 
@@ -156,8 +167,8 @@ absl::Status CudaBackend::Start(const BackendOptions& options) {
   ADAATTN_RETURN_IF_ERROR(stream_.Create());
   ADAATTN_RETURN_IF_ERROR(capture_stream_.Create());
   for (Slot& slot : slots_) {
-    ADAATTN_RETURN_IF_ERROR(slot.done.Create());
-    ADAATTN_RETURN_IF_ERROR(slot.stamps.Allocate(kNumStamps * int64_t{sizeof(uint64_t)}));
+    ADAATTN_RETURN_IF_ERROR(slot.report_memory.Allocate(sizeof(StepReport)));
+    *slot.report() = StepReport();
   }
   ADAATTN_RETURN_IF_CUDA_ERROR(
       cudaMemsetAsync(pool_.data(), 0, static_cast<size_t>(pool_bytes), stream_.get()));
@@ -192,38 +203,47 @@ absl::StatusOr<CudaPlan*> CudaBackend::FindPlan(const AttendBatch& batch) {
   return plans_.front().get();
 }
 
-void CudaBackend::EvictGraph() {
-  const auto oldest = std::find_if(
-      plans_.rbegin(), plans_.rend(),
-      [](const std::unique_ptr<CudaPlan>& plan) { return plan->graph.get() != nullptr; });
-  (*oldest)->graph.Reset(nullptr);
-  --num_graphs_;
+void CudaBackend::EvictGraphs() {
+  for (auto plan = plans_.rbegin(); num_graphs_ == kMaxGraphs; ++plan) {
+    for (StepGraph& graph : (*plan)->graphs) {
+      if (graph.exec.get() == nullptr) continue;
+      graph.exec.Reset(nullptr);
+      --num_graphs_;
+    }
+  }
 }
 
-absl::Status CudaBackend::Prepare(const ScratchNeeds& needs, CudaPlan* plan) {
+absl::Status CudaBackend::Prepare(const ScratchNeeds& needs, Slot* slot, CudaPlan* plan) {
   if (!scratch_.Covers(needs)) ADAATTN_RETURN_IF_ERROR(scratch_.Grow(needs, stream_.get()));
-  if (plan->graph.get() != nullptr && plan->graph_generation == scratch_.generation()) {
+  if (slot->block.bytes() < needs.block) {
+    slot->schedules = PackedSchedules();
+    ADAATTN_RETURN_IF_ERROR(slot->block.Allocate(needs.block + needs.block / 2));
+  }
+  const std::byte* source = slot->block.data();
+  StepGraph* graph = GraphOf(slot, plan);
+  const bool captured = graph->exec.get() != nullptr;
+  if (captured && graph->generation == scratch_.generation() && graph->source == source) {
     return absl::OkStatus();
   }
-  if (plan->graph.get() == nullptr) {
-    if (num_graphs_ == kMaxGraphs) EvictGraph();
+  if (!captured) {
+    if (num_graphs_ == kMaxGraphs) EvictGraphs();
     ++num_graphs_;
   }
-  const absl::Status captured = Capture(
+  const absl::Status status = Capture(
       capture_stream_.get(),
-      [&](cudaStream_t stream) { return EnqueueStep(*plan, scratch_, memory_, num_sms_, stream); },
-      &plan->graph);
-  if (plan->graph.get() == nullptr) --num_graphs_;
-  plan->graph_generation = captured.ok() ? scratch_.generation() : -1;
-  return captured;
+      [&](cudaStream_t stream) {
+        return EnqueueStep(*plan, scratch_, memory_, source, num_sms_, stream);
+      },
+      &graph->exec);
+  if (graph->exec.get() == nullptr) --num_graphs_;
+  graph->generation = status.ok() ? scratch_.generation() : -1;
+  graph->source = source;
+  return status;
 }
 
 absl::StatusOr<const AttendPlan*> CudaBackend::PlanAttend(const AttendBatch& batch) {
   ADAATTN_RETURN_IF_ERROR(Enter());
-  absl::StatusOr<CudaPlan*> plan = FindPlan(batch);
-  if (!plan.ok()) return plan.status();
-  ADAATTN_RETURN_IF_ERROR(Leave(Prepare((*plan)->Needs(batch), *plan)));
-  return *plan;
+  return FindPlan(batch);
 }
 
 absl::StatusOr<StepTicket> CudaBackend::RunAttend(const AttendPlan& plan,
@@ -231,37 +251,46 @@ absl::StatusOr<StepTicket> CudaBackend::RunAttend(const AttendPlan& plan,
   ADAATTN_RETURN_IF_ERROR(Enter());
   // Plans are this backend's own and only it may change them.
   auto* own = const_cast<CudaPlan*>(static_cast<const CudaPlan*>(&plan));
-  const ScratchNeeds needs = own->Needs(batch);
-  ADAATTN_RETURN_IF_ERROR(Leave(Prepare(needs, own)));
-  Slot* slot = &slots_[(last_ticket_ + 1) % kSlots];
-  if (slot->ticket != 0) ADAATTN_RETURN_IF_ERROR(Leave(Finish(slot)));
-  ADAATTN_RETURN_IF_ERROR(Leave(Launch(*own, batch, needs.block, slot)));
-  slot->ticket = ++last_ticket_;
-  return StepTicket{slot->ticket};
+  const absl::StatusOr<Slot*> slot = IdleSlot();
+  if (!slot.ok()) return Leave(slot.status());
+  ADAATTN_RETURN_IF_ERROR(Leave(Prepare(own->Needs(batch), *slot, own)));
+  ADAATTN_RETURN_IF_ERROR(Leave(Launch(batch, *slot, own)));
+  return StepTicket{last_ticket_};
 }
 
-absl::Status CudaBackend::Launch(const CudaPlan& plan, const AttendBatch& batch,
-                                 int64_t block_bytes, Slot* slot) {
-  if (slot->block.bytes() < block_bytes) {
-    ADAATTN_RETURN_IF_ERROR(slot->block.Allocate(block_bytes + block_bytes / 2));
-  }
-  const int64_t bytes = PackStep(plan, batch, slot->block.data());
-  reinterpret_cast<StepHeader*>(slot->block.data())->stamps =
-      reinterpret_cast<uint64_t*>(slot->stamps.data());
-  slot->plan = &plan;
+absl::StatusOr<CudaBackend::Slot*> CudaBackend::IdleSlot() {
+  Slot* slot = std::min_element(slots_.begin(), slots_.end(),
+                                [](const Slot& a, const Slot& b) { return a.ticket < b.ticket; });
+  if (slot->ticket != 0) ADAATTN_RETURN_IF_ERROR(Finish(slot));
+  return slot;
+}
+
+absl::Status CudaBackend::Launch(const AttendBatch& batch, Slot* slot, CudaPlan* plan) {
+  PackStep(*plan, batch, slot->block.data(), &slot->schedules);
+  auto* header = reinterpret_cast<StepHeader*>(slot->block.data());
+  header->report = slot->report();
+  header->ticket = last_ticket_ + 1;
+  slot->plan = plan;
   slot->stage_times = batch.buffers->stage_times();
-  ADAATTN_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(scratch_.block(), slot->block.data(),
-                                               static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
-                                               stream_.get()));
-  ADAATTN_RETURN_IF_CUDA_ERROR(cudaGraphLaunch(plan.graph.get(), stream_.get()));
-  return FromCuda(cudaEventRecord(slot->done.get(), stream_.get()), "cudaEventRecord");
+  ADAATTN_RETURN_IF_CUDA_ERROR(cudaGraphLaunch(GraphOf(slot, plan)->exec.get(), stream_.get()));
+  slot->ticket = ++last_ticket_;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<bool> CudaBackend::IsIdle() {
+  const cudaError_t state = cudaStreamQuery(stream_.get());
+  if (state != cudaErrorNotReady) {
+    ADAATTN_RETURN_IF_ERROR(FromCuda(state, "cudaStreamQuery"));
+    return true;
+  }
+  (void)cudaGetLastError();  // Not an error, but kept like one.
+  return false;
 }
 
 absl::Status CudaBackend::Finish(Slot* slot) {
-  slot->ticket = 0;
-  ADAATTN_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(slot->done.get()));
-  *slot->stage_times =
-      StagesFromStamps(slot->plan->key(), reinterpret_cast<const uint64_t*>(slot->stamps.data()));
+  const int64_t ticket = std::exchange(slot->ticket, 0);
+  ADAATTN_RETURN_IF_ERROR(AwaitReport(*slot->report(), ticket, [this] { return IsIdle(); }));
+  *slot->stage_times = StagesFromStamps(slot->plan->key(), slot->report()->stamps);
   return absl::OkStatus();
 }
 
@@ -271,9 +300,11 @@ absl::Status CudaBackend::Wait(StepTicket ticket) {
         absl::StrCat("ticket ", ticket.value, " was never given out; last ", last_ticket_));
   }
   ADAATTN_RETURN_IF_ERROR(Enter());
-  Slot* slot = &slots_[ticket.value % kSlots];
-  // A slot that went on to another step was waited for then.
-  return slot->ticket == ticket.value ? Leave(Finish(slot)) : absl::OkStatus();
+  for (Slot& slot : slots_) {
+    if (slot.ticket == ticket.value) return Leave(Finish(&slot));
+  }
+  // Its slot went on to another step and was waited for then.
+  return absl::OkStatus();
 }
 
 // Runs tasks of one shape, depth and page type. drift [num_tasks, num_kv_heads] when sealing.

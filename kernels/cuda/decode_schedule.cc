@@ -5,18 +5,6 @@
 namespace adaattn {
 namespace {
 
-// The pages of one sequence that its rows attend.
-struct PageRange {
-  int32_t begin = 0;
-  int32_t end = 0;
-};
-
-PageRange AttendedPages(const DeviceSequence& sequence) {
-  const KeyRange keys = AttendedKeys(sequence);
-  if (keys.end <= keys.begin) return PageRange{};
-  return PageRange{keys.begin / kPageTokens, (keys.end + kPageTokens - 1) / kPageTokens};
-}
-
 int32_t NumRowBlocks(const DeviceSequence& sequence, int32_t group_size, int32_t row_tiles) {
   const int32_t rows = 8 * row_tiles;
   return (group_size * sequence.q_len + rows - 1) / rows;
@@ -27,22 +15,21 @@ int32_t NumRowBlocks(const DeviceSequence& sequence, int32_t group_size, int32_t
 class Dealer {
  public:
   Dealer(int64_t pages, int32_t num_ctas, DecodeItem* items, int32_t* cta_items)
-      : items_(items), cta_items_(cta_items), pages_left_(pages), ctas_left_(num_ctas) {
+      : items_(items), cta_items_(cta_items), spare_(-pages), ctas_left_(num_ctas) {
     *cta_items_++ = 0;
+    spare_ += share_ * num_ctas;
     StartCta();
   }
 
-  void AddGroup(int32_t sequence, int32_t kv_head, int32_t row_block, PageRange pages) {
-    DecodeItem* const parts = items_ + size_.num_items;
+  void AddGroup(int32_t sequence, int32_t kv_head, int32_t row_block, PageRun pages) {
     int32_t num_parts = 0;
     do {
       const int64_t rest = pages.end - pages.begin;
-      if (ctas_left_ > 1 && rest > 0 && room_ < std::min<int64_t>(slack_ + 1, rest)) EndCta();
-      const bool last_cta = ctas_left_ <= 1;
-      const bool ends_here = rest == 0 || rest <= room_ + slack_;
-      const int64_t take = last_cta || ends_here ? rest : room_;
+      if (rest > 0 && room_ < std::min<int64_t>(slack_ + 1, rest) && ctas_left_ > 1) EndCta();
+      const bool ends_here = rest <= room_ + slack_ || ctas_left_ <= 1;
+      const int64_t take = ends_here ? rest : room_;
       // Field by field and in its place: copies of an item just made wait for its stores.
-      DecodeItem& item = parts[num_parts];
+      DecodeItem& item = items_[size_.num_items++];
       item.sequence = sequence;
       item.kv_head = kv_head;
       item.row_block = row_block;
@@ -52,12 +39,11 @@ class Dealer {
       item.num_splits = 1;
       item.first_slot = size_.num_slots;
       item.slot = size_.num_slots + num_parts++;
-      ++size_.num_items;
       room_ -= take;
-      pages_left_ -= take;
     } while (pages.begin < pages.end);
     ++size_.num_groups;
     if (num_parts == 1) return;
+    DecodeItem* const parts = items_ + size_.num_items - num_parts;
     for (int32_t i = 0; i < num_parts; ++i) parts[i].num_splits = num_parts;
     size_.num_slots += num_parts;
   }
@@ -69,15 +55,18 @@ class Dealer {
 
  private:
   void StartCta() {
-    const int64_t ctas = std::max(ctas_left_, 1);
-    // Rarely so: a division for every CTA would take longer than the rest.
-    if (share_ * ctas < pages_left_) share_ = (pages_left_ + ctas - 1) / ctas;
+    if (spare_ < 0) {  // Rarely so: a division for every CTA would take longer than the rest.
+      const int64_t more = (ctas_left_ - 1 - spare_) / std::max(ctas_left_, 1);
+      share_ += more;
+      spare_ += more * ctas_left_;
+      slack_ = std::max<int64_t>(1, share_ / 16);
+    }
     room_ = share_;
-    slack_ = std::max<int64_t>(1, room_ / 16);
   }
   void EndCta() {
     *cta_items_++ = size_.num_items;
     --ctas_left_;
+    spare_ -= room_;
     StartCta();
   }
 
@@ -87,14 +76,20 @@ class Dealer {
   DecodeItem* const items_;
   int32_t* cta_items_;  // where the current CTA's end goes
   DecodeScheduleSize size_;
-  int64_t pages_left_;
+  int64_t spare_;  // what this CTA and those that follow would take at `share_`, less what is left
   int32_t ctas_left_;
   int64_t share_ = kMinPages;
   int64_t room_ = 0;   // pages that the current CTA still takes
-  int64_t slack_ = 0;  // pages that it may take or leave to end at a group's edge
+  int64_t slack_ = 1;  // pages that it may take or leave to end at a group's edge
 };
 
 }  // namespace
+
+PageRun AttendedPages(const DeviceSequence& sequence) {
+  const KeyRange keys = AttendedKeys(sequence);
+  if (keys.end <= keys.begin) return PageRun{};
+  return PageRun{keys.begin / kPageTokens, (keys.end + kPageTokens - 1) / kPageTokens};
+}
 
 int32_t ChooseRowTiles(int32_t head_dim, int32_t group_size, int32_t max_q_len) {
   const int32_t rows = group_size * max_q_len;
@@ -126,14 +121,14 @@ DecodeScheduleSize ScheduleDecode(absl::Span<const DeviceSequence> sequences, in
   int64_t pages = 0;
   for (const DeviceSequence& sequence : sequences) {
     if (sequence.q_len == 0) continue;
-    const PageRange range = AttendedPages(sequence);
+    const PageRun range = AttendedPages(sequence);
     pages += int64_t{range.end - range.begin} * num_kv_heads *
              NumRowBlocks(sequence, group_size, row_tiles);
   }
   Dealer dealer(pages, num_ctas, items, cta_items);
   for (size_t i = 0; i < sequences.size(); ++i) {
     if (sequences[i].q_len == 0) continue;
-    const PageRange range = AttendedPages(sequences[i]);
+    const PageRun range = AttendedPages(sequences[i]);
     const int32_t num_blocks = NumRowBlocks(sequences[i], group_size, row_tiles);
     for (int32_t head = 0; head < num_kv_heads; ++head) {
       for (int32_t block = 0; block < num_blocks; ++block) {

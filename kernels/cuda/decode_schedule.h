@@ -20,6 +20,9 @@ int32_t ChooseRowTiles(int32_t head_dim, int32_t group_size, int32_t max_q_len);
 // part and row in shared memory.
 inline constexpr int32_t kMaxDecodeCtas = 384;
 
+// The pages that any of its rows attends. Requires: q_len > 0.
+PageRun AttendedPages(const DeviceSequence& sequence);
+
 struct DecodeScheduleSize {
   int32_t num_items = 0;
   int32_t num_groups = 0;  // counters that the kernel needs
@@ -42,8 +45,9 @@ struct DecodeSchedule {
 // two whole groups each with nothing to merge. One sequence of 512 pages, 8 kv heads: 15.5 pages a
 // CTA, 33 parts a kv head.
 //
-// Sequences without q rows get no item; those that see no key get one empty item, which writes
-// out = 0, lse = -inf. Requires: num_ctas > 0, row_tiles as from ChooseRowTiles.
+// Of a sequence q_len and AttendedPages matter, nothing else. Without q rows it gets no item,
+// without a key one empty item, which writes out = 0, lse = -inf. Requires: num_ctas > 0, row_tiles
+// as from ChooseRowTiles.
 DecodeSchedule ScheduleDecode(absl::Span<const DeviceSequence> sequences, int32_t num_kv_heads,
                               int32_t group_size, int32_t row_tiles, int32_t num_ctas);
 // Likewise, into memory of the caller's: items [MaxDecodeItems of its groups], cta_items

@@ -24,16 +24,29 @@ __device__ __forceinline__ float LoadElement(const void* data, DType type, int64
   }
 }
 
-// Four neighbours; index is a multiple of 4. kF32, kF16 or kBf16.
-__device__ __forceinline__ void LoadFour(const void* data, DType type, int64_t index,
-                                         float (&out)[4]) {
+// Four neighbours of kF32, kF16 or kBf16 as they lie in memory; index is a multiple of 4. Nothing
+// waits for them before they are unpacked.
+__device__ __forceinline__ uint4 LoadPackedFour(const void* data, DType type, int64_t index) {
   if (type == DType::kF32) {
-    const float4 x = *reinterpret_cast<const float4*>(static_cast<const float*>(data) + index);
-    out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w;
-    return;
+    return *reinterpret_cast<const uint4*>(static_cast<const float*>(data) + index);
   }
   const uint2 x = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(data) + index);
-  if (type == DType::kF16) {
+  return make_uint4(x.x, x.y, 0, 0);
+}
+
+__device__ __forceinline__ void StorePackedFour(void* data, DType type, int64_t index, uint4 x) {
+  if (type == DType::kF32) {
+    *reinterpret_cast<uint4*>(static_cast<float*>(data) + index) = x;
+  } else {
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(data) + index) = make_uint2(x.x, x.y);
+  }
+}
+
+__device__ __forceinline__ void UnpackFour(const uint4& x, DType type, float (&out)[4]) {
+  if (type == DType::kF32) {
+    out[0] = __uint_as_float(x.x), out[1] = __uint_as_float(x.y);
+    out[2] = __uint_as_float(x.z), out[3] = __uint_as_float(x.w);
+  } else if (type == DType::kF16) {
     const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&x.x));
     const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&x.y));
     out[0] = low.x, out[1] = low.y, out[2] = high.x, out[3] = high.y;
@@ -41,6 +54,11 @@ __device__ __forceinline__ void LoadFour(const void* data, DType type, int64_t i
     out[0] = __uint_as_float(x.x << 16), out[1] = __uint_as_float(x.x & 0xffff0000u);
     out[2] = __uint_as_float(x.y << 16), out[3] = __uint_as_float(x.y & 0xffff0000u);
   }
+}
+
+__device__ __forceinline__ void LoadFour(const void* data, DType type, int64_t index,
+                                         float (&out)[4]) {
+  UnpackFour(LoadPackedFour(data, type, index), type, out);
 }
 
 __device__ __forceinline__ void StoreFour(void* data, DType type, int64_t index, float4 x) {

@@ -37,6 +37,16 @@ struct KeyRange {
   int32_t end = 0;
 };
 
+// Neighbouring pages of one sequence, as its page table has them.
+struct PageRun {
+  int32_t begin = 0;
+  int32_t end = 0;
+
+  friend bool operator==(const PageRun& a, const PageRun& b) {
+    return a.begin == b.begin && a.end == b.end;
+  }
+};
+
 // What q row `row` (0 .. q_len) of the sequence sees.
 ADAATTN_HD KeyRange RowKeys(const DeviceSequence& sequence, int32_t row) {
   const int64_t position = sequence.q_start + row;

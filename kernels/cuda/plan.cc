@@ -59,22 +59,6 @@ absl::Status CheckShape(const AttendBatch& batch) {
   return absl::OkStatus();
 }
 
-int64_t NumTableEntries(const AttendBatch& batch) {
-  int64_t entries = 0;
-  for (const SequenceStep& sequence : batch.sequences) {
-    entries += static_cast<int64_t>(sequence.pages.size());
-    if (IsBounded(sequence)) entries += static_cast<int64_t>(sequence.exact_pages.size());
-  }
-  return entries;
-}
-
-int64_t MaxRuns(const AttendBatch& batch) {
-  int64_t runs = 0;
-  for (const SequenceStep& sequence : batch.sequences)
-    runs += sequence.append_len / kPageTokens + 2;
-  return runs;
-}
-
 }  // namespace
 
 absl::StatusOr<PlanKey> MakePlanKey(const AttendBatch& batch) {
@@ -143,6 +127,7 @@ CudaPlan::CudaPlan(const PlanKey& key, int32_t num_sms, const CudaTuning& tuning
   layout_.cta_items = add(exact_ != nullptr ? (num_ctas_ + 1) * int64_t{sizeof(int32_t)} : 0);
   layout_.items = add(max_items_ * int64_t{sizeof(DecodeItem)});
   layout_.tail = end;
+  shape_needs_ = ShapeNeeds();
 }
 
 std::string CudaPlan::DebugString() const {
@@ -216,21 +201,30 @@ BoundedParams CudaPlan::BoundedShapes() const {
 }
 
 ScratchNeeds CudaPlan::Needs(const AttendBatch& batch) const {
-  int64_t q_rows = 0;
-  for (const SequenceStep& sequence : batch.sequences) q_rows += sequence.q_len;
-  const AttentionShape& shape = key_.shape;
-  const int64_t elements = q_rows * shape.num_q_heads * shape.head_dim;
-  ScratchNeeds needs;
-  needs.block = layout_.tail + (NumTableEntries(batch) + 3) / 4 * 16 +
-                MaxRuns(batch) * int64_t{sizeof(AppendRun)};
+  int64_t q_rows = 0, entries = 0, runs = 0;
+  for (const SequenceStep& sequence : batch.sequences) {
+    q_rows += sequence.q_len;
+    entries += static_cast<int64_t>(sequence.pages.size());
+    if (IsBounded(sequence)) entries += static_cast<int64_t>(sequence.exact_pages.size());
+    runs += sequence.append_len / kPageTokens + 2;
+  }
+  const int64_t rows = q_rows * key_.shape.num_q_heads, elements = rows * key_.shape.head_dim;
+  ScratchNeeds needs = shape_needs_;
+  needs.block = layout_.tail + (entries + 3) / 4 * 16 + runs * int64_t{sizeof(AppendRun)};
   needs.q = elements * DTypeBytes(key_.in_type);
   needs.out = elements * DTypeBytes(key_.out_type);
-  needs.lse = q_rows * shape.num_q_heads * int64_t{sizeof(float)};
+  needs.lse = rows * int64_t{sizeof(float)};
+  return needs;
+}
+
+ScratchNeeds CudaPlan::ShapeNeeds() const {
+  ScratchNeeds needs;
   needs.decisions = num_decisions() * int64_t{sizeof(HeadDecision)};
   needs.flags = key_.max_sequences * int64_t{sizeof(uint32_t)};
+  needs.arrivals = sizeof(uint32_t);
   needs.stamps = kNumStamps * int64_t{sizeof(uint64_t)};
   const int64_t rows = int64_t{MaxDecodeSlots(num_ctas_)} * 8 * key_.exact_row_tiles;
-  needs.partial_out = rows * shape.head_dim * int64_t{sizeof(float)};
+  needs.partial_out = rows * key_.shape.head_dim * int64_t{sizeof(float)};
   needs.partial_state = rows * int64_t{sizeof(float2)};
   needs.counters = max_groups_ * int64_t{sizeof(int32_t)};
   for (int32_t i = 0; i < kNumSealedGroups; ++i) {

@@ -108,8 +108,18 @@ struct BlockLayout {
 
 // Bytes of scratch that a step needs.
 struct ScratchNeeds {
-  int64_t block = 0, q = 0, out = 0, lse = 0, decisions = 0, flags = 0, stamps = 0;
+  int64_t block = 0, q = 0, out = 0, lse = 0, decisions = 0, flags = 0, arrivals = 0, stamps = 0;
   int64_t partial_out = 0, partial_state = 0, counters = 0, workspace = 0;
+};
+
+// Steps in flight at most. Each has a block of its own in pinned memory, which its graph knows.
+inline constexpr int32_t kStepsInFlight = 2;
+
+// A captured step.
+struct StepGraph {
+  GraphExec exec;
+  int64_t generation = -1;            // that of the scratch it was captured with
+  const std::byte* source = nullptr;  // the block that it reads
 };
 
 class CudaPlan final : public AttendPlan {
@@ -139,11 +149,11 @@ class CudaPlan final : public AttendPlan {
   // Scratch for `batch`, whose key this plan has.
   ScratchNeeds Needs(const AttendBatch& batch) const;
 
-  // The captured step. Valid while scratch has the generation that it was captured with.
-  GraphExec graph;
-  int64_t graph_generation = -1;
+  std::array<StepGraph, kStepsInFlight> graphs;
 
  private:
+  ScratchNeeds ShapeNeeds() const;
+
   const PlanKey key_;
   const int32_t num_sms_;   // that progressive launches count on
   const int32_t num_ctas_;  // of exact decode
@@ -151,6 +161,7 @@ class CudaPlan final : public AttendPlan {
   int32_t max_groups_ = 0;
   int32_t max_items_ = 0;
   BlockLayout layout_;
+  ScratchNeeds shape_needs_;  // what does not depend on the batch
 };
 
 }  // namespace adaattn

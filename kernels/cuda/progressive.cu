@@ -2,8 +2,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/progressive.h"
-#include "kernels/cuda/progressive_common.cuh"
 #include "kernels/cuda/progressive_inst.h"
+#include "kernels/cuda/progressive_workspace.h"
 
 namespace adaattn {
 
@@ -15,19 +15,19 @@ void PlanProgressive(int32_t num_sms, ProgressiveParams* params) {
   params->scan_ctas = std::max(ctas / (head_groups * tiles), 1);
 }
 
+PageRun VisibleSealedPages(const ProgressiveSequence& sequence) {
+  const ProgressiveSequence& s = sequence;
+  const int32_t first = s.window > 0 ? std::max(s.q_start - s.window + 1, 0) / kPageTokens : 0;
+  const int32_t end = std::min(s.num_sealed, (s.q_start + s.q_len - 1) / kPageTokens + 1);
+  return PageRun{std::min(first, end), end};
+}
+
 void ScheduleScan(const ProgressiveParams& params, absl::Span<ProgressiveSequence> sequences,
                   ScanRun* runs) {
-  const auto visible = [](const ProgressiveSequence& s) {
-    ScanRun pages;
-    const int32_t first = s.window > 0 ? std::max(s.q_start - s.window + 1, 0) / kPageTokens : 0;
-    pages.page_end = std::min(s.num_sealed, (s.q_start + s.q_len - 1) / kPageTokens + 1);
-    pages.page_begin = std::min(first, pages.page_end);
-    return pages;
-  };
   int64_t total = 0;
   for (const ProgressiveSequence& s : sequences) {
-    const ScanRun pages = visible(s);
-    total += pages.page_end - pages.page_begin;
+    const PageRun pages = VisibleSealedPages(s);
+    total += pages.end - pages.begin;
   }
   // A CTA takes several pages at once where it has few heads.
   const int32_t at_once = ScanPlaces(params.shape.num_kv_heads);
@@ -41,15 +41,14 @@ void ScheduleScan(const ProgressiveParams& params, absl::Span<ProgressiveSequenc
       whole(std::max<int64_t>(total - int64_t{long_run} * ctas, 1), int64_t{kShortScanRuns} * ctas);
   int32_t next = 0;
   for (size_t i = 0; i < sequences.size(); ++i) {
-    ScanRun pages = visible(sequences[i]);
+    const PageRun pages = VisibleSealedPages(sequences[i]);
     sequences[i].scan_begin = next;
-    while (pages.page_begin < pages.page_end) {
+    for (int32_t begin = pages.begin; begin < pages.end; ++next) {
       const int32_t length = next < ctas ? long_run : short_run;
-      runs[next] = pages;
-      runs[next].sequence = static_cast<int32_t>(i);
-      runs[next].page_end = std::min(pages.page_begin + length, pages.page_end);
-      pages.page_begin = runs[next].page_end;
-      ++next;
+      ScanRun& run = runs[next];
+      run.sequence = static_cast<int32_t>(i);
+      run.page_begin = begin;
+      run.page_end = begin = std::min(begin + length, pages.end);
     }
     sequences[i].num_scan_runs = next - sequences[i].scan_begin;
   }

@@ -21,6 +21,7 @@
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "kernels/cuda/paged_sequence.h"
+#include "kernels/cuda/params.h"
 #include "kernels/format/page_layout.h"
 #include "kernels/host_device.h"
 #include "kernels/policy/decision.h"
@@ -81,7 +82,10 @@ ADAATTN_HD constexpr int32_t NumScanRuns(const ProgressiveParams& params) {
   return params.scan_ctas * (1 + kShortScanRuns) + params.num_sequences;
 }
 
-// Cuts the visible sealed pages of `sequences` into runs and tells each sequence which are its own;
+// The sealed pages that any row of the sequence sees.
+PageRun VisibleSealedPages(const ProgressiveSequence& sequence);
+
+// Cuts these pages of `sequences` into runs and tells each sequence which are its own;
 // what is left of `runs` [NumScanRuns(params)] becomes empty. The first params.scan_ctas of them
 // hold three quarters of the pages; the rest are short, so that CTAs, which take runs in turn, end
 // together. Long and short sequences of a batch share the device by their pages.

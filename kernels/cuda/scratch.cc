@@ -13,6 +13,7 @@ const Scratch::Part Scratch::kParts[] = {
     {&Scratch::lse_, &ScratchNeeds::lse, false},
     {&Scratch::decisions_, &ScratchNeeds::decisions, false},
     {&Scratch::flags_, &ScratchNeeds::flags, true},
+    {&Scratch::arrivals_, &ScratchNeeds::arrivals, true},
     {&Scratch::stamps_, &ScratchNeeds::stamps, true},
     {&Scratch::partial_out_, &ScratchNeeds::partial_out, false},
     {&Scratch::partial_state_, &ScratchNeeds::partial_state, false},

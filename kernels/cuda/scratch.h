@@ -28,6 +28,7 @@ class Scratch {
   HeadDecision* decisions() const { return reinterpret_cast<HeadDecision*>(decisions_.data()); }
   uint64_t* stamps() const { return reinterpret_cast<uint64_t*>(stamps_.data()); }
   uint32_t* flags() const { return reinterpret_cast<uint32_t*>(flags_.data()); }
+  uint32_t* arrivals() const { return reinterpret_cast<uint32_t*>(arrivals_.data()); }
   float* partial_out() const { return reinterpret_cast<float*>(partial_out_.data()); }
   float2* partial_state() const { return reinterpret_cast<float2*>(partial_state_.data()); }
   int32_t* counters() const { return reinterpret_cast<int32_t*>(counters_.data()); }
@@ -43,7 +44,7 @@ class Scratch {
   static const Part kParts[];
 
   int64_t generation_ = 0;
-  DeviceBuffer block_, q_, out_, lse_, decisions_, flags_, stamps_;
+  DeviceBuffer block_, q_, out_, lse_, decisions_, flags_, arrivals_, stamps_;
   DeviceBuffer partial_out_, partial_state_, counters_, workspace_;
 };
 

@@ -3,7 +3,7 @@
 
 // Where a step's time goes, as the device sees it. The first CTA of a launch notes the global timer
 // once its predecessor has ended: a store, no event between launches, which would keep them from
-// overlapping. A stage lasts until the next one's note; copies to the device are not in it.
+// overlapping. A stage lasts until the next one's note.
 
 #include <cstdint>
 
@@ -38,12 +38,15 @@ inline constexpr int32_t kNumStamps = kFirstGroupStamp + 3 * kNumGroupStamps;
 StageTimes StagesFromStamps(const PlanKey& key, const uint64_t* stamps);
 
 #if defined(__CUDACC__)
-// Notes the time at stamps[index], by the grid's first thread.
-__device__ __forceinline__ void NoteTime(uint64_t* stamps, int32_t index) {
-  if ((threadIdx.x | blockIdx.x | blockIdx.y | blockIdx.z) != 0) return;
+__device__ __forceinline__ uint64_t GlobalTime() {
   uint64_t now;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  stamps[index] = now;
+  return now;
+}
+
+// Notes the time at stamps[index], by the grid's first thread.
+__device__ __forceinline__ void NoteTime(uint64_t* stamps, int32_t index) {
+  if ((threadIdx.x | blockIdx.x | blockIdx.y | blockIdx.z) == 0) stamps[index] = GlobalTime();
 }
 #endif
 

@@ -55,7 +55,8 @@ void FillPaged(const SequenceStep& sequence, const DeviceSequence& device, Paged
 // Fills the block in its place: copies of structures just made wait for their stores.
 class Packer {
  public:
-  Packer(const CudaPlan& plan, const AttendBatch& batch, std::byte* block)
+  Packer(const CudaPlan& plan, const AttendBatch& batch, std::byte* block,
+         PackedSchedules* schedules)
       : plan_(plan),
         batch_(batch),
         block_(block),
@@ -65,17 +66,23 @@ class Packer {
         progressive_(reinterpret_cast<ProgressiveSequence*>(block + plan.layout().progressive)),
         bounded_(reinterpret_cast<BoundedSequence*>(block + plan.layout().bounded)),
         scales_(reinterpret_cast<float*>(block + plan.layout().scales)),
-        table_(reinterpret_cast<uint32_t*>(block + plan.layout().tail)) {
+        table_(reinterpret_cast<uint32_t*>(block + plan.layout().tail)),
+        schedules_(schedules) {
+    if (schedules_->plan != &plan) {
+      schedules_->plan = &plan;
+      schedules_->exact.clear();
+      schedules_->sealed.clear();
+    }
     for (int32_t i = 0; i < kNumSealedGroups; ++i) next_sealed_[i] = plan.FirstSealed(i);
   }
 
   int64_t Pack() {
     for (const SequenceStep& sequence : batch_.sequences) AddSequence(sequence);
     AddRuns();
-    AddScanRuns();
+    if (!HoldsScanRuns()) AddScanRuns();
     FillHeader();
-    if (plan_.exact() != nullptr) AddSchedule();
-    return header_->runs_offset + header_->num_runs * int64_t{sizeof(AppendRun)};
+    if (plan_.exact() != nullptr && !HoldsSchedule()) AddSchedule();
+    return header_->block_bytes;
   }
 
  private:
@@ -84,7 +91,11 @@ class Packer {
   void AddPages(absl::Span<const PageId> pages);
   int32_t AddScales(absl::Span<const float> scales);
   void AddRuns();
+  // Whether the block has the runs of these very pages; tells the sequences which are theirs.
+  bool HoldsScanRuns();
   void AddScanRuns();
+  // Likewise of the items.
+  bool HoldsSchedule();
   void AddSchedule();
   void FillHeader();
 
@@ -98,6 +109,7 @@ class Packer {
   BoundedSequence* const bounded_;
   float* const scales_;
   uint32_t* const table_;
+  PackedSchedules* const schedules_;
   int32_t next_sealed_[kNumSealedGroups] = {};
   int32_t num_bounded_ = 0;
   int32_t num_sequences_ = 0;
@@ -105,7 +117,6 @@ class Packer {
   int32_t num_scales_ = 0;
   int32_t q_row_ = 0;
   int32_t kv_row_ = 0;
-  int32_t max_q_len_ = 0;
 };
 
 void Packer::AddSequence(const SequenceStep& sequence) {
@@ -143,7 +154,6 @@ void Packer::AddSequence(const SequenceStep& sequence) {
   ++num_sequences_;
   q_row_ += sequence.q_len;
   kv_row_ += sequence.append_len;
-  max_q_len_ = std::max(max_q_len_, sequence.q_len);
 }
 
 void Packer::AddBounded(const SequenceStep& sequence, const DeviceSequence& device,
@@ -192,6 +202,23 @@ void Packer::AddRuns() {
     }
   }
   header_->num_runs = num_runs;
+  static_assert(sizeof(AppendRun) % 16 == 0, "copied 16 bytes at a time");
+  header_->block_bytes = header_->runs_offset + num_runs * int64_t{sizeof(AppendRun)};
+}
+
+bool Packer::HoldsScanRuns() {
+  std::vector<PackedSchedules::Sealed>& last = schedules_->sealed;
+  const size_t num_sealed = plan_.FirstSealed(kNumSealedGroups);
+  bool same = last.size() == num_sealed;
+  last.resize(num_sealed);
+  for (size_t i = 0; i < num_sealed; ++i) {
+    const PageRun pages = VisibleSealedPages(progressive_[i]);
+    same = same && pages == last[i].pages;
+    last[i].pages = pages;
+    progressive_[i].scan_begin = last[i].scan_begin;
+    progressive_[i].num_scan_runs = last[i].num_scan_runs;
+  }
+  return same;
 }
 
 void Packer::AddScanRuns() {
@@ -201,6 +228,10 @@ void Packer::AddScanRuns() {
     if (count == 0) continue;
     ScheduleScan(plan_.GroupParams(i), absl::MakeSpan(progressive_ + plan_.FirstSealed(i), count),
                  runs + plan_.FirstScanRun(i));
+  }
+  for (size_t i = 0; i < schedules_->sealed.size(); ++i) {
+    schedules_->sealed[i].scan_begin = progressive_[i].scan_begin;
+    schedules_->sealed[i].num_scan_runs = progressive_[i].num_scan_runs;
   }
 }
 
@@ -218,7 +249,20 @@ void Packer::FillHeader() {
   header_->num_lse = int64_t{q_row_} * shape.num_q_heads;
   header_->out_bytes = header_->num_lse * shape.head_dim * DTypeBytes(batch_.out_type);
   header_->num_sequences = num_sequences_;
-  header_->max_q_len = max_q_len_;
+}
+
+bool Packer::HoldsSchedule() {
+  std::vector<PackedSchedules::Exact>& last = schedules_->exact;
+  bool same = static_cast<int32_t>(last.size()) == num_sequences_;
+  last.resize(num_sequences_);
+  for (int32_t i = 0; i < num_sequences_; ++i) {
+    const int32_t q_len = sequences_[i].q_len;
+    const PageRun pages = q_len > 0 ? AttendedPages(sequences_[i]) : PageRun();
+    same = same && pages == last[i].pages && q_len == last[i].q_len;
+    last[i].pages = pages;
+    last[i].q_len = q_len;
+  }
+  return same;
 }
 
 void Packer::AddSchedule() {
@@ -228,10 +272,32 @@ void Packer::AddSchedule() {
                  reinterpret_cast<int32_t*>(block_ + plan_.layout().cta_items));
 }
 
+// What a kernel at one of the two ends of a step gets; it reads the block at `block`.
+StepParams EndParams(const CudaPlan& plan, const Scratch& scratch, const PageMemory& memory,
+                     const std::byte* block) {
+  StepParams params;
+  params.shape = plan.key().shape;
+  params.in_type = plan.key().in_type;
+  params.page_type = DenseDType(plan.key().format);
+  params.pool = memory.pool;
+  params.header = reinterpret_cast<const StepHeader*>(block);
+  params.sequences = reinterpret_cast<const StepSequence*>(block + plan.layout().steps);
+  params.scales = reinterpret_cast<const float*>(block + plan.layout().scales);
+  params.q = scratch.q();
+  params.out = scratch.out();
+  params.lse = scratch.lse();
+  params.decisions = scratch.decisions();
+  params.flags = scratch.flags();
+  params.arrivals = scratch.arrivals();
+  params.stamps = scratch.stamps();
+  return params;
+}
+
 }  // namespace
 
-int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, std::byte* block) {
-  return Packer(plan, batch, block).Pack();
+int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, std::byte* block,
+                 PackedSchedules* schedules) {
+  return Packer(plan, batch, block, schedules).Pack();
 }
 
 ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,
@@ -277,26 +343,13 @@ BoundedParams BoundedStepParams(const CudaPlan& plan, const Scratch& scratch,
 }
 
 absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, const PageMemory& memory,
-                         int32_t num_sms, cudaStream_t stream) {
+                         const std::byte* source, int32_t num_sms, cudaStream_t stream) {
   const PlanKey& key = plan.key();
   const std::byte* block = scratch.block();
   const BlockLayout& layout = plan.layout();
-  StepParams step;
-  step.shape = key.shape;
-  step.in_type = key.in_type;
-  step.page_type = DenseDType(key.format);
-  step.pool = memory.pool;
-  step.header = reinterpret_cast<const StepHeader*>(block);
-  step.sequences = reinterpret_cast<const StepSequence*>(block + layout.steps);
-  step.scales = reinterpret_cast<const float*>(block + layout.scales);
-  step.q = scratch.q();
-  step.out = scratch.out();
-  step.lse = scratch.lse();
-  step.decisions = scratch.decisions();
-  step.flags = scratch.flags();
-  step.stamps = scratch.stamps();
   const int32_t exact_decisions = key.max_sequences * key.shape.num_kv_heads;
-  ADAATTN_RETURN_IF_ERROR(LaunchAppend(step, exact_decisions, num_sms, stream));
+  ADAATTN_RETURN_IF_ERROR(LaunchAppend(EndParams(plan, scratch, memory, source), scratch.block(),
+                                       exact_decisions, num_sms, stream));
   if (plan.exact() != nullptr) {
     DecodeParams exact;
     exact.memory = memory;
@@ -304,7 +357,7 @@ absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, const Pag
     exact.sequences = reinterpret_cast<const DeviceSequence*>(block + layout.sequences);
     exact.items = reinterpret_cast<const DecodeItem*>(block + layout.items);
     exact.cta_items = reinterpret_cast<const int32_t*>(block + layout.cta_items);
-    exact.scales = step.scales;
+    exact.scales = reinterpret_cast<const float*>(block + layout.scales);
     exact.q = scratch.q();
     exact.out = scratch.out();
     exact.lse = scratch.lse();
@@ -327,7 +380,7 @@ absl::Status EnqueueStep(const CudaPlan& plan, const Scratch& scratch, const Pag
   if (key.bounded.num_sequences > 0) {
     ADAATTN_RETURN_IF_ERROR(RunBounded(BoundedStepParams(plan, scratch, memory), stream));
   }
-  return LaunchReturn(step, num_sms, stream);
+  return LaunchReturn(EndParams(plan, scratch, memory, block), num_sms, stream);
 }
 
 }  // namespace adaattn

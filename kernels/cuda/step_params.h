@@ -3,8 +3,9 @@
 
 // What the kernels at the two ends of a step read (append.cuh).
 //
-// Everything that changes from step to step lies in one block, copied to the same device address
-// before every launch, so that a captured graph stays valid. It begins with a StepHeader.
+// Everything that changes from step to step lies in one block, which the host packs in pinned
+// memory and the first kernel copies to the same device address in every step, so that a captured
+// graph stays valid. It begins with a StepHeader.
 
 #include <cstddef>
 #include <cstdint>
@@ -14,8 +15,11 @@
 
 namespace adaattn {
 
+struct StepReport;
+
 // Tensors of the batch in pinned host memory, and how much of them is used.
-struct StepHeader {
+struct alignas(16) StepHeader {
+  int64_t block_bytes = 0;       // a multiple of 16
   const std::byte* q = nullptr;  // in_type
   const std::byte* k = nullptr;
   const std::byte* v = nullptr;
@@ -23,13 +27,13 @@ struct StepHeader {
   float* lse = nullptr;
   uint8_t* results = nullptr;  // [num_sequences, 2]: SequenceResult
   HeadDecision* decisions = nullptr;
-  uint64_t* stamps = nullptr;  // [kNumStamps] of stage_stamps.h
+  StepReport* report = nullptr;
+  int64_t ticket = 0;  // what is reported when the step ends
   int64_t out_bytes = 0;
-  int64_t num_lse = 0;
+  int64_t num_lse = 0;      // rows of q times num_q_heads
   int64_t runs_offset = 0;  // of AppendRun [num_runs], from the start of the block
   int32_t num_runs = 0;
   int32_t num_sequences = 0;
-  int32_t max_q_len = 0;
 };
 
 // Where one sequence's rows of q lie and where its decisions are made.
@@ -40,7 +44,7 @@ struct StepSequence {
 };
 
 // Rows of k and v that go to one page.
-struct AppendRun {
+struct alignas(16) AppendRun {
   int64_t kv_row = 0;  // first row of k and v
   uint32_t page = 0;   // PageId
   int32_t slot = 0;    // of the first row in the page
@@ -54,7 +58,8 @@ struct AppendRun {
 inline constexpr uint32_t kNonfiniteQ = 1;
 inline constexpr uint32_t kNonfiniteKv = 2;
 
-// All pointers are device memory.
+// All pointers are device memory. Only `header`, `sequences` and `scales`, parts of the block, are
+// pinned host memory for the first kernel of a step, which brings the block to the device.
 struct StepParams {
   AttentionShape shape;
   DType in_type = DType::kBf16;
@@ -67,8 +72,9 @@ struct StepParams {
   const std::byte* out = nullptr;
   const float* lse = nullptr;
   HeadDecision* decisions = nullptr;
-  uint32_t* flags = nullptr;   // [num_sequences], zero before and after every step
-  uint64_t* stamps = nullptr;  // [kNumStamps]
+  uint32_t* flags = nullptr;     // [num_sequences], zero before and after every step
+  uint32_t* arrivals = nullptr;  // of the last kernel's CTAs, zero before and after every step
+  uint64_t* stamps = nullptr;    // [kNumStamps] of stage_stamps.h
 };
 
 }  // namespace adaattn

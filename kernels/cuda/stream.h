@@ -1,7 +1,7 @@
 #ifndef ADAATTN_KERNELS_CUDA_STREAM_H_
 #define ADAATTN_KERNELS_CUDA_STREAM_H_
 
-// Owners of streams, events and instantiated graphs.
+// Owners of streams and instantiated graphs.
 
 #include <cuda_runtime_api.h>
 
@@ -28,24 +28,6 @@ class Stream {
 
  private:
   cudaStream_t stream_ = nullptr;
-};
-
-class Event {
- public:
-  Event() = default;
-  Event(const Event&) = delete;
-  Event& operator=(const Event&) = delete;
-  ~Event() {
-    if (event_ != nullptr) (void)cudaEventDestroy(event_);
-  }
-  absl::Status Create() {
-    return FromCuda(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming),
-                    "cudaEventCreateWithFlags");
-  }
-  cudaEvent_t get() const { return event_; }
-
- private:
-  cudaEvent_t event_ = nullptr;
 };
 
 class GraphExec {

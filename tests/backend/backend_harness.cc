@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "kernels/format/float_types.h"
 #include "kernels/reference/attention_f64.h"
@@ -209,7 +210,7 @@ void BackendHarness::CountAppended(StepCase* step, const std::vector<float>& k,
   sequence->length += step->append_len;
 }
 
-std::vector<StepOutput> BackendHarness::Run(std::vector<StepCase> cases) {
+PendingStep BackendHarness::Start(std::vector<StepCase> cases) {
   const AttentionShape& shape = options_.shape;
   StepLimits limits;
   limits.max_sequences = static_cast<int32_t>(cases.size());
@@ -250,12 +251,17 @@ std::vector<StepOutput> BackendHarness::Run(std::vector<StepCase> cases) {
   EXPECT_TRUE(plan.ok()) << plan.status();
   auto ticket = backend_->RunAttend(**plan, batch);
   EXPECT_TRUE(ticket.ok()) << ticket.status();
-  EXPECT_TRUE(backend_->Wait(*ticket).ok());
-  stage_times_ = *(*buffers)->stage_times();
+  return PendingStep{std::move(cases), *std::move(buffers), *ticket};
+}
 
-  std::vector<StepOutput> outputs = TakeOutputs(cases, buffers->get());
-  for (size_t i = 0; i < cases.size(); ++i) {
-    if (!outputs[i].result.nonfinite_kv) CountAppended(&cases[i], cases[i].k, cases[i].v);
+std::vector<StepOutput> BackendHarness::Finish(PendingStep step) {
+  EXPECT_TRUE(backend_->Wait(step.ticket).ok());
+  stage_times_ = *step.buffers->stage_times();
+  std::vector<StepOutput> outputs = TakeOutputs(step.cases, step.buffers.get());
+  for (size_t i = 0; i < step.cases.size(); ++i) {
+    if (!outputs[i].result.nonfinite_kv) {
+      CountAppended(&step.cases[i], step.cases[i].k, step.cases[i].v);
+    }
   }
   return outputs;
 }

@@ -60,6 +60,13 @@ struct StepOutput {
   std::vector<HeadDecision> decisions;  // [num_kv_heads]
 };
 
+// A step that may still be running.
+struct PendingStep {
+  std::vector<StepCase> cases;
+  std::unique_ptr<StepBuffers> buffers;
+  StepTicket ticket;
+};
+
 // Largest error of a row of out (relative L2) and of lse.
 struct ErrorLimits {
   double out = 0;
@@ -121,9 +128,12 @@ class BackendHarness {
   void SealWith(TestSequence* sequence, int32_t count, PageId basis);
 
   // One step over all cases; appended tokens become part of the sequences.
-  std::vector<StepOutput> Run(std::vector<StepCase> cases);
+  std::vector<StepOutput> Run(std::vector<StepCase> cases) { return Finish(Start(cases)); }
+  // Its two halves: tokens count as appended once their step has finished.
+  PendingStep Start(std::vector<StepCase> cases);
+  std::vector<StepOutput> Finish(PendingStep step);
 
-  // Of the last step.
+  // Of the step that was finished last.
   const StageTimes& stage_times() const { return stage_times_; }
 
   // Tokens [begin, end) as the backend reads them back.

@@ -187,6 +187,34 @@ TEST_P(LawsTest, NonfiniteValuesAreFlaggedAndLeaveOthersAlone) {
   for (const float value : output.out) EXPECT_TRUE(std::isfinite(value));
 }
 
+TEST_P(LawsTest, OnlyTheSequenceOfANonfiniteRowIsFlagged) {
+  BackendHarness harness(Options(GetParam()));
+  ASSERT_TRUE(harness.ok());
+  const int32_t q_lens[] = {2, 0, 1, 3, 1};
+  std::vector<TestSequence> sequences;
+  for (const int32_t q_len : q_lens) sequences.push_back(harness.NewSequence(70 + q_len));
+  for (size_t bad = 0; bad < sequences.size(); ++bad) {
+    for (int32_t row = 0; row < q_lens[bad]; ++row) {
+      std::vector<StepCase> batch;
+      for (size_t i = 0; i < sequences.size(); ++i) {
+        batch.push_back(Attend(&sequences[i], harness.RandomRows(q_lens[i], 6)));
+        batch.back().q_len = q_lens[i];
+        batch.back().append_len = q_lens[i] == 0 ? 1 : 0;
+      }
+      const size_t row_size = batch[bad].q.size() / q_lens[bad];
+      for (const size_t at : {row_size * row, row_size * (row + 1) - 1}) {
+        std::vector<StepCase> poisoned = batch;
+        poisoned[bad].q[at] = std::numeric_limits<float>::quiet_NaN();
+        const std::vector<StepOutput> outputs = harness.Run(poisoned);
+        for (size_t i = 0; i < sequences.size(); ++i) {
+          EXPECT_EQ(outputs[i].result.nonfinite_q, i == bad) << i << ", row " << row;
+          EXPECT_FALSE(outputs[i].result.nonfinite_kv);
+        }
+      }
+    }
+  }
+}
+
 TEST_P(LawsTest, ValuesBeyondFp16PagesAreFlaggedAndNothingElseIs) {
   BackendHarness harness(Options(GetParam()));
   ASSERT_TRUE(harness.ok());

@@ -1,0 +1,127 @@
+// Packed blocks: their size, and what they keep of the step that was packed there before.
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "kernels/cuda/plan.h"
+#include "kernels/cuda/step.h"
+#include "tests/unit/cuda_packed.h"
+
+namespace adaattn {
+namespace {
+
+// What kernels are told to read in which order, and by which CTA.
+std::vector<int32_t> Schedules(const Packed& packed) {
+  const BlockLayout& layout = packed.plan.layout();
+  std::vector<int32_t> numbers;
+  if (packed.plan.exact() != nullptr) {
+    for (int32_t i = 0; i <= packed.plan.num_ctas(); ++i) {
+      numbers.push_back(packed.At<int32_t>(layout.cta_items, i));
+    }
+    for (const DecodeItem& item : packed.Items()) {
+      for (const int32_t number :
+           {item.sequence, item.kv_head, item.row_block, item.page_begin, item.page_end, item.group,
+            item.num_splits, item.first_slot, item.slot}) {
+        numbers.push_back(number);
+      }
+    }
+  }
+  for (int32_t i = 0; i < packed.plan.FirstScanRun(kNumSealedGroups); ++i) {
+    const auto run = packed.At<ScanRun>(layout.scan_runs, i);
+    for (const int32_t number : {run.sequence, run.page_begin, run.page_end}) {
+      numbers.push_back(number);
+    }
+  }
+  for (int32_t i = 0; i < packed.plan.FirstSealed(kNumSealedGroups); ++i) {
+    const auto sequence = packed.At<ProgressiveSequence>(layout.progressive, i);
+    numbers.push_back(sequence.scan_begin);
+    numbers.push_back(sequence.num_scan_runs);
+  }
+  return numbers;
+}
+
+TEST(PackStepTest, LeavesTheSchedulesThatANewBlockWouldHave) {
+  std::mt19937 random(5);
+  Batch batch({640, 1000, 6400, 70}, PageFormat::kProgressive);
+  batch.Seal(0, 9);
+  batch.Seal(2, 98);
+  Packed packed(&batch);
+  int32_t changes = 0;
+  for (int32_t step = 0; step < 300; ++step) {
+    const std::vector<int32_t> before = Schedules(packed);
+    for (SequenceStep& sequence : batch.steps) {
+      sequence.window = step % 50 == 0 && random() % 2 == 0 ? 128 + random() % 100 : 0;
+      if (sequence.kv_len >= 6460) continue;  // the plan's most
+      sequence.kv_len += random() % 3;
+      sequence.q_start = sequence.kv_len;
+      sequence.pages = absl::MakeConstSpan(batch.steps[2].pages.data(), sequence.kv_len / 64 + 1);
+    }
+    ASSERT_TRUE(*MakePlanKey(batch.get()) == packed.plan.key());
+    packed.Pack(&batch);
+    const std::vector<int32_t> schedules = Schedules(packed);
+    ASSERT_EQ(schedules, Schedules(Packed(&batch))) << step;
+    changes += schedules == before ? 0 : 1;
+  }
+  EXPECT_GT(changes, 10);
+  EXPECT_LT(changes, 150);
+}
+
+TEST(PackStepTest, MakesAScheduleOnlyWhenItsPagesChange) {
+  for (const bool sealed : {false, true}) {
+    Batch batch({640, 1000}, PageFormat::kProgressive);
+    if (sealed) {
+      batch.Seal(0, 9);
+      batch.Seal(1, 15);
+    }
+    Packed packed(&batch);
+    const BlockLayout& layout = packed.plan.layout();
+    const auto grow = [&](int32_t tokens) {
+      for (SequenceStep& sequence : batch.steps) {
+        sequence.q_start = sequence.kv_len += tokens;
+        sequence.pages = absl::MakeConstSpan(batch.steps[1].pages.data(), sequence.kv_len / 64 + 1);
+      }
+    };
+    std::byte* const mark = packed.block.data() + (sealed ? layout.scan_runs : layout.items);
+    const std::byte made = mark[4];
+    mark[4] = std::byte{77};
+    grow(3);
+    packed.Pack(&batch);
+    EXPECT_EQ(mark[4], std::byte{77});
+    if (sealed) {
+      batch.steps[0].num_sealed_pages = 10;
+    } else {
+      grow(64);
+    }
+    packed.Pack(&batch);
+    EXPECT_EQ(mark[4], made);
+    // Another plan has a layout of its own, and leaves nothing behind for this one.
+    mark[4] = std::byte{77};
+    const CudaPlan other(packed.plan.key(), kNumSms);
+    PackStep(other, batch.get(), packed.block.data(), &packed.schedules);
+    EXPECT_EQ(mark[4], made);
+    mark[4] = std::byte{77};
+    packed.Pack(&batch);
+    EXPECT_EQ(mark[4], made);
+  }
+}
+
+TEST(PackStepTest, SaysHowMuchThereIsToCopy) {
+  for (const PageFormat format : {PageFormat::kBf16, PageFormat::kF8E4m3}) {
+    for (const int32_t count : {1, 5}) {
+      Batch batch(std::vector<int64_t>(count, 700), format);
+      const Packed packed(&batch);
+      const auto header = packed.At<StepHeader>(0, 0);
+      EXPECT_EQ(header.block_bytes, packed.bytes);
+      EXPECT_EQ(header.block_bytes % 16, 0);
+      EXPECT_EQ(header.block_bytes,
+                header.runs_offset + header.num_runs * int64_t{sizeof(AppendRun)});
+      EXPECT_GE(header.runs_offset, packed.plan.layout().tail + count * 11 * int64_t{4});
+    }
+  }
+}
+
+}  // namespace
+}  // namespace adaattn
