@@ -285,9 +285,8 @@ struct PageDecider {
           first_seen[i] && FirstTokenStandsForPage(true, true, fabsf(mine[i].concentration));
       const ValueSummary own = first ? shared.means.Summary(kFirstToken) : summary;
       const ColumnWeights x = WeighColumn<Traits>(mine[i], terms[i], own, depth.factors);
-      const float share = RoundToTf32(x.share * own.mean_scale);
-      const float weights[kNumChunkVectors] = {attended() ? 0.0f : share,
-                                               RoundToTf32(x.weight * own.mean_scale),
+      const float share = x.share * own.mean_scale;
+      const float weights[kNumChunkVectors] = {attended() ? 0.0f : share, x.weight * own.mean_scale,
                                                attended() ? share : 0.0f};
       shared.means.SetWeights(n, first ? kFirstToken : local, weights);
       if (first) shared.means.SetWeights(n, local, {0, 0, 0});
