@@ -30,11 +30,12 @@ struct MassPart {
 
   __device__ __forceinline__ MassPart(const ProgressiveArgs& p, const ProgressiveSequence& from,
                                       int sequence, int head, int column_begin)
-      : stride(static_cast<uint32_t>(MassStride(p)) * 4),
-        entries(from.num_scan_runs * ScanPlaces(p.shape.num_kv_heads)) {
+      : stride(static_cast<uint32_t>(MassStride(p)) * 4) {
     const ProgressiveWorkspace& w = p.work;
     const int heads = p.shape.num_kv_heads, column = column_begin + threadIdx.x % kColumns;
-    const uint32_t first = from.scan_begin * ScanPlaces(heads) * heads + head;
+    const int places = ScanPlaces(heads);
+    const uint32_t first = from.scan_begin * places * heads + head;
+    entries = from.num_scan_runs * places;
     runs = p.workspace + (p.two_stage ? w.refined_lse : w.scan_lse) +
            int64_t{first * w.columns + column} * 4;
     dense = reinterpret_cast<const float*>(p.workspace + w.dense_lse) +

@@ -3,8 +3,9 @@
 
 // The weighted sums of a chunk's means, by MMAs over its pages:
 //   sum[row][c] = sum_page weight[row][page] mean[page][c]
-// Weights are the A of the MMA, in TF32: as exact as halves, and whatever their size they need no
-// scale of their own. Rows of the means are its B, bytes whose floats TF32 holds exactly.
+// Weights are the A of the MMA, in TF32, which needs no scale whatever their size; those that
+// become part of the output, kSkipped, as two of it. Rows of the means are its B, bytes whose
+// floats TF32 holds exactly.
 
 #include "kernels/cuda/progressive_common.cuh"
 
@@ -35,8 +36,8 @@ template <class Traits>
 struct ChunkMeans {
   static constexpr int kColumns = Traits::kColumns;
   static constexpr int kSummaryBytes = static_cast<int>(sizeof(ValueSummary)) + Traits::kHeadDim;
-  // Two rows of weights lie side by side as rows g and g + 8 of an MMA: of each column those of
-  // kSkipped and kAttended, then of each column that of kWeightedMean and none.
+  // Two rows of weights lie side by side as rows g and g + 8 of an MMA: of each column both parts
+  // of kSkipped, then of each column kWeightedMean and kAttended.
   static constexpr int kBlocks = 2 * kColumns / 8;
   alignas(16) std::byte summaries[kChunkRows][kSummaryBytes];
   alignas(16) float2 weights[kBlocks][kChunkRows / kMeanStep][8][kMeanStep];  // fragments of A
@@ -49,10 +50,10 @@ struct ChunkMeans {
   __device__ __forceinline__ void SetWeights(int n, int row,
                                              const float (&weight)[kNumChunkVectors]) {
     constexpr int kOther = kColumns / 8, kBelow = kColumns % 8;  // where the second pair is
-    weights[0][row / kMeanStep][n][row % kMeanStep] =
-        make_float2(weight[kSkipped], weight[kAttended]);
+    const float high = RoundToTf32(weight[kSkipped]);
+    weights[0][row / kMeanStep][n][row % kMeanStep] = make_float2(high, weight[kSkipped] - high);
     weights[kOther][row / kMeanStep][kBelow + n][row % kMeanStep] =
-        make_float2(weight[kWeightedMean], 0);
+        make_float2(RoundToTf32(weight[kWeightedMean]), RoundToTf32(weight[kAttended]));
   }
 
   // No weight for the first token and the rows that fill its step. By 64 kBlocks threads.
@@ -94,13 +95,20 @@ struct MeanSums {
     for (int i = 0; i < kBlocks; ++i) {
       const int n = (8 * i + g) % kColumns, pair = (8 * i + g) / kColumns;
       if (n >= columns) continue;
-      static_assert(kSkipped == 0 && kWeightedMean == 1, "the first of each pair");
       // Column j of an accumulator is channel 2 j (+ 1): the lane has four in a row.
-      float* row = target + (n * kNumChunkVectors + pair) * Traits::kHeadDim + 4 * t;
-      *reinterpret_cast<float4*>(row) = make_float4(even[i][0], odd[i][0], even[i][1], odd[i][1]);
-      if (pair > 0) continue;
-      *reinterpret_cast<float4*>(row + kAttended * Traits::kHeadDim) =
-          make_float4(even[i][2], odd[i][2], even[i][3], odd[i][3]);
+      const float4 upper = make_float4(even[i][0], odd[i][0], even[i][1], odd[i][1]);
+      const float4 lower = make_float4(even[i][2], odd[i][2], even[i][3], odd[i][3]);
+      float* rows = target + n * (kNumChunkVectors * Traits::kHeadDim) + 4 * t;
+      const auto row = [rows](ChunkVector x) {
+        return reinterpret_cast<float4*>(rows + x * Traits::kHeadDim);
+      };
+      if (pair == 0) {
+        *row(kSkipped) =
+            make_float4(upper.x + lower.x, upper.y + lower.y, upper.z + lower.z, upper.w + lower.w);
+      } else {
+        *row(kWeightedMean) = upper;
+        *row(kAttended) = lower;
+      }
     }
   }
 };

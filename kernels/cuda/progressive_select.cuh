@@ -152,6 +152,11 @@ __device__ __forceinline__ ChunkList* ChunkListOf(const ProgressiveArgs& p, int 
   return reinterpret_cast<ChunkList*>(p.workspace + p.work.extents) + chunk_index;
 }
 
+// Of a head, until attend has a page of it.
+__device__ __forceinline__ void ClearSpan(const ProgressiveArgs& p, int head_index) {
+  reinterpret_cast<int2*>(p.workspace + p.work.spans)[head_index] = make_int2(0, 0);
+}
+
 // Columns of the workspace, a constant where they are few.
 template <class Traits>
 __device__ __forceinline__ int WorkColumns(const ProgressiveArgs& p) {
@@ -210,14 +215,14 @@ struct PageDecider {
     mean2 = square;
   }
 
-  // L of the tile's columns, by the first quad.
-  __device__ __forceinline__ void StoreLse(const float (&lse)[kEach]) const {
-    if (local > 0) return;
+  // What the head has once: L, and no span yet. By the first quad of its first chunk.
+  __device__ __forceinline__ void StoreHead(const float (&lse)[kEach]) const {
     float* target = reinterpret_cast<float*>(p.workspace + p.work.global_lse);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       target[head_index * WorkColumns<Traits>(p) + column(i)] = lse[i];
     }
+    if (quarter == 0) ClearSpan(p, head_index);
   }
 
   // The largest share of the page over the columns of the other tiles; whether one opened it.
@@ -280,9 +285,8 @@ struct PageDecider {
           first_seen[i] && FirstTokenStandsForPage(true, true, fabsf(mine[i].concentration));
       const ValueSummary own = first ? shared.means.Summary(kFirstToken) : summary;
       const ColumnWeights x = WeighColumn<Traits>(mine[i], terms[i], own, depth.factors);
-      const float share = RoundToTf32(x.share * own.mean_scale);
-      const float weights[kNumChunkVectors] = {attended() ? 0.0f : share,
-                                               RoundToTf32(x.weight * own.mean_scale),
+      const float share = x.share * own.mean_scale;
+      const float weights[kNumChunkVectors] = {attended() ? 0.0f : share, x.weight * own.mean_scale,
                                                attended() ? share : 0.0f};
       shared.means.SetWeights(n, first ? kFirstToken : local, weights);
       if (first) shared.means.SetWeights(n, local, {0, 0, 0});
@@ -459,11 +463,10 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   WaitForDependencies();
   NoteTime(p.stamps, kSelectStamp);
   LaunchDependents();
-  if (blockIdx.x == 0 && threadIdx.x == 0) {  // until attend has a page of the head
-    reinterpret_cast<int2*>(p.workspace + w.spans)[head_index] = make_int2(0, 0);
-  }
   if (pages <= 0) {
-    if (threadIdx.x == 0) *reinterpret_cast<int2*>(ChunkListOf(p, chunk_index)) = int2{};
+    if (threadIdx.x > 0) return;
+    *reinterpret_cast<int2*>(ChunkListOf(p, chunk_index)) = int2{};
+    if (begin == 0) ClearSpan(p, head_index);
     return;
   }
   masses.Load();
@@ -477,7 +480,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   if (has_sink) first.Store(p, shared.means);
   float lse[PageDecider<Traits>::kEach];
   FindLse<Traits>(decider, sequence, head, masses, shared, lse);
-  if (has_sink) decider.StoreLse(lse);
+  if (decider.page == 0) decider.StoreHead(lse);
   decider.Decide(lse, shared.lse, theta, shared);
   decider.SumList(shared);
   decider.Weigh(shared);
