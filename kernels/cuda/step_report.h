@@ -18,9 +18,9 @@ namespace adaattn {
 
 // In pinned host memory, one for each step in flight.
 struct StepReport {
-  uint64_t stamps[kNumStamps];
   // Of the last step that reported here; written when all its results stand in host memory.
-  alignas(64) int64_t ticket;
+  int64_t ticket;
+  uint64_t stamps[kNumStamps];
 };
 
 // How long AwaitReport looks without a pause; few steps take longer.
