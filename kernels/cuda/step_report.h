@@ -24,8 +24,8 @@ struct StepReport {
 };
 
 // How long AwaitReport looks without a pause; few steps take longer.
-inline constexpr std::chrono::microseconds kReportSpin{1000};
-// Between looks from then on.
+inline constexpr std::chrono::milliseconds kReportSpin{10};
+// Between looks from then on; Linux sleeps up to 50 us longer.
 inline constexpr std::chrono::microseconds kReportPause{50};
 
 // Returns once `report` has `ticket`. A device that has lost its way never writes it: from
