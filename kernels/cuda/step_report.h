@@ -18,14 +18,14 @@ namespace adaattn {
 
 // In pinned host memory, one for each step in flight.
 struct StepReport {
-  uint64_t stamps[kNumStamps];
   // Of the last step that reported here; written when all its results stand in host memory.
-  alignas(64) int64_t ticket;
+  int64_t ticket;
+  uint64_t stamps[kNumStamps];
 };
 
 // How long AwaitReport looks without a pause; few steps take longer.
-inline constexpr std::chrono::microseconds kReportSpin{1000};
-// Between looks from then on.
+inline constexpr std::chrono::milliseconds kReportSpin{10};
+// Between looks from then on; Linux sleeps up to 50 us longer.
 inline constexpr std::chrono::microseconds kReportPause{50};
 
 // Returns once `report` has `ticket`. A device that has lost its way never writes it: from

@@ -10,6 +10,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/attention.h"
@@ -128,7 +129,9 @@ class BackendHarness {
   void SealWith(TestSequence* sequence, int32_t count, PageId basis);
 
   // One step over all cases; appended tokens become part of the sequences.
-  std::vector<StepOutput> Run(std::vector<StepCase> cases) { return Finish(Start(cases)); }
+  std::vector<StepOutput> Run(std::vector<StepCase> cases) {
+    return Finish(Start(std::move(cases)));
+  }
   // Its two halves: tokens count as appended once their step has finished.
   PendingStep Start(std::vector<StepCase> cases);
   std::vector<StepOutput> Finish(PendingStep step);
