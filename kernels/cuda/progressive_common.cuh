@@ -330,24 +330,25 @@ struct FirstCode {
     }
   }
 
-  // At the stored depth, in units of its range.
-  __device__ __forceinline__ float Value(const PageLayout& layout, int channel) const {
+  // At `bits`, at most those stored, in units of its range.
+  __device__ __forceinline__ float Value(int bits, int channel) const {
     const int shift = ValuePlanePosition(TileOrder::kMma, 0, channel % kTileChannels).shift;
     uint32_t code = 0;
 #pragma unroll
     for (int plane = 0; plane < 4; ++plane) {
-      if (plane < layout.stored_bits / 2) code = code << 2 | (bytes[plane] >> shift & 3u);
+      if (plane < bits / 2) code = code << 2 | (bytes[plane] >> shift & 3u);
     }
-    return DecodeNested(code, layout.stored_bits, 1.0f);
+    return DecodeNested(code, bits, 1.0f);
   }
 };
 
+// At the stored depth.
 template <class Traits>
 __device__ __forceinline__ float FirstValue(const PageLayout& layout, const std::byte* page,
                                             int head, int channel) {
   FirstCode<Traits> code;
   code.Load(layout, page, head, channel);
-  return code.Value(layout, channel);
+  return code.Value(layout.stored_bits, channel);
 }
 
 #endif  // __CUDACC__

@@ -82,17 +82,19 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   const auto heads = static_cast<unsigned>(p.shape.num_kv_heads);
   const auto sequences = static_cast<unsigned>(p.num_sequences);
   const auto tiles = static_cast<unsigned>(p.work.columns / kTileColumns);
-  const bool split = 2 * heads * sequences * tiles <=
-                     PrepareCtasPerSm<Traits>() * static_cast<unsigned>(p.num_sms);
+  const auto sms = static_cast<unsigned>(p.num_sms);
+  const bool split = 2 * heads * sequences * tiles <= PrepareCtasPerSm<Traits>() * sms;
   ADAATTN_RETURN_IF_ERROR(LaunchProgressive(
       ProgressivePrepareKernel<Traits>, dim3(heads, sequences, split ? 2 * tiles : tiles),
       kQueryThreads, kPrepareShared, false, p, stream, "prepare"));
   const auto head_groups = static_cast<unsigned>(CeilDiv(p.shape.num_kv_heads, kScanWarps));
   const unsigned runs = static_cast<unsigned>(p.work.scan_runs) * head_groups;
-  const auto scan_ctas = static_cast<unsigned>(ScanCtasPerSm(Traits::kHeadDim) * p.num_sms);
+  const unsigned scan_ctas = static_cast<unsigned>(ScanCtasPerSm(Traits::kHeadDim)) * sms;
+  ProgressiveArgs scan = p;
+  scan.rehearse_scan = 2 * heads * sequences * tiles <= sms;  // or it would begin too late for that
   ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveScanKernel<TileTraits>,
                                             dim3(std::min(scan_ctas, runs * tiles)), kScanThreads,
-                                            kScanShared, true, p, stream, "scan"));
+                                            kScanShared, true, scan, stream, "scan"));
   if (p.two_stage) {
     ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveRefineKernel<Traits>, dim3(runs),
                                               kScanWarps * 32, kRefineShared, true, p, stream,

@@ -17,7 +17,6 @@ template <class Traits>
 struct RotateShared {
   ChannelRows<Traits, 2 * kTileColumns> query;
   ChannelRows<Traits, Traits::kHeadDim> basis;
-  float norm[kTileColumns];
 };
 
 // Whether a row sees a page that was sealed with basis `run`.
@@ -70,65 +69,68 @@ __device__ __forceinline__ void StartDecision(HeadDecision* decision, int bases,
   decision->key_bytes = decision->value_bytes = int64_t{tokens} * Traits::kHeadDim * 2;
 }
 
-// One tile of a head's queries; the first one's CTA clears what counts the head's work.
+// Rotates one tile of a head's queries; the first tile's CTA clears what counts the head's work.
 template <class Traits>
-__device__ __forceinline__ void RotateQueries(const ProgressiveArgs& p,
-                                              const ProgressiveSequence& s, int head,
-                                              int64_t head_index, int tile,
-                                              RotateShared<Traits>& shared) {
-  const ProgressiveWorkspace& w = p.work;
-  const BasisLayout layout = MakeBasisLayout(p.shape);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = w.columns / kTileColumns;
-  const PageRange visible = VisiblePages(s);
-  const auto block = [&](int run) {
+struct QueryRotator {
+  const ProgressiveArgs& p;
+  const ProgressiveSequence& s;
+  int head, tile;
+  int64_t head_index;
+  RotateShared<Traits>& shared;
+  const PageRange visible;
+  int run = 0;  // the basis at hand
+
+  __device__ __forceinline__ const std::byte* Block() const {
+    const BasisLayout layout = MakeBasisLayout(p.shape);
     return p.pool + static_cast<int64_t>(s.basis[run]) * kPageAlignment + head * layout.head_bytes;
-  };
-  const auto next_used = [&](int run) {
+  }
+  // The next basis from `first` on that is used, if there is one, is on its way.
+  __device__ __forceinline__ void Fetch(int first) {
+    run = first;
     while (run < s.num_bases && !BasisIsUsed(s, run, visible)) ++run;
-    return run;
-  };
-  int run = next_used(0), bases = 0;
-  if (run < s.num_bases) FetchBasis<Traits>(block(run) + layout.query_basis, shared);
-  CommitCopies();
-  const QueryColumn<Traits> q(p, s, head, tile * kTileColumns + warp, lane);
-  // The scan fetches as soon as it runs: its flood of reads must not stand before those above.
-  LaunchDependents();
-  const float norm = q.Norm();
-  if (lane == 0) shared.norm[warp] = norm;
-  __syncthreads();
-  const float unit = QueryUnit(shared.norm);
-  StoreQuery<__half>(q, InverseOfPower(unit), warp, lane, &shared.query);
-  for (; run < s.num_bases; ++bases) {
-    const int64_t at = (head_index * kMaxDeviceBasisRuns + run) * tiles + tile;
-    const float mean = q.Dot(reinterpret_cast<const float*>(block(run) + layout.mean), lane);
-    if (lane == 0) {
-      reinterpret_cast<float*>(p.workspace + w.query_mean)[at * kTileColumns + warp] = mean;
-    }
-    if (threadIdx.x == 0) reinterpret_cast<float*>(p.workspace + w.query_unit)[at] = unit;
-    WaitCopies<0>();
-    __syncthreads();
-    Rotate<Traits>(shared, warp, lane,
-                   reinterpret_cast<uint2*>(p.workspace + w.query) + at * Traits::kTiles * 32);
-    __syncthreads();
-    run = next_used(run + 1);
     if (run < s.num_bases) {
-      FetchBasis<Traits>(block(run) + layout.query_basis, shared);
-      CommitCopies();
+      FetchBasis<Traits>(Block() + MakeBasisLayout(p.shape).query_basis, shared);
     }
+    CommitCopies();
   }
-  if (tile > 0 || threadIdx.x >= 32) return;
-  if (threadIdx.x == 0) {
-    reinterpret_cast<int32_t*>(p.workspace + w.merged)[head_index] = 0;
-    if (head_index == 0) *reinterpret_cast<int32_t*>(p.workspace + w.taken) = 0;
+
+  __device__ __forceinline__ void Run(const QueryColumn<Traits>& q, float unit) {
+    const ProgressiveWorkspace& w = p.work;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = w.columns / kTileColumns;
+    StoreQuery<__half>(q, InverseOfPower(unit), warp, lane, &shared.query);
+    int bases = 0;
+    for (; run < s.num_bases; ++bases) {
+      const int64_t at = (head_index * kMaxDeviceBasisRuns + run) * tiles + tile;
+      const auto* mu = reinterpret_cast<const float*>(Block() + MakeBasisLayout(p.shape).mean);
+      const float mean = q.Dot(mu, lane);
+      if (lane == 0) {
+        reinterpret_cast<float*>(p.workspace + w.query_mean)[at * kTileColumns + warp] = mean;
+      }
+      if (threadIdx.x == 0) reinterpret_cast<float*>(p.workspace + w.query_unit)[at] = unit;
+      WaitCopies<0>();
+      __syncthreads();
+      Rotate<Traits>(shared, warp, lane,
+                     reinterpret_cast<uint2*>(p.workspace + w.query) + at * Traits::kTiles * 32);
+      __syncthreads();
+      Fetch(run + 1);
+    }
+    if (tile > 0 || threadIdx.x >= 32) return;
+    if (threadIdx.x == 0) {
+      reinterpret_cast<int32_t*>(p.workspace + w.merged)[head_index] = 0;
+      if (head_index == 0) *reinterpret_cast<int32_t*>(p.workspace + w.taken) = 0;
+    }
+    const TokenRange tail = VisibleTail(s);
+    StartDecision<Traits>(p.decisions + head_index, bases, tail.end - tail.begin);
   }
-  const TokenRange tail = VisibleTail(s);
-  StartDecision<Traits>(p.decisions + head_index, bases, tail.end - tail.begin);
-}
+};
 
 template <class Traits>
-union PrepareShared {
-  TailShared<Traits> tail;
-  RotateShared<Traits> rotate;
+struct PrepareShared {
+  union {
+    TailShared<Traits> tail;
+    RotateShared<Traits> rotate;
+  };
+  float norm[kTileColumns];
 };
 
 // Little enough for four CTAs a multiprocessor: a step of many short sequences is mostly this.
@@ -145,21 +147,34 @@ __global__ void __launch_bounds__(kQueryThreads, PrepareCtasPerSm<Traits>())
   NoteTime(p.stamps, kPrepareStamp);
   extern __shared__ __align__(16) std::byte shared_bytes[];
   auto& shared = *reinterpret_cast<PrepareShared<Traits>*>(shared_bytes);
-  const int head = blockIdx.x, sequence = blockIdx.y;
+  const int head = blockIdx.x, sequence = blockIdx.y, lane = threadIdx.x % 32;
   const int tiles = p.work.columns / kTileColumns, tile = static_cast<int>(blockIdx.z) % tiles;
   const bool both = static_cast<int>(gridDim.z) == tiles;
+  const bool rotates = both || static_cast<int>(blockIdx.z) >= tiles;
   const ProgressiveSequence& s = p.sequences[sequence];
   const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
-  if (both) PrefetchTail<Traits>(p, s, head);
-  if (both || static_cast<int>(blockIdx.z) >= tiles) {
-    RotateQueries<Traits>(p, s, head, head_index, tile, shared.rotate);
+  QueryRotator<Traits> rotator{p, s, head, tile, head_index, shared.rotate, VisiblePages(s)};
+  const TailRows<Traits> rows(p, s, head);
+  if (rotates) rotator.Fetch(0);
+  if (!rotates) rows.Fetch(rows.tail.begin, shared.tail);
+  if (both) rows.Prefetch();
+  const QueryColumn<Traits> q(p, s, head, tile * kTileColumns + threadIdx.x / 32, lane);
+  // The scan fetches as soon as it runs: its flood of reads must not stand before those above.
+  LaunchDependents();
+  const float norm = q.Norm();
+  if (lane == 0) shared.norm[threadIdx.x / 32] = norm;
+  __syncthreads();
+  const float unit = QueryUnit(shared.norm);
+  if (rotates) {
+    rotator.Run(q, unit);
     if (!both) return;
     __syncthreads();
+    rows.Fetch(rows.tail.begin, shared.tail);
   }
   if (p.page_type == DType::kF16) {
-    AttendTail<__half>(p, s, head, head_index, tile, shared.tail);
+    AttendTail<__half>(p, s, q, rows, head_index, tile, unit, shared.tail);
   } else {
-    AttendTail<__nv_bfloat16>(p, s, head, head_index, tile, shared.tail);
+    AttendTail<__nv_bfloat16>(p, s, q, rows, head_index, tile, unit, shared.tail);
   }
 }
 

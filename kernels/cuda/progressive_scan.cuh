@@ -378,9 +378,9 @@ struct PageScanner {
     if (lane == 0) Arrive(SharedAddress(&shared.begun));
   }
 
-  // The first turn is a rehearsal: it goes through a page of whatever lies in shared memory, stores
-  // nothing, and so has the instructions here when the kernel before ends. Behind the flood of
-  // reads that begins then each of them would take microseconds.
+  // The first turn is a rehearsal, where prepare leaves room for it: it goes through a page of
+  // whatever lies in shared memory, stores nothing, and so has the instructions here when prepare
+  // ends. Behind the flood of reads that begins then each of them would take microseconds.
   __device__ __forceinline__ void Run() {
     sinks.stored = -4;
     int stage = -1;  // the rehearsal
@@ -402,7 +402,9 @@ struct PageScanner {
         if (lane == 0 && stage >= 0) Arrive(SharedAddress(&shared.empty[stage]));
       };
       const int page = work.first_page + place;
-      if (stage >= 0 && ((work.visible >> place & 1) == 0 || member >= heads)) {
+      const bool nothing =
+          stage < 0 ? !p.rehearse_scan : (work.visible >> place & 1) == 0 || member >= heads;
+      if (nothing) {
         release();
       } else {
         if (page >= basis_end && stage >= 0) LoadQuery(page);

@@ -101,8 +101,13 @@ struct FirstToken {
     if (threadIdx.x < kD) code.Load(p.layout, page, head, threadIdx.x);
   }
 
-  // As the summary of a page, to the row of its own, of no weight yet.
-  __device__ __forceinline__ void Store(const ProgressiveArgs& p, ChunkMeans<Traits>& means) const {
+  // As the summary of a page, to the row of its own, of no weight yet. At the depth that a static
+  // policy reads, else at the stored one.
+  __device__ __forceinline__ void Store(const ProgressiveArgs& p, const DecisionParams& decision,
+                                        ChunkMeans<Traits>& means) const {
+    const int bits = decision.policy == Policy::kStatic
+                         ? StaticDepth(decision, kD, p.stored_bits).value_bits
+                         : p.stored_bits;
     float top = 0, squares = 0, own = 0;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -113,7 +118,7 @@ struct FirstToken {
     }
     std::byte* row = means.summaries[kFirstToken];
     if (threadIdx.x < kD) {
-      const float x = code.Value(p.layout, threadIdx.x) * __fdividef(own * 127.0f, top);
+      const float x = code.Value(bits, threadIdx.x) * __fdividef(own * 127.0f, top);
       reinterpret_cast<int8_t*>(row + sizeof(ValueSummary))[threadIdx.x] =
           static_cast<int8_t>(__float2int_rn(x));
     }
@@ -477,7 +482,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   WaitCopies<0>();
   __syncwarp();
   decider.Summarise(shared);
-  if (has_sink) first.Store(p, shared.means);
+  if (has_sink) first.Store(p, from.decision, shared.means);
   float lse[PageDecider<Traits>::kEach];
   FindLse<Traits>(decider, sequence, head, masses, shared, lse);
   if (decider.page == 0) decider.StoreHead(lse);

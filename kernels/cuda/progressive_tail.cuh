@@ -18,46 +18,66 @@ struct TailShared {
   ChannelRows<Traits, 2 * kTileColumns> query;
   alignas(16) float score[kTileColumns][kTokens + 4];
   alignas(16) uint16_t weight[2 * kTileColumns][kTokens + 8];
-  float norm[kTileColumns];
   float rescale[kTileColumns];
   float sum[kTileColumns];
 };
 
-// Starts the copies of rows of tokens [begin, end) of the cache, from `offset` of their pages on.
-// Rows after them, up to whole MMAs, become 0.
+// A sequence's tail in the cache.
 template <class Traits>
-__device__ __forceinline__ void FetchRows(
-    const ProgressiveArgs& p, const ProgressiveSequence& s, int64_t offset, int begin, int end,
-    ChannelRows<Traits, TailShared<Traits>::kTokens>* target) {
-  constexpr int kD = Traits::kHeadDim, kPieces = kD / 8;
-  const int rows = end - begin, whole = (rows + 15) / 16 * 16;
-  for (int i = threadIdx.x; i < whole * kPieces; i += kQueryThreads) {
-    const int row = i / kPieces, at = i % kPieces * 8, token = begin + row;
-    if (row >= rows) {
-      *reinterpret_cast<uint4*>(target->At(row, at)) = make_uint4(0, 0, 0, 0);
-      continue;
-    }
-    CopyAsync16(
-        target->At(row, at),
-        p.pool + offset +
-            static_cast<int64_t>(p.table[s.table_begin + token / kPageTokens]) * kPageAlignment +
-            (token % kPageTokens * kD + at) * 2);
+struct TailRows {
+  static constexpr int kD = Traits::kHeadDim, kTokens = TailShared<Traits>::kTokens;
+  const ProgressiveArgs& p;
+  const ProgressiveSequence& s;
+  TokenRange tail;
+  int64_t keys, values;  // of the head, from the start of a page
+
+  __device__ __forceinline__ TailRows(const ProgressiveArgs& args, const ProgressiveSequence& of,
+                                      int head)
+      : p(args),
+        s(of),
+        tail(VisibleTail(of)),
+        keys(DenseKeyOffset(head, kD, args.page_type)),
+        values(DenseValueOffset(args.shape, head, args.page_type)) {}
+
+  __device__ __forceinline__ const std::byte* Page(int page) const {
+    return p.pool + static_cast<int64_t>(p.table[s.table_begin + page]) * kPageAlignment;
   }
-  CommitCopies();
-}
-template <class Traits>
-__device__ __forceinline__ void FetchKeys(const ProgressiveArgs& p, const ProgressiveSequence& s,
-                                          int head, int begin, int end,
-                                          TailShared<Traits>& shared) {
-  FetchRows<Traits>(p, s, DenseKeyOffset(head, Traits::kHeadDim, p.page_type), begin, end,
-                    &shared.key);
-}
-template <class Traits>
-__device__ __forceinline__ void FetchValues(const ProgressiveArgs& p, const ProgressiveSequence& s,
-                                            int head, int begin, int end,
-                                            TailShared<Traits>& shared) {
-  FetchRows<Traits>(p, s, DenseValueOffset(p.shape, head, p.page_type), begin, end, &shared.value);
-}
+  __device__ __forceinline__ int Count(int begin) const { return min(kTokens, tail.end - begin); }
+
+  // Starts the copies of the keys, then of the values, of kTokens tokens from `begin` on. Rows
+  // after the last one, up to whole MMAs, become 0.
+  __device__ __forceinline__ void Fetch(int begin, TailShared<Traits>& shared) const {
+    FetchPart(keys, begin, &shared.key);
+    FetchPart(values, begin, &shared.value);
+  }
+  __device__ __forceinline__ void FetchPart(int64_t offset, int begin,
+                                            ChannelRows<Traits, kTokens>* target) const {
+    constexpr int kPieces = kD / 8;
+    const int rows = Count(begin), whole = (rows + 15) / 16 * 16;
+    for (int i = threadIdx.x; i < whole * kPieces; i += kQueryThreads) {
+      const int row = i / kPieces, at = i % kPieces * 8, token = begin + row;
+      if (row >= rows) {
+        *reinterpret_cast<uint4*>(target->At(row, at)) = make_uint4(0, 0, 0, 0);
+        continue;
+      }
+      CopyAsync16(target->At(row, at),
+                  Page(token / kPageTokens) + offset + (token % kPageTokens * kD + at) * 2);
+    }
+    CommitCopies();
+  }
+
+  // Has L2 fetch all of it.
+  __device__ __forceinline__ void Prefetch() const {
+    const int first = tail.begin / kPageTokens, pages = CeilDiv(tail.end, kPageTokens) - first;
+    for (int i = threadIdx.x; tail.begin < tail.end && i < 2 * pages; i += kQueryThreads) {
+      const int page = first + i / 2;
+      const int begin = max(tail.begin - page * kPageTokens, 0);
+      const int rows = min(tail.end - page * kPageTokens, kPageTokens) - begin;
+      PrefetchBulk(Page(page) + (i % 2 == 0 ? keys : values) + begin * kD * 2,
+                   static_cast<uint32_t>(rows * kD * 2));
+    }
+  }
+};
 
 // Attends the tail for one tile of columns.
 template <typename T, class Traits>
@@ -172,51 +192,22 @@ struct TailAttender {
   }
 };
 
-// Has L2 fetch the tail's keys and values.
-template <class Traits>
-__device__ __forceinline__ void PrefetchTail(const ProgressiveArgs& p, const ProgressiveSequence& s,
-                                             int head) {
-  const TokenRange tail = VisibleTail(s);
-  const int first = tail.begin / kPageTokens, pages = CeilDiv(tail.end, kPageTokens) - first;
-  for (int i = threadIdx.x; tail.begin < tail.end && i < 2 * pages; i += kQueryThreads) {
-    const int page = first + i / 2;
-    const int begin = max(tail.begin - page * kPageTokens, 0);
-    const int rows = min(tail.end - page * kPageTokens, kPageTokens) - begin;
-    const int64_t offset = i % 2 == 0 ? DenseKeyOffset(head, Traits::kHeadDim, p.page_type)
-                                      : DenseValueOffset(p.shape, head, p.page_type);
-    PrefetchBulk(p.pool + offset + begin * Traits::kHeadDim * 2 +
-                     static_cast<int64_t>(p.table[s.table_begin + page]) * kPageAlignment,
-                 static_cast<uint32_t>(rows * Traits::kHeadDim * 2));
-  }
-}
-
+// The tail, whose first rows are being fetched. `unit`: of the queries.
 template <typename T, class Traits>
 __device__ __forceinline__ void AttendTail(const ProgressiveArgs& p,
-                                           const ProgressiveSequence& from, int head,
-                                           int64_t head_index, int tile,
-                                           TailShared<Traits>& shared) {
-  constexpr int kTokens = TailShared<Traits>::kTokens;
+                                           const ProgressiveSequence& from,
+                                           const QueryColumn<Traits>& q,
+                                           const TailRows<Traits>& rows, int64_t head_index,
+                                           int tile, float unit, TailShared<Traits>& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const SequenceView s(from);
-  const TokenRange tail = VisibleTail(from);
   const int column_begin = tile * kTileColumns, group_size = p.shape.group_size();
-  FetchKeys<Traits>(p, from, head, tail.begin, min(tail.begin + kTokens, tail.end), shared);
-  FetchValues<Traits>(p, from, head, tail.begin, min(tail.begin + kTokens, tail.end), shared);
-  const QueryColumn<Traits> q(p, from, head, column_begin + warp, lane);
-  LaunchDependents();
-  const float norm = q.Norm();
-  if (lane == 0) shared.norm[warp] = norm;
-  __syncthreads();
-  const float unit = QueryUnit(shared.norm);
   StoreQuery<T>(q, InverseOfPower(unit), warp, lane, &shared.query);
   TailAttender<T, Traits> attender{
       s, shared, group_size, column_begin, group_size * s.q_len - column_begin, warp, lane};
-  for (int begin = tail.begin; begin < tail.end; begin += kTokens) {
-    const int tokens = min(kTokens, tail.end - begin);
-    if (begin > tail.begin) {
-      FetchKeys<Traits>(p, from, head, begin, begin + tokens, shared);
-      FetchValues<Traits>(p, from, head, begin, begin + tokens, shared);
-    }
+  for (int begin = rows.tail.begin; begin < rows.tail.end; begin += rows.kTokens) {
+    const int tokens = rows.Count(begin);
+    if (begin > rows.tail.begin) rows.Fetch(begin, shared);
     WaitCopies<1>();
     __syncthreads();
     attender.Score(begin, tokens, unit);

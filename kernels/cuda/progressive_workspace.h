@@ -187,6 +187,7 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
 
 // What the kernels get: everything that depends on shapes alone is worked out once, on the host.
 struct ProgressiveArgs : ProgressiveParams {
+  bool rehearse_scan = false;
   PageLayout layout;
   ProgressiveWorkspace work;
 };
