@@ -155,7 +155,7 @@ struct OutputEstimator {
       const int channels = own.warp + kBudgetWarps * i;
       if (channels >= Traits::kTiles) break;
       float even[4] = {}, odd[4] = {};
-#pragma unroll 4
+#pragma unroll 2
       for (int first = 0; first < block.rows; first += 16) {
         uint32_t a[4], bytes[2];
         LoadMatrices<false>(a, &shared.weights[lane % 16][first + lane / 16 * 8]);
@@ -320,7 +320,7 @@ struct TermSummer {
     int squares[2] = {};
     const std::byte* means = own.Summary(begin + own.g) + sizeof(ValueSummary) + 4 * own.t;
     const __half* output = own.Output(tile) + own.g * Shared::kOutputStride + 4 * own.t;
-#pragma unroll 4
+#pragma unroll 2
     for (int k = 0; k < Traits::kTiles; ++k) {
       const int x = *reinterpret_cast<const int*>(means + 16 * k);
       const int y = *reinterpret_cast<const int*>(means + 8 * Shared::kSummaryBytes + 16 * k);
@@ -442,19 +442,23 @@ __device__ __forceinline__ void StoreTheta(const BudgetPages<Traits>& own, const
   BudgetShared<Traits>& shared = own.shared;
   shared.warp_sums[own.warp][own.lane] = sums;
   __syncthreads();
+  ErrorTerms total;
   if (own.warp == 0) {
-    ErrorTerms total;
 #pragma unroll
     for (int i = 0; i < kBudgetWarps; ++i) AddTerms(shared.warp_sums[i][own.lane], &total);
-    cluster.At(&shared, 0)->cta_sums[cluster.rank][own.lane] = total;
   }
-  cluster.Sync();
+  if (cluster.ctas > 1) {
+    if (own.warp == 0) cluster.At(&shared, 0)->cta_sums[cluster.rank][own.lane] = total;
+    cluster.Sync();
+    total = ErrorTerms();
+#pragma unroll
+    for (int i = 0; i < kMaxBudgetCtas; ++i) {
+      if (i < cluster.ctas) AddTerms(shared.cta_sums[i][own.lane], &total);
+    }
+  }
   if (cluster.rank != 0 || own.warp != 0) return;
-  ErrorTerms total;
-  for (int i = 0; i < cluster.ctas; ++i) AddTerms(shared.cta_sums[i][own.lane], &total);
   const uint32_t fit =
-      __ballot_sync(0xffffffffu, own.lane < kNumBudgetThetas &&
-                                     FitsBudget(total, own.from.decision.target_relative_error));
+      __ballot_sync(0xffffffffu, own.lane < kNumBudgetThetas && FitsBudget(total, own.target));
   if (own.lane != 0) return;
   reinterpret_cast<float*>(own.p.workspace + own.p.work.theta)[own.head_index] =
       fit == 0 ? 0.0f : BudgetTheta(31 - __clz(fit));
