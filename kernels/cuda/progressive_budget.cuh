@@ -196,10 +196,10 @@ struct OutputEstimator {
     partial.mass[own.g] = mass;
   }
 
-  // L and o of column `warp`, from the sums of all CTAs and the dense tail: channels 4 (lane + 32
-  // i) to + 3 in element i.
+  // L and o of column `warp`, from the sums of all CTAs and the dense tail. A lane has channels
+  // 4 (lane + 32 q) to + 3.
   __device__ __forceinline__ void Join() const {
-    const int n = own.warp, lane = own.lane, other = lane % kMaxBudgetCtas;
+    const int n = own.warp, lane = own.lane;
     const RowCluster& cluster = own.cluster;
     BudgetPartial<Traits>* partial = &shared.partial[tile % 2];
     // Of all CTAs at once, and first of all: their memory is far.
@@ -213,23 +213,18 @@ struct OutputEstimator {
       }
     };
     load_parts(0);
-    float other_high = -INFINITY, other_mass = 0;
-    if (other < cluster.ctas) {
-      const BudgetPartial<Traits>* x = cluster.At(partial, other);
-      other_high = x->high[n];
-      other_mass = x->mass[n];
-    }
+    // Lane i has CTA i's, as have those that many (a power of two) further on.
+    const BudgetPartial<Traits>* other = cluster.At(partial, lane & (cluster.ctas - 1));
+    const float other_high = other->high[n], other_mass = other->mass[n];
     float top = other_high;
-#pragma unroll
-    for (int step = 1; step < kMaxBudgetCtas; step *= 2) {
+    for (int step = 1; step < cluster.ctas; step *= 2) {
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
     }
     top = fmaxf(top, dense_lse);
     const float base = top == -INFINITY ? 0.0f : top;
     const float factor = Exp2(other_high - base), dense_factor = Exp2(dense_lse - base);
     float total = other_mass * factor;
-#pragma unroll
-    for (int step = 1; step < kMaxBudgetCtas; step *= 2) {
+    for (int step = 1; step < cluster.ctas; step *= 2) {
       total += __shfl_xor_sync(0xffffffffu, total, step);
     }
     total += dense_factor;
