@@ -155,7 +155,7 @@ struct OutputEstimator {
       const int channels = own.warp + kBudgetWarps * i;
       if (channels >= Traits::kTiles) break;
       float even[4] = {}, odd[4] = {};
-#pragma unroll 4
+#pragma unroll 2
       for (int first = 0; first < block.rows; first += 16) {
         uint32_t a[4], bytes[2];
         LoadMatrices<false>(a, &shared.weights[lane % 16][first + lane / 16 * 8]);
@@ -196,10 +196,10 @@ struct OutputEstimator {
     partial.mass[own.g] = mass;
   }
 
-  // L and o of column `warp`, from the sums of all CTAs and the dense tail: channels 4 (lane + 32
-  // i) to + 3 in element i.
+  // L and o of column `warp`, from the sums of all CTAs and the dense tail. A lane has channels
+  // 4 (lane + 32 q) to + 3.
   __device__ __forceinline__ void Join() const {
-    const int n = own.warp, lane = own.lane, other = lane % kMaxBudgetCtas;
+    const int n = own.warp, lane = own.lane;
     const RowCluster& cluster = own.cluster;
     BudgetPartial<Traits>* partial = &shared.partial[tile % 2];
     // Of all CTAs at once, and first of all: their memory is far.
@@ -213,23 +213,18 @@ struct OutputEstimator {
       }
     };
     load_parts(0);
-    float other_high = -INFINITY, other_mass = 0;
-    if (other < cluster.ctas) {
-      const BudgetPartial<Traits>* x = cluster.At(partial, other);
-      other_high = x->high[n];
-      other_mass = x->mass[n];
-    }
+    // Lane i has CTA i's, as have those that many (a power of two) further on.
+    const BudgetPartial<Traits>* other = cluster.At(partial, lane & (cluster.ctas - 1));
+    const float other_high = other->high[n], other_mass = other->mass[n];
     float top = other_high;
-#pragma unroll
-    for (int step = 1; step < kMaxBudgetCtas; step *= 2) {
+    for (int step = 1; step < cluster.ctas; step *= 2) {
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
     }
     top = fmaxf(top, dense_lse);
     const float base = top == -INFINITY ? 0.0f : top;
     const float factor = Exp2(other_high - base), dense_factor = Exp2(dense_lse - base);
     float total = other_mass * factor;
-#pragma unroll
-    for (int step = 1; step < kMaxBudgetCtas; step *= 2) {
+    for (int step = 1; step < cluster.ctas; step *= 2) {
       total += __shfl_xor_sync(0xffffffffu, total, step);
     }
     total += dense_factor;
@@ -320,7 +315,7 @@ struct TermSummer {
     int squares[2] = {};
     const std::byte* means = own.Summary(begin + own.g) + sizeof(ValueSummary) + 4 * own.t;
     const __half* output = own.Output(tile) + own.g * Shared::kOutputStride + 4 * own.t;
-#pragma unroll 4
+#pragma unroll 2
     for (int k = 0; k < Traits::kTiles; ++k) {
       const int x = *reinterpret_cast<const int*>(means + 16 * k);
       const int y = *reinterpret_cast<const int*>(means + 8 * Shared::kSummaryBytes + 16 * k);
@@ -442,19 +437,23 @@ __device__ __forceinline__ void StoreTheta(const BudgetPages<Traits>& own, const
   BudgetShared<Traits>& shared = own.shared;
   shared.warp_sums[own.warp][own.lane] = sums;
   __syncthreads();
+  ErrorTerms total;
   if (own.warp == 0) {
-    ErrorTerms total;
 #pragma unroll
     for (int i = 0; i < kBudgetWarps; ++i) AddTerms(shared.warp_sums[i][own.lane], &total);
-    cluster.At(&shared, 0)->cta_sums[cluster.rank][own.lane] = total;
   }
-  cluster.Sync();
+  if (cluster.ctas > 1) {
+    if (own.warp == 0) cluster.At(&shared, 0)->cta_sums[cluster.rank][own.lane] = total;
+    cluster.Sync();
+    total = ErrorTerms();
+#pragma unroll
+    for (int i = 0; i < kMaxBudgetCtas; ++i) {
+      if (i < cluster.ctas) AddTerms(shared.cta_sums[i][own.lane], &total);
+    }
+  }
   if (cluster.rank != 0 || own.warp != 0) return;
-  ErrorTerms total;
-  for (int i = 0; i < cluster.ctas; ++i) AddTerms(shared.cta_sums[i][own.lane], &total);
   const uint32_t fit =
-      __ballot_sync(0xffffffffu, own.lane < kNumBudgetThetas &&
-                                     FitsBudget(total, own.from.decision.target_relative_error));
+      __ballot_sync(0xffffffffu, own.lane < kNumBudgetThetas && FitsBudget(total, own.target));
   if (own.lane != 0) return;
   reinterpret_cast<float*>(own.p.workspace + own.p.work.theta)[own.head_index] =
       fit == 0 ? 0.0f : BudgetTheta(31 - __clz(fit));

@@ -102,6 +102,7 @@ struct BudgetPages {
   const RowCluster& cluster;
   Shared& shared;
   const ProgressiveSequence& from;
+  float target;  // relative error
   int head, columns, head_index;
   int lane, warp, g, t;
   PageRange pages;
@@ -119,6 +120,7 @@ struct BudgetPages {
         cluster(row),
         shared(memory),
         from(args.sequences[blockIdx.z]),
+        target(from.decision.target_relative_error),
         head(static_cast<int>(blockIdx.y)),
         columns(args.shape.group_size() * view.q_len),
         head_index(static_cast<int>(blockIdx.z) * args.shape.num_kv_heads + head),

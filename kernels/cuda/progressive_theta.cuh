@@ -37,8 +37,11 @@ size_t ThetaSharedBytes(const ProgressiveArgs& p) {
 // Of any CTA.
 template <class Traits>
 constexpr size_t MaxThetaSharedBytes() {
-  return BudgetSharedBytes<Traits>(Traits::kColumns == kTileColumns ? kMaxColumns : kTileColumns,
-                                   BudgetBlockPages(Traits::kHeadDim));
+  constexpr size_t kBytes =
+      BudgetSharedBytes<Traits>(Traits::kColumns == kTileColumns ? kMaxColumns : kTileColumns,
+                                BudgetBlockPages(Traits::kHeadDim));
+  static_assert(kBytes <= size_t{227} << 10, "what a CTA may have");
+  return kBytes;
 }
 
 __device__ __forceinline__ MassSums ShuffleMasses(const MassSums& sums, int step) {

@@ -95,8 +95,8 @@ ADAATTN_HD int32_t NumThetasBelow(float share) {
 
 // The rung that value `index` of the grid puts a page on whose share has `below` values below it.
 ADAATTN_HD constexpr int32_t BudgetRung(int32_t below, int32_t index) {
-  const int32_t above = below - index;
-  return above <= 0 ? 0 : above > 12 ? 4 : (above + 3) / 4;
+  const int32_t above = below - index + 3;
+  return static_cast<int32_t>(static_cast<uint32_t>(above < 0 ? 0 : above < 16 ? above : 16) / 4);
 }
 
 // Whether the mean square relative error of `terms` is low enough for the target.
