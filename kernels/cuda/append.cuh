@@ -144,6 +144,12 @@ __global__ void __launch_bounds__(kAppendThreads)
   if (threadIdx.x < kHeaderWords) header_words[threadIdx.x] = __ldg(packed + threadIdx.x);
   const int thread = blockIdx.x * kAppendThreads + threadIdx.x, lane = threadIdx.x % 32;
   const int num_threads = gridDim.x * kAppendThreads;
+  // The first unit's run, asked for before the header says that there is one.
+  const int heads = p.shape.num_kv_heads, first_unit = thread / 32;
+  AppendRun run;
+  if (first_unit / (2 * heads) < p.max_sequences) {
+    run = LoadFromBlock(p.runs + first_unit / (2 * heads));
+  }
   static_assert(sizeof(HeadDecision) % 4 == 0, "cleared by words");
   constexpr int kWords = sizeof(HeadDecision) / 4;
   for (int i = thread; i < num_decisions * kWords; i += num_threads) {
@@ -155,19 +161,17 @@ __global__ void __launch_bounds__(kAppendThreads)
   for (int64_t i = num_threads - 1 - thread; i < header.block_bytes / 16; i += num_threads) {
     reinterpret_cast<uint4*>(block)[i] = __ldg(packed + i);
   }
-  const auto* runs = reinterpret_cast<const AppendRun*>(
-      reinterpret_cast<const std::byte*>(p.header) + header.runs_offset);
-  const int heads = p.shape.num_kv_heads;
   const int append_units = header.num_runs * heads * 2;
   const int64_t query_elements = header.num_lse * p.shape.head_dim;
   const int query_units = static_cast<int>((query_elements + kQueryUnit - 1) / kQueryUnit);
   const int num_units = append_units + query_units;
-  for (int unit = thread / 32; unit < num_units; unit += num_threads / 32) {
+  for (int unit = first_unit; unit < num_units; unit += num_threads / 32) {
     if (unit >= append_units) {
       CopyQuery(p, header, unit - append_units, lane);
       continue;
     }
-    const AppendRun run = LoadFromBlock(runs + unit / (2 * heads));
+    const int index = unit / (2 * heads);
+    if (unit != first_unit || index >= p.max_sequences) run = LoadFromBlock(p.runs + index);
     if (!AppendHead(p, header, run, unit % heads, unit / heads % 2 != 0, lane)) {
       atomicOr(p.flags + run.sequence, kNonfiniteKv);
     }
