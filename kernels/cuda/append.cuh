@@ -5,7 +5,8 @@
 // grid (2 CTAs a multiprocessor), fixed: how much there is to do stands in the step's header. A
 // warp takes one unit at a time: the rows of one AppendRun for one kv head of K or of V, or 512
 // elements of q. Loads cross PCIe, so they are long and many are in flight: while some warps bring
-// the block for the kernels that follow, the others read it where the host packed it.
+// the block for the kernels that follow, the others read it where the host packed it. Loops over
+// the grid's threads mostly turn once: to unroll them would cost a division to find out.
 
 #include <cuda_fp8.h>
 
@@ -141,33 +142,41 @@ __global__ void __launch_bounds__(kAppendThreads)
   constexpr int kHeaderWords = sizeof(StepHeader) / sizeof(uint4);
   __shared__ uint4 header_words[kHeaderWords];
   const auto* packed = reinterpret_cast<const uint4*>(p.header);
-  if (threadIdx.x < kHeaderWords) header_words[threadIdx.x] = __ldg(packed + threadIdx.x);
+  uint4 header_word;
+  if (threadIdx.x < kHeaderWords) header_word = __ldg(packed + threadIdx.x);
   const int thread = blockIdx.x * kAppendThreads + threadIdx.x, lane = threadIdx.x % 32;
   const int num_threads = gridDim.x * kAppendThreads;
+  // The first unit's run, asked for before the header says that there is one.
+  const int heads = p.shape.num_kv_heads, first_unit = thread / 32;
+  AppendRun run;
+  if (first_unit / (2 * heads) < p.max_sequences) {
+    run = LoadFromBlock(p.runs + first_unit / (2 * heads));
+  }
   static_assert(sizeof(HeadDecision) % 4 == 0, "cleared by words");
   constexpr int kWords = sizeof(HeadDecision) / 4;
+#pragma unroll 1
   for (int i = thread; i < num_decisions * kWords; i += num_threads) {
     reinterpret_cast<uint32_t*>(p.decisions)[i] = 0;
   }
+  if (threadIdx.x < kHeaderWords) header_words[threadIdx.x] = header_word;
   __syncthreads();
   const StepHeader& header = *reinterpret_cast<const StepHeader*>(header_words);
   // From the grid's last thread on: units begin with the first.
+#pragma unroll 1
   for (int64_t i = num_threads - 1 - thread; i < header.block_bytes / 16; i += num_threads) {
     reinterpret_cast<uint4*>(block)[i] = __ldg(packed + i);
   }
-  const auto* runs = reinterpret_cast<const AppendRun*>(
-      reinterpret_cast<const std::byte*>(p.header) + header.runs_offset);
-  const int heads = p.shape.num_kv_heads;
   const int append_units = header.num_runs * heads * 2;
   const int64_t query_elements = header.num_lse * p.shape.head_dim;
   const int query_units = static_cast<int>((query_elements + kQueryUnit - 1) / kQueryUnit);
   const int num_units = append_units + query_units;
-  for (int unit = thread / 32; unit < num_units; unit += num_threads / 32) {
+  for (int unit = first_unit; unit < num_units; unit += num_threads / 32) {
     if (unit >= append_units) {
       CopyQuery(p, header, unit - append_units, lane);
       continue;
     }
-    const AppendRun run = LoadFromBlock(runs + unit / (2 * heads));
+    const int index = unit / (2 * heads);
+    if (unit != first_unit || index >= p.max_sequences) run = LoadFromBlock(p.runs + index);
     if (!AppendHead(p, header, run, unit % heads, unit / heads % 2 != 0, lane)) {
       atomicOr(p.flags + run.sequence, kNonfiniteKv);
     }
@@ -187,7 +196,8 @@ __device__ __forceinline__ void ReportStep(const StepParams& p, const StepHeader
   __syncthreads();
   if (!is_last) return;
   StepReport& report = *header.report;
-  for (int i = threadIdx.x; i < kNumStamps; i += kAppendThreads) report.stamps[i] = p.stamps[i];
+  static_assert(kNumStamps <= kAppendThreads, "a thread for each");
+  if (threadIdx.x < kNumStamps) report.stamps[threadIdx.x] = p.stamps[threadIdx.x];
   __syncthreads();
   if (threadIdx.x != 0) return;
   *p.arrivals = 0;
@@ -198,24 +208,32 @@ __device__ __forceinline__ void ReportStep(const StepParams& p, const StepHeader
 __global__ void __launch_bounds__(kAppendThreads)
     ReturnKernel(const __grid_constant__ StepParams p) {
   NoteTime(p.stamps, kReturnStamp);
-  const StepHeader& header = *p.header;
-  const int thread = blockIdx.x * kAppendThreads + threadIdx.x;
+  const StepHeader header = *p.header;
   const int num_threads = gridDim.x * kAppendThreads;
-  for (int64_t i = thread; i < header.out_bytes / 16; i += num_threads) {
+  // Each part begins with other threads, so that none waits for another.
+  const auto first = [&](int part) {
+    return static_cast<int>((blockIdx.x + gridDim.x * part / 4) % gridDim.x * kAppendThreads +
+                            threadIdx.x);
+  };
+#pragma unroll 1
+  for (int64_t i = first(0); i < header.out_bytes / 16; i += num_threads) {
     reinterpret_cast<uint4*>(header.out)[i] = reinterpret_cast<const uint4*>(p.out)[i];
   }
-  for (int64_t i = thread; i < header.num_lse; i += num_threads) header.lse[i] = p.lse[i];
   constexpr int kWords = sizeof(HeadDecision) / 4;
   constexpr int kErrorWord = offsetof(HeadDecision, predicted_error) / 4;
   const int words = p.shape.num_kv_heads * kWords;
-  for (int i = thread; i < header.num_sequences * words; i += num_threads) {
+#pragma unroll 1
+  for (int i = first(1); i < header.num_sequences * words; i += num_threads) {
     const int64_t from = int64_t{p.sequences[i / words].decision} * words + i % words;
     uint32_t word = reinterpret_cast<const uint32_t*>(p.decisions)[from];
     // The kernels before leave the mean square.
     if (i % kWords == kErrorWord) word = __float_as_uint(sqrtf(__uint_as_float(word)));
     reinterpret_cast<uint32_t*>(header.decisions)[i] = word;
   }
-  for (int i = thread; i < header.num_sequences; i += num_threads) {
+#pragma unroll 1
+  for (int64_t i = first(2); i < header.num_lse; i += num_threads) header.lse[i] = p.lse[i];
+#pragma unroll 1
+  for (int i = first(3); i < header.num_sequences; i += num_threads) {
     const uint32_t flags = p.flags[i];
     header.results[2 * i] = (flags & kNonfiniteQ) != 0;
     header.results[2 * i + 1] = (flags & kNonfiniteKv) != 0;

@@ -206,11 +206,11 @@ ScratchNeeds CudaPlan::Needs(const AttendBatch& batch) const {
     q_rows += sequence.q_len;
     entries += static_cast<int64_t>(sequence.pages.size());
     if (IsBounded(sequence)) entries += static_cast<int64_t>(sequence.exact_pages.size());
-    runs += sequence.append_len / kPageTokens + 2;
+    runs += sequence.append_len / kPageTokens + 2;  // at least max_sequences in all
   }
   const int64_t rows = q_rows * key_.shape.num_q_heads, elements = rows * key_.shape.head_dim;
   ScratchNeeds needs = shape_needs_;
-  needs.block = layout_.tail + (entries + 3) / 4 * 16 + runs * int64_t{sizeof(AppendRun)};
+  needs.block = layout_.tail + runs * int64_t{sizeof(AppendRun)} + (entries + 3) / 4 * 16;
   needs.q = elements * DTypeBytes(key_.in_type);
   needs.out = elements * DTypeBytes(key_.out_type);
   needs.lse = rows * int64_t{sizeof(float)};

@@ -92,8 +92,8 @@ inline bool UsesSealedPages(const SequenceStep& sequence) {
 absl::StatusOr<PlanKey> MakePlanKey(const AttendBatch& batch);
 
 // Byte offsets of the packed block of a step. Everything before `tail` has a fixed place, which the
-// graph's kernels know; the tail holds the page tables (those of originals, too, where steps are
-// bounded), then the AppendRuns.
+// graph's kernels know; the tail holds the AppendRuns, then the page tables (those of originals,
+// too, where steps are bounded), whose entries are numbered from `tail` on.
 struct BlockLayout {
   int64_t steps = 0;        // StepSequence [max_sequences]
   int64_t sequences = 0;    // DeviceSequence [max_sequences]

@@ -77,6 +77,7 @@ class Packer {
   }
 
   int64_t Pack() {
+    ReserveRuns();
     for (const SequenceStep& sequence : batch_.sequences) AddSequence(sequence);
     AddRuns();
     if (!HoldsScanRuns()) AddScanRuns();
@@ -90,6 +91,7 @@ class Packer {
   void AddBounded(const SequenceStep& sequence, const DeviceSequence& device, BoundedSequence* out);
   void AddPages(absl::Span<const PageId> pages);
   int32_t AddScales(absl::Span<const float> scales);
+  void ReserveRuns();
   void AddRuns();
   // Whether the block has the runs of these very pages; tells the sequences which are theirs.
   bool HoldsScanRuns();
@@ -182,9 +184,18 @@ int32_t Packer::AddScales(absl::Span<const float> scales) {
   return first;
 }
 
+// Table entries follow the runs.
+void Packer::ReserveRuns() {
+  int64_t num_runs = 0;
+  for (const SequenceStep& sequence : batch_.sequences) {
+    if (sequence.append_len == 0) continue;
+    num_runs += (sequence.kv_len % kPageTokens + sequence.append_len - 1) / kPageTokens + 1;
+  }
+  num_entries_ = static_cast<int32_t>(num_runs * sizeof(AppendRun) / sizeof(uint32_t));
+}
+
 void Packer::AddRuns() {
-  header_->runs_offset = plan_.layout().tail + (int64_t{num_entries_} + 3) / 4 * 16;
-  auto* runs = reinterpret_cast<AppendRun*>(block_ + header_->runs_offset);
+  auto* runs = reinterpret_cast<AppendRun*>(block_ + plan_.layout().tail);
   int32_t num_runs = 0;
   for (int32_t i = 0; i < num_sequences_; ++i) {
     const DeviceSequence& sequence = sequences_[i];
@@ -202,8 +213,7 @@ void Packer::AddRuns() {
     }
   }
   header_->num_runs = num_runs;
-  static_assert(sizeof(AppendRun) % 16 == 0, "copied 16 bytes at a time");
-  header_->block_bytes = header_->runs_offset + num_runs * int64_t{sizeof(AppendRun)};
+  header_->block_bytes = plan_.layout().tail + (int64_t{num_entries_} + 3) / 4 * 16;
 }
 
 bool Packer::HoldsScanRuns() {
@@ -281,6 +291,8 @@ StepParams EndParams(const CudaPlan& plan, const Scratch& scratch, const PageMem
   params.page_type = DenseDType(plan.key().format);
   params.pool = memory.pool;
   params.header = reinterpret_cast<const StepHeader*>(block);
+  params.runs = reinterpret_cast<const AppendRun*>(block + plan.layout().tail);
+  params.max_sequences = plan.key().max_sequences;
   params.sequences = reinterpret_cast<const StepSequence*>(block + plan.layout().steps);
   params.scales = reinterpret_cast<const float*>(block + plan.layout().scales);
   params.q = scratch.q();

@@ -30,8 +30,7 @@ struct alignas(16) StepHeader {
   StepReport* report = nullptr;
   int64_t ticket = 0;  // what is reported when the step ends
   int64_t out_bytes = 0;
-  int64_t num_lse = 0;      // rows of q times num_q_heads
-  int64_t runs_offset = 0;  // of AppendRun [num_runs], from the start of the block
+  int64_t num_lse = 0;  // rows of q times num_q_heads
   int32_t num_runs = 0;
   int32_t num_sequences = 0;
 };
@@ -58,8 +57,9 @@ struct alignas(16) AppendRun {
 inline constexpr uint32_t kNonfiniteQ = 1;
 inline constexpr uint32_t kNonfiniteKv = 2;
 
-// All pointers are device memory. Only `header`, `sequences` and `scales`, parts of the block, are
-// pinned host memory for the first kernel of a step, which brings the block to the device.
+// All pointers are device memory. Only `header`, `sequences`, `scales` and `runs`, parts of the
+// block, are pinned host memory for the first kernel of a step, which brings the block to the
+// device.
 struct StepParams {
   AttentionShape shape;
   DType in_type = DType::kBf16;
@@ -68,6 +68,8 @@ struct StepParams {
   const StepHeader* header = nullptr;
   const StepSequence* sequences = nullptr;
   const float* scales = nullptr;
+  const AppendRun* runs = nullptr;  // as many as the header says; memory for max_sequences at least
+  int32_t max_sequences = 0;
   std::byte* q = nullptr;
   const std::byte* out = nullptr;
   const float* lse = nullptr;

@@ -88,7 +88,7 @@ TEST(PackStepTest, CutsAppendsAtPageEdges) {
   const int64_t kv_rows[] = {0, 1, 65, 70};
   const uint32_t pages[] = {3, 10, 17, 17};
   for (int32_t i = 0; i < 4; ++i) {
-    const auto run = packed.At<AppendRun>(header.runs_offset, i);
+    const auto run = packed.At<AppendRun>(packed.plan.layout().tail, i);
     EXPECT_EQ(run.slot, slots[i]);
     EXPECT_EQ(run.num_rows, rows[i]);
     EXPECT_EQ(run.kv_row, kv_rows[i]);
@@ -107,7 +107,8 @@ TEST(PackStepTest, SendsSealedSequencesToTheProgressiveKernelsAndTheRestToTheExa
   EXPECT_EQ(packed.At<DeviceSequence>(layout.sequences, 2).q_len, 1);
   for (const DecodeItem& item : packed.Items()) EXPECT_NE(item.sequence, 1);
   const auto sealed = packed.At<ProgressiveSequence>(layout.progressive, 0);
-  EXPECT_EQ(sealed.table_begin, 11);
+  constexpr int32_t kRunEntries = sizeof(AppendRun) / sizeof(uint32_t);
+  EXPECT_EQ(sealed.table_begin, 3 * kRunEntries + 11);
   EXPECT_EQ(sealed.num_sealed, 98);
   EXPECT_EQ(sealed.kv_len, 6401);
   EXPECT_EQ(sealed.q_begin, 1);
@@ -139,13 +140,15 @@ TEST(PackStepTest, SendsBoundedSequencesToTheirOwnKernelWithTheirOriginals) {
   for (const DecodeItem& item : packed.Items()) EXPECT_EQ(item.sequence, 0);
   EXPECT_EQ(packed.At<BoundedSequence>(layout.bounded, 0).exact_begin, -1);
   const auto bounded = packed.At<BoundedSequence>(layout.bounded, 1);
-  EXPECT_EQ(bounded.table_begin, 22);
-  EXPECT_EQ(bounded.exact_begin, 22 + 101);
+  constexpr int32_t kTables = 4 * sizeof(AppendRun) / sizeof(uint32_t);
+  EXPECT_EQ(bounded.table_begin, kTables + 22);
+  EXPECT_EQ(bounded.exact_begin, kTables + 22 + 101);
   EXPECT_EQ(bounded.num_sealed, 98);
   EXPECT_EQ(bounded.kv_len, 6401);
   EXPECT_EQ(bounded.q_begin, 2);
   EXPECT_EQ(packed.At<uint32_t>(layout.tail, bounded.exact_begin), 5u);
-  EXPECT_EQ(packed.At<ProgressiveSequence>(layout.progressive, 0).table_begin, 22 + 101 + 98);
+  EXPECT_EQ(packed.At<ProgressiveSequence>(layout.progressive, 0).table_begin,
+            kTables + 22 + 101 + 98);
   // Decisions: four exact rows, one progressive, then the bounded.
   EXPECT_EQ(packed.At<StepSequence>(layout.steps, 1).decision, 5);
   EXPECT_EQ(packed.At<StepSequence>(layout.steps, 2).decision, 6);
