@@ -118,7 +118,8 @@ __device__ __forceinline__ void ThetaFromPageMasses(const ProgressiveArgs& p,
 // What its registers allow.
 template <class Traits>
 constexpr int ThetaCtasPerSm() {
-  return Traits::kColumns == kFewColumns && Traits::kHeadDim <= 128 ? 3 : 2;
+  if (Traits::kColumns == kFewColumns) return Traits::kHeadDim <= 128 ? 3 : 2;
+  return Traits::kHeadDim < 128 ? 2 : 1;
 }
 
 template <class Traits>

@@ -80,6 +80,9 @@ struct SealedLimits {
   double theta = 0;      // relative, of policies that sum exponentials: entropy and learned
   double entropy = 0;    // nats
   double predicted = 0;  // of the predicted error, relative
+  // Likewise where a static policy reads more of the keys than the scan, whose shares CUDA predicts
+  // with.
+  double static_predicted = 0;
   ErrorLimits error;     // of out and lse, given the same depths
 };
 
