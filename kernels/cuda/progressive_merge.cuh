@@ -55,6 +55,7 @@ struct ColumnVectors {
 __device__ __forceinline__ float LargestReference(const float* references, int stride,
                                                   const Slice& slots, int lane) {
   float top = -INFINITY;
+#pragma unroll 4
   for (int slot = slots.begin + lane; slot < slots.end; slot += 32) {
     top = fmaxf(top, references[int64_t{slot} * stride]);
   }
@@ -65,19 +66,19 @@ __device__ __forceinline__ float LargestReference(const float* references, int s
   return top;
 }
 
-// A warp's part of a column's sums: every `warps`-th chunk and slot, a lane a few channels.
-// `reference`: what partial results are brought to.
+__device__ __forceinline__ void AddTo(const float4& x, float factor, float4* sum) {
+  *sum = make_float4(fmaf(x.x, factor, sum->x), fmaf(x.y, factor, sum->y),
+                     fmaf(x.z, factor, sum->z), fmaf(x.w, factor, sum->w));
+}
+
+// A warp's part of what select summed up: every `warps`-th chunk, a lane a few channels.
 template <class Traits>
-__device__ __forceinline__ void SumColumn(const ProgressiveArgs& p, int64_t head_index, int column,
-                                          int chunks, const Slice& slots, const float* references,
-                                          float reference, int lane, int warp, int warps,
+__device__ __forceinline__ void SumChunks(const ProgressiveArgs& p, int head_index, int column,
+                                          int chunks, int lane, int warp, int warps,
                                           MergePart<Traits>* part) {
-  constexpr int kD = Traits::kHeadDim, kWords = kD / 4, kEach = (kWords + 31) / 32;
+  constexpr int kWords = Traits::kHeadDim / 4, kEach = (kWords + 31) / 32;
   const ProgressiveWorkspace& w = p.work;
-  const int64_t row = head_index * w.columns + column;  // of slot 0
-  const auto* partial = reinterpret_cast<const float4*>(p.workspace + w.partial) + row * kWords;
-  const auto* masses = reinterpret_cast<const float*>(p.workspace + w.mass) + row;
-  const int64_t first = head_index * w.chunks * w.columns + column;
+  const int64_t first = int64_t{head_index} * w.chunks * w.columns + column;
   const auto* vectors = reinterpret_cast<const float4*>(p.workspace + w.vectors) +
                         first * (kNumChunkVectors * kWords);
   const auto* states =
@@ -87,50 +88,85 @@ __device__ __forceinline__ void SumColumn(const ProgressiveArgs& p, int64_t head
     const int at = lane + 32 * j;
     if (at >= kWords) break;
     float4 sums[kNumChunkVectors] = {};
-    const auto add = [](const float4& x, float4* sum) {
-      *sum = make_float4(sum->x + x.x, sum->y + x.y, sum->z + x.z, sum->w + x.w);
-    };
 #pragma unroll 4
     for (int chunk = warp; chunk < chunks; chunk += warps) {
       const float4* from = vectors + int64_t{chunk} * w.columns * (kNumChunkVectors * kWords) + at;
 #pragma unroll
-      for (int i = 0; i < kNumChunkVectors; ++i) add(from[i * kWords], &sums[i]);
+      for (int i = 0; i < kNumChunkVectors; ++i) AddTo(from[i * kWords], 1, &sums[i]);
     }
-    add(sums[kSkipped], &sums[kAttended]);
-    float4 attended{};
-#pragma unroll 4
-    for (int slot = slots.begin + warp; slot < slots.end; slot += warps) {
-      const float own = references[int64_t{slot} * w.columns];
-      float4 x = partial[int64_t{slot} * w.columns * kWords + at];
-      if (own == -INFINITY) x = float4{};  // anything may stand there
-      const float factor = own == -INFINITY ? 0.0f : Exp2(own - reference);
-      add(make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor), &attended);
-    }
-    reinterpret_cast<float4*>(part->partial)[at] = attended;
+    AddTo(sums[kSkipped], 1, &sums[kAttended]);
 #pragma unroll
     for (int i = 0; i < kNumChunkVectors; ++i) {
       reinterpret_cast<float4*>(part->vectors[i])[at] = sums[i];
     }
   }
-  float sum = 0;
-  for (int slot = slots.begin + warp * 32 + lane; slot < slots.end; slot += 32 * warps) {
-    const float own = references[int64_t{slot} * w.columns];
-    if (own != -INFINITY) sum = fmaf(masses[int64_t{slot} * w.columns], Exp2(own - reference), sum);
-  }
-  sum = WarpSum(sum);
-  if (lane == 0) {
-    part->mass = sum;
-    part->unused = 0;
-  }
   // Lane i sums figure i.
   constexpr int kFigures = sizeof(ChunkState) / 4;
   if (lane >= kFigures) return;
-  sum = 0;
+  float sum = 0;
 #pragma unroll 4
   for (int chunk = warp; chunk < chunks; chunk += warps) {
     sum += states[int64_t{chunk} * w.columns * kFigures + lane];
   }
   reinterpret_cast<float*>(&part->state)[lane] = sum;
+}
+
+// A warp's part of what attend summed up: every `warps`-th slot that has a part of the column.
+// `reference`: what partial results are brought to; `warps`: a power of two.
+template <class Traits>
+__device__ __forceinline__ void SumSlots(const ProgressiveArgs& p, int64_t row, const Slice& slots,
+                                         const float* references, float reference, int lane,
+                                         int warp, int warps, MergePart<Traits>* part) {
+  constexpr int kWords = Traits::kHeadDim / 4, kEach = (kWords + 31) / 32;
+  constexpr int kAtOnce = 4;  // loads on their way
+  const ProgressiveWorkspace& w = p.work;
+  const auto* partial = reinterpret_cast<const float4*>(p.workspace + w.partial) + row * kWords;
+  const auto* masses = reinterpret_cast<const float*>(p.workspace + w.mass) + row;
+  float4 sums[kEach] = {};
+  float mass = 0;
+  int seen = 0;  // slots with a part
+  for (int first = slots.begin; first < slots.end; first += 32) {
+    const int slot = first + lane;
+    const float own = slot < slots.end ? references[int64_t{slot} * w.columns] : -INFINITY;
+    const uint32_t any = __ballot_sync(0xffffffffu, own != -INFINITY);
+    const int place = seen + __popc(any & ((1u << lane) - 1));
+    seen += __popc(any);
+    const bool mine = own != -INFINITY && (place & (warps - 1)) == warp;
+    const float factor = mine ? Exp2(own - reference) : 0.0f;
+    if (mine) mass = fmaf(masses[int64_t{slot} * w.columns], factor, mass);
+    for (uint32_t left = __ballot_sync(0xffffffffu, mine); left != 0;) {
+      float4 x[kAtOnce][kEach];
+      float factors[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int next = left != 0 ? __ffs(static_cast<int>(left)) - 1 : -1;
+        factors[i] = __shfl_sync(0xffffffffu, factor, max(next, 0));
+        if (next < 0) factors[i] = 0;
+        left &= left - 1;
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) {
+          x[i][j] = float4{};
+          if (next >= 0 && lane + 32 * j < kWords) {
+            x[i][j] = partial[int64_t{first + next} * w.columns * kWords + lane + 32 * j];
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) AddTo(x[i][j], factors[i], &sums[j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    if (lane + 32 * j < kWords) reinterpret_cast<float4*>(part->partial)[lane + 32 * j] = sums[j];
+  }
+  mass = WarpSum(mass);
+  if (lane == 0) {
+    part->mass = mass;
+    part->unused = 0;
+  }
 }
 
 // The warps' parts, in their order, to the first. By the whole CTA, after a barrier.
@@ -250,7 +286,7 @@ inline int MergeWarps(int columns, int num_sms) {
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim > 128 ? 1 : 2)
+__global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim < 128 ? 2 : 1)
     ProgressiveMergeKernel(const __grid_constant__ ProgressiveArgs p) {
   extern __shared__ __align__(16) std::byte shared_bytes[];
   auto* parts = reinterpret_cast<MergePart<Traits>*>(shared_bytes);
@@ -272,9 +308,9 @@ __global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim > 128 ? 
   const int2 span = reinterpret_cast<const int2*>(p.workspace + w.spans)[head_index];
   const Slice slots{span.x, span.y};
   const float* references = reinterpret_cast<const float*>(p.workspace + w.reference) + at;
+  SumChunks<Traits>(p, head_index, column, chunks, lane, warp, warps, parts + warp);
   const float reference = LargestReference(references, w.columns, slots, lane);
-  SumColumn<Traits>(p, head_index, column, chunks, slots, references, reference, lane, warp, warps,
-                    parts + warp);
+  SumSlots<Traits>(p, at, slots, references, reference, lane, warp, warps, parts + warp);
   __syncthreads();
   SumMergeParts(parts, warps);
   __syncthreads();

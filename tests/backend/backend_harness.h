@@ -83,7 +83,7 @@ struct SealedLimits {
   // Likewise where a static policy reads more of the keys than the scan, whose shares CUDA predicts
   // with.
   double static_predicted = 0;
-  ErrorLimits error;     // of out and lse, given the same depths
+  ErrorLimits error;  // of out and lse, given the same depths
 };
 
 struct HarnessOptions {

@@ -246,8 +246,8 @@ void ProgressiveHarness::CompareHead(const StepCase& step, const StepOutput& out
   const float theta = any_page ? expected.decision.theta : 0.0f;
   EXPECT_NEAR(actual.theta, theta, theta_error * theta);
   EXPECT_NEAR(actual.entropy, expected.decision.entropy, limits.entropy);
-  const bool reads_on = step.decision.policy == Policy::kStatic &&
-                        step.decision.static_key_bits > kScanBits;
+  const bool reads_on =
+      step.decision.policy == Policy::kStatic && step.decision.static_key_bits > kScanBits;
   const double predicted = reads_on ? limits.static_predicted : limits.predicted;
   EXPECT_NEAR(actual.predicted_error, expected.decision.predicted_error,
               (moved == 0 ? predicted : 0.5) * expected.decision.predicted_error + 1e-6);
