@@ -40,8 +40,6 @@ struct MassPart {
            int64_t{first * w.columns + column} * 4;
     dense = reinterpret_cast<const float*>(p.workspace + w.dense_lse) +
             (sequence * heads + head) * w.columns + column;
-    WorkOut(runs);
-    WorkOut(dense);
   }
 
   __device__ __forceinline__ void Load() {

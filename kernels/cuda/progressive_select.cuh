@@ -460,6 +460,8 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   if (local < pages) decider.visibility = PageVisibility(s, begin + local);
   decider.Begin(s);
   MassPart<kSelectWarps, Traits::kColumns> masses(p, from, sequence, head, decider.column_begin);
+  WorkOut(masses.runs);
+  WorkOut(masses.dense);
   const bool chosen = ChoosesTheta(from.decision.policy);
   float theta = from.decision.theta;
   FetchSummary<Traits>(p, id, head, begin, pages, shared);
