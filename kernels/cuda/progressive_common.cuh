@@ -319,14 +319,13 @@ struct FirstCode {
 
   __device__ __forceinline__ void Load(const PageLayout& layout, const std::byte* page, int head,
                                        int channel) {
-    const int at = ValuePlanePosition(TileOrder::kMma, 0, channel % kTileChannels).byte +
-                   channel / kTileChannels * kPlaneTileBytes;
+    const uint32_t at = ValuePlanePosition(TileOrder::kMma, 0, channel % kTileChannels).byte +
+                        channel / kTileChannels * kPlaneTileBytes + head * Traits::kPlaneBytes;
 #pragma unroll
     for (int plane = 0; plane < 4; ++plane) {
-      const PageLayout::Section& section = layout.value_plane[plane];
       if (plane >= layout.stored_bits / 2) break;
-      bytes[plane] =
-          static_cast<uint32_t>(page[section.offset + head * int64_t{Traits::kPlaneBytes} + at]);
+      const auto begin = static_cast<uint32_t>(layout.value_plane[plane].offset);
+      bytes[plane] = static_cast<uint32_t>(page[begin + at]);
     }
   }
 
