@@ -118,7 +118,7 @@ __device__ __forceinline__ void SumSlots(const ProgressiveArgs& p, int64_t row, 
                                          const float* references, float reference, int lane,
                                          int warp, int warps, MergePart<Traits>* part) {
   constexpr int kWords = Traits::kHeadDim / 4, kEach = (kWords + 31) / 32;
-  constexpr int kAtOnce = 4;  // loads on their way
+  constexpr int kAtOnce = 3;  // loads on their way
   const ProgressiveWorkspace& w = p.work;
   const auto* partial = reinterpret_cast<const float4*>(p.workspace + w.partial) + row * kWords;
   const auto* masses = reinterpret_cast<const float*>(p.workspace + w.mass) + row;
@@ -286,7 +286,7 @@ inline int MergeWarps(int columns, int num_sms) {
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim < 128 ? 2 : 1)
+__global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim > 128 ? 1 : 2)
     ProgressiveMergeKernel(const __grid_constant__ ProgressiveArgs p) {
   extern __shared__ __align__(16) std::byte shared_bytes[];
   auto* parts = reinterpret_cast<MergePart<Traits>*>(shared_bytes);
