@@ -409,7 +409,8 @@ struct PageScanner {
       } else {
         if (page >= basis_end && stage >= 0) LoadQuery(page);
         const std::byte* pair =
-            shared.stages[max(stage, 0)] + place * heads * ScanShared<Traits>::kPairBytes;
+            shared.stages[stage < 0 ? kScanStages - 1 : stage] +  // nothing is copied there yet
+            place * heads * ScanShared<Traits>::kPairBytes;
         Scan(page, (work.visible >> (16 + place) & 1) != 0, pair, release);
       }
       if (stage < 0) BeginFirst();
