@@ -37,8 +37,15 @@ void ScheduleScan(const ProgressiveParams& params, absl::Span<ProgressiveSequenc
   };
   const int32_t ctas = params.scan_ctas;
   const int32_t long_run = whole(total * 3 / 4, ctas);
-  const int32_t short_run =
-      whole(std::max<int64_t>(total - int64_t{long_run} * ctas, 1), int64_t{kShortScanRuns} * ctas);
+  int64_t rest = total;  // what long runs leave: they end with their sequences
+  int32_t left = ctas;
+  for (size_t i = 0; i < sequences.size() && left > 0; ++i) {
+    const PageRun run = VisibleSealedPages(sequences[i]);
+    const int32_t pages = run.end - run.begin, runs_of = std::min(CeilDiv(pages, long_run), left);
+    rest -= std::min(pages, runs_of * long_run);
+    left -= runs_of;
+  }
+  const int32_t short_run = whole(std::max<int64_t>(rest, 1), int64_t{kShortScanRuns} * ctas);
   int32_t next = 0;
   for (size_t i = 0; i < sequences.size(); ++i) {
     const PageRun pages = VisibleSealedPages(sequences[i]);

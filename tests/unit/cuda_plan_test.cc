@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <random>
 #include <vector>
 
 #include "kernels/attention.h"
@@ -188,10 +189,10 @@ TEST(StageStampsTest, GivesEachStageTheTimeUntilTheNext) {
 // Sequences of the given numbers of sealed pages, scheduled on an H100.
 struct Scan {
   explicit Scan(const std::vector<int32_t>& sealed, AttentionShape shape = {32, 8, 128},
-                int32_t window = 0) {
+                int32_t window = 0, int32_t num_sms = kNumSms) {
     params.shape = shape;
     params.num_sequences = static_cast<int32_t>(sealed.size());
-    PlanProgressive(kNumSms, &params);
+    PlanProgressive(num_sms, &params);
     for (const int32_t pages : sealed) {
       ProgressiveSequence sequence;
       sequence.num_sealed = pages;
@@ -201,8 +202,12 @@ struct Scan {
       sequence.window = window;
       sequences.push_back(sequence);
     }
-    runs.resize(NumScanRuns(params));
+    const auto bound = static_cast<size_t>(NumScanRuns(params));
+    runs.resize(bound + 20000);
+    for (size_t i = bound; i < runs.size(); ++i) runs[i].sequence = kUntouched;
     ScheduleScan(params, absl::MakeSpan(sequences), runs.data());
+    for (size_t i = bound; i < runs.size(); ++i) within_bound &= runs[i].sequence == kUntouched;
+    runs.resize(bound);
   }
   // Pages that `sequence`'s runs cover, each once and in order, from `first` on.
   int32_t Covered(int32_t sequence, int32_t first = 0) const {
@@ -222,9 +227,11 @@ struct Scan {
     return longest;
   }
 
+  static constexpr int32_t kUntouched = -7;
   ProgressiveParams params;
   std::vector<ProgressiveSequence> sequences;
   std::vector<ScanRun> runs;
+  bool within_bound = true;
 };
 
 TEST(RunProgressiveTest, RefusesAWorkspaceBeyondItsIndices) {
@@ -249,6 +256,25 @@ TEST(ScheduleScanTest, CoversEveryPageOnce) {
     }
     for (size_t i = used; i < scan.runs.size(); ++i) EXPECT_EQ(scan.runs[i].sequence, -1);
   }
+}
+
+// Runs end with their sequences, so long ones hold fewer pages than they could: what is left must
+// fit all the same.
+TEST(ScheduleScanTest, StaysWithinItsBound) {
+  std::mt19937 random(11);
+  for (int32_t trial = 0; trial < 2000; ++trial) {
+    const int32_t sms = 1 + static_cast<int32_t>(random() % kNumSms);
+    std::vector<int32_t> sealed(1 + random() % 64);
+    const int32_t most = 1 + static_cast<int32_t>(random() % 200);
+    for (int32_t& pages : sealed) pages = most - static_cast<int32_t>(random() % most) / 8;
+    const Scan scan(sealed, {32, 8, 128}, /*window=*/0, sms);
+    ASSERT_TRUE(scan.within_bound) << trial;
+    for (size_t i = 0; i < sealed.size(); ++i) {
+      ASSERT_EQ(scan.Covered(static_cast<int32_t>(i)), sealed[i]) << trial;
+    }
+  }
+  const Scan scan(std::vector<int32_t>(32, 127), {32, 8, 128}, 0, kNumSms / 2);
+  EXPECT_TRUE(scan.within_bound);
 }
 
 TEST(ScheduleScanTest, SharesTheDeviceByPagesNotBySequences) {
