@@ -117,18 +117,27 @@ absl::StatusOr<CudaTuning> ReadDevice(const Json& object, const std::string& whe
   return tuning;
 }
 
-// What docs/kernels.md says, under "Exact decode", "Whole steps" and "Progressive decode beside its
-// peers, measured". All of it was taken with the default splits. Of crossovers only those are here
-// between whose sides something was timed:
-//   H100 SXM  8 kv heads: a whole step at 8k was slower than BF16's (49.0 us, 41.6), decode at 32k
+// All of it was taken with the default splits.
+//   H100 SXM  Commits 411cf39 to f5005e1; only crossovers between whose sides something was timed.
+//             8 kv heads: a whole step at 8k was slower than BF16's (49.0 us, 41.6), decode at 32k
 //             faster than BF16 (51.4, 67.7), not than FP8 (44.4), which it passes at 128k (78.5,
 //             129.7). 512: faster than BF16 at 2k (132, 202), slower than FP8 (116).
-// Of the PCIe card nothing was measured, of the H200 no exact decode: they seal at any length.
+//   H200      `adaattn_bench tune` at commit 3651cdc, the 8k trace of tests/data at its theta .004.
+// Of the PCIe card nothing was measured: it seals at any length.
 const std::vector<CudaTuning>& KnownDevices() {
   static const auto* const known = new std::vector<CudaTuning>{
       {"NVIDIA H100 80GB HBM3", 2, 100, {{8, 32768, 131072}, {512, 2048, Crossover::kNeverFaster}}},
       {"NVIDIA H100 PCIe", 2, 100, {}},
-      {"NVIDIA H200", 2, 100, {}},
+      {"NVIDIA H200",
+       2,
+       100,
+       {{8, 32768, 65536},
+        {16, 16384, 32768},
+        {32, 8192, 16384},
+        {64, 4096, 8192},
+        {128, 2048, 8192},
+        {256, 2048, 4096},
+        {512, 1024, 4096}}},
   };
   return *known;
 }

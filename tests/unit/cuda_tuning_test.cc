@@ -52,16 +52,18 @@ TEST(CudaTuningTest, SessionsSealFromTheCrossoverOver16BitPages) {
 }
 
 TEST(CudaTuningTest, KnowsTheDevicesThatItWasMeasuredOn) {
-  const CudaTuning h100 = BuiltInTuning("NVIDIA H100 80GB HBM3");
-  EXPECT_EQ(h100.device, "NVIDIA H100 80GB HBM3");
-  ASSERT_FALSE(h100.crossovers.empty());
-  for (size_t i = 1; i < h100.crossovers.size(); ++i) {
-    EXPECT_LT(h100.crossovers[i - 1].kv_heads, h100.crossovers[i].kv_heads);
+  for (const char* device : {"NVIDIA H100 80GB HBM3", "NVIDIA H200"}) {
+    const CudaTuning known = BuiltInTuning(device);
+    EXPECT_EQ(known.device, device);
+    ASSERT_FALSE(known.crossovers.empty());
+    for (size_t i = 1; i < known.crossovers.size(); ++i) {
+      EXPECT_LT(known.crossovers[i - 1].kv_heads, known.crossovers[i].kv_heads);
+    }
+    // What is built in is what a file could say.
+    const auto read = ParseTuning(FormatTuning(known, "{}"));
+    ASSERT_TRUE(read.ok()) << read.status();
+    EXPECT_EQ(read->front().crossovers.size(), known.crossovers.size());
   }
-  // What is built in is what a file could say.
-  const auto read = ParseTuning(FormatTuning(h100, "{}"));
-  ASSERT_TRUE(read.ok()) << read.status();
-  EXPECT_EQ(read->front().crossovers.size(), h100.crossovers.size());
   EXPECT_EQ(BuiltInTuning("NVIDIA H100 80GB").device, "") << "names are compared whole";
 }
 
