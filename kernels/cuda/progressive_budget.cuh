@@ -29,10 +29,6 @@ __device__ __forceinline__ float SumOf(const float (&x)[kBudgetWarps]) {
   return ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
 }
 
-__device__ __forceinline__ void AddScaled(const float4& x, float scale, float4* sum) {
-  *sum = make_float4(fmaf(x.x, scale, sum->x), fmaf(x.y, scale, sum->y), fmaf(x.z, scale, sum->z),
-                     fmaf(x.w, scale, sum->w));
-}
 __device__ __forceinline__ void AddSquares(const float4& x, float* sum) {
   *sum = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, *sum))));
 }

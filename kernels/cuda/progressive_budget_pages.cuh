@@ -7,6 +7,7 @@
 #include "kernels/cuda/budget_parts.h"
 #include "kernels/cuda/progressive_select.cuh"
 #include "kernels/cuda/row_cluster.cuh"
+#include "kernels/policy/budget.h"
 
 namespace adaattn {
 

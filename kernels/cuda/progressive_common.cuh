@@ -14,7 +14,6 @@
 #include "kernels/format/nested_code.h"
 #include "kernels/format/page_layout.h"
 #include "kernels/format/planes.h"
-#include "kernels/policy/budget.h"
 #include "kernels/policy/ladder.h"
 
 namespace adaattn {
@@ -139,6 +138,11 @@ __device__ __forceinline__ float QuadSum(float x) {  // over lanes of equal lane
 __device__ __forceinline__ float QuadMax(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ void AddScaled(const float4& x, float scale, float4* sum) {
+  *sum = make_float4(fmaf(x.x, scale, sum->x), fmaf(x.y, scale, sum->y), fmaf(x.z, scale, sum->z),
+                     fmaf(x.w, scale, sum->w));
 }
 
 __device__ __forceinline__ uint32_t MultiplyHalves(uint32_t a, uint32_t b) {

@@ -7,13 +7,13 @@
 
 namespace adaattn {
 
-// Depths of the ladder by value bits / 2, the same for pages that a row sees in part, that of pages
+// Depths of the ladder by rung, the same for pages that a row sees in part, that of pages
 // that were not opened, that of the sink page. Policies without a ladder have one depth for all.
 enum DepthIndex : int {
-  kCutDepths = kNumValueDepths,
-  kUnopenedDepth = 2 * kNumValueDepths,
-  kSinkDepth = 2 * kNumValueDepths + 1,
-  kNumPageDepths = 2 * kNumValueDepths + 2
+  kCutDepths = kNumRungs,
+  kUnopenedDepth = 2 * kNumRungs,
+  kSinkDepth = 2 * kNumRungs + 1,
+  kNumPageDepths = 2 * kNumRungs + 2
 };
 struct alignas(16) DepthEntry {
   uint32_t packed;  // what is read, as PackPage
@@ -29,9 +29,8 @@ __device__ __forceinline__ PageDepth DepthAt(const ProgressiveArgs& p,
   if (decision.policy == Policy::kStatic) return StaticDepth(decision, kD, p.stored_bits);
   const PageFacts facts{index == kSinkDepth, index >= kCutDepths && index < kUnopenedDepth,
                         index != kUnopenedDepth};
-  const int step = index < kUnopenedDepth ? index % kNumValueDepths : 0;
-  const float share = 0.5f * static_cast<float>(1 << 2 * step);  // in the middle of 4^i theta
-  return LadderDepth(decision, 1.0f, share, facts, kD, p.stored_bits);
+  const int rung = index < kUnopenedDepth ? index % kNumRungs : 0;
+  return RungDepth(decision, rung, facts, kD, p.stored_bits);
 }
 
 __device__ __forceinline__ DepthEntry EntryOf(const PageDepth& depth) {

@@ -66,11 +66,6 @@ __device__ __forceinline__ float LargestReference(const float* references, int s
   return top;
 }
 
-__device__ __forceinline__ void AddTo(const float4& x, float factor, float4* sum) {
-  *sum = make_float4(fmaf(x.x, factor, sum->x), fmaf(x.y, factor, sum->y),
-                     fmaf(x.z, factor, sum->z), fmaf(x.w, factor, sum->w));
-}
-
 // A warp's part of what select summed up: every `warps`-th chunk, a lane a few channels.
 template <class Traits>
 __device__ __forceinline__ void SumChunks(const ProgressiveArgs& p, int head_index, int column,
@@ -92,9 +87,9 @@ __device__ __forceinline__ void SumChunks(const ProgressiveArgs& p, int head_ind
     for (int chunk = warp; chunk < chunks; chunk += warps) {
       const float4* from = vectors + int64_t{chunk} * w.columns * (kNumChunkVectors * kWords) + at;
 #pragma unroll
-      for (int i = 0; i < kNumChunkVectors; ++i) AddTo(from[i * kWords], 1, &sums[i]);
+      for (int i = 0; i < kNumChunkVectors; ++i) AddScaled(from[i * kWords], 1, &sums[i]);
     }
-    AddTo(sums[kSkipped], 1, &sums[kAttended]);
+    AddScaled(sums[kSkipped], 1, &sums[kAttended]);
 #pragma unroll
     for (int i = 0; i < kNumChunkVectors; ++i) {
       reinterpret_cast<float4*>(part->vectors[i])[at] = sums[i];
@@ -154,7 +149,7 @@ __device__ __forceinline__ void SumSlots(const ProgressiveArgs& p, int64_t row, 
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
-        for (int j = 0; j < kEach; ++j) AddTo(x[i][j], factors[i], &sums[j]);
+        for (int j = 0; j < kEach; ++j) AddScaled(x[i][j], factors[i], &sums[j]);
       }
     }
   }
@@ -269,7 +264,7 @@ __device__ __forceinline__ void StoreFigures(const ProgressiveArgs& p, const Pro
     entropy += x.y;
   }
   HeadDecision& decision = p.decisions[head_index];
-  // The mean square; the host takes the root.
+  // The mean square; the return kernel takes the root.
   decision.predicted_error = error / static_cast<float>(columns);
   decision.entropy = entropy / static_cast<float>(columns);
   const PageRange visible = VisiblePages(s);

@@ -7,7 +7,6 @@
 
 #include <cuda_bf16.h>
 
-#include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/element.cuh"
 #include "kernels/cuda/progressive_common.cuh"
 

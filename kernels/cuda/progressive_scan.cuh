@@ -247,12 +247,11 @@ struct PageScanner {
     head_index = sequence * p.shape.num_kv_heads + group.begin + member;
     chunk_end = ScanChunks<Traits>(p, from.decision);
     softcap = from.softcap;
-    const int columns = p.shape.group_size() * from.q_len;
+    num_columns = p.shape.group_size() * from.q_len;
     column = at.tile * kTileColumns + lane % 4 * kN;
-    sinks = MakePageSinks<Traits>(p, columns, head_index, at.tile, lane);
+    sinks = MakePageSinks<Traits>(p, num_columns, head_index, at.tile, lane);
     filter = ScoreFilter<kN>(from.decision);
     mass = RunningMass<kN>();
-    num_columns = columns;
     basis_end = 0;
   }
 

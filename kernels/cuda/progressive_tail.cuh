@@ -6,6 +6,7 @@
 // Part of prepare, beside the rotation of the queries. Softmax weights enter the MMA in two parts,
 // as queries do.
 
+#include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/progressive_query.cuh"
 
 namespace adaattn {

@@ -10,7 +10,6 @@
 
 #include "kernels/cuda/progressive.h"
 #include "kernels/format/page_layout.h"
-#include "kernels/policy/budget.h"
 
 namespace adaattn {
 
