@@ -254,9 +254,10 @@ int main(int argc, char** argv) {
     std::fprintf(
         stderr,
         "usage: %s [--check] [--time] [--steps] [--progressive] [--tune=FILE]\n"
-        "       [--json=FILE] [--runs=N >= 1] [--trace=FILE]... [--cases=BATCHxTOKENS,...]\n"
-        "       [--heads=Q/KV] [--stored-bits=4|6|8] [--policy=threshold|budget]\n"
-        "       [--theta=X] [--target=X] [--two-stage] [--z=X] [--sample=N]\n",
+        "       [--json=FILE] [--runs=N >= 1] [--trace=FILE|joined:FILE|random:HEAD_DIM]...\n"
+        "       [--cases=BATCHxTOKENS,...] [--heads=Q/KV] [--stored-bits=4|6|8]\n"
+        "       [--policy=threshold|budget] [--theta=X] [--target=X] [--two-stage] [--z=X]\n"
+        "       [--sample=N]\n",
         argv[0]);
     return 2;
   }

@@ -54,6 +54,22 @@ def random_trace(head_dim):
                  normal(2, 8192, head_dim), list(range(8192 - 64, 8192)), head_dim**-0.5)
 
 
+def join_heads(trace):
+    """Pairs of kv heads side by side in channels; JoinHeads of bench_trace.h."""
+    import torch
+
+    pairs = trace.k.shape[0] // 2
+    if pairs == 0:
+        raise ValueError(f"{trace.name}: joining heads takes at least two kv heads")
+
+    def join(tensor):
+        return torch.cat((tensor[0:2 * pairs:2], tensor[1:2 * pairs:2]), dim=-1)
+
+    q = join(trace.q.unflatten(0, (trace.k.shape[0], -1))).flatten(0, 1)
+    return Trace(f"joined:{trace.name}", q, join(trace.k), join(trace.v), trace.positions,
+                 trace.softmax_scale / 2**0.5)
+
+
 @dataclasses.dataclass
 class Case:
     trace: Trace
@@ -100,11 +116,17 @@ class Case:
         return heads.repeat(1, self.kv_len // heads.shape[1], 1)
 
 
+def find_trace(source):
+    kind, _, rest = source.partition(":")
+    if kind == "random":
+        return random_trace(int(rest))
+    return join_heads(load_trace(rest)) if kind == "joined" else load_trace(source)
+
+
 def parse_case(text, traces):
     source, sizes, heads = text.rsplit(":", 2)
     if source not in traces:
-        kind, _, dim = source.partition(":")
-        traces[source] = random_trace(int(dim)) if kind == "random" else load_trace(source)
+        traces[source] = find_trace(source)
     batch, kv_len = sizes.split("x")
     q_heads, kv_heads = heads.split("/")
     return Case(traces[source], int(batch), int(kv_len), int(q_heads), int(kv_heads))

@@ -6,7 +6,6 @@
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <random>
 #include <utility>
 
 #include "absl/strings/numbers.h"
@@ -15,8 +14,8 @@
 #include "absl/strings/strip.h"
 #include "client/trace.h"
 #include "kernels/cuda/status.h"
-#include "kernels/format/float_types.h"
 #include "kernels/policy/ladder.h"
+#include "loadtest/bench_trace.h"
 #include "loadtest/progressive_case.h"
 #include "loadtest/row_judge.h"
 #include "loadtest/trace_pool.h"
@@ -54,25 +53,21 @@ struct Judged {
   HeadDecision sum = {};  // page counts of all kv heads
 };
 
-std::vector<CaseSize> DefaultCases(const Trace& trace) {
-  const AttentionShape wide{32, 8, trace.shape.head_dim}, odd{28, 4, trace.shape.head_dim};
-  if (trace.shape.head_dim != 128) return {{wide, 32, 16384}};
-  if (trace.num_tokens < 32768) return {{wide, 1, 8192}, {wide, 32, 8192}, {wide, 64, 2048}};
-  return {{wide, 1, 32768}, {wide, 1, 131072}, {wide, 8, 32768}, {odd, 16, 32768}};
-}
-
 std::vector<CaseSize> Cases(const ProgressiveBenchOptions& options, const Trace& trace) {
-  std::vector<CaseSize> cases = DefaultCases(trace);
-  const AttentionShape wide = cases.front().shape;
-  if (!options.sizes.empty()) cases.clear();
-  for (const auto& size : options.sizes) cases.push_back({wide, size.num_sequences, size.kv_len});
-  if (options.num_q_heads > 0) {
-    for (CaseSize& size : cases) {
-      size.shape.num_q_heads = options.num_q_heads;
-      size.shape.num_kv_heads = options.num_kv_heads;
+  const int32_t d = trace.shape.head_dim;
+  const AttentionShape usual = BenchShape(options, d);
+  const AttentionShape odd = options.num_q_heads > 0 ? usual : AttentionShape{28, 4, d};
+  if (!options.sizes.empty()) {
+    std::vector<CaseSize> cases;
+    for (const auto& size : options.sizes) {
+      cases.push_back({usual, size.num_sequences, size.kv_len});
     }
+    return cases;
   }
-  return cases;
+  if (d == 256) return {{usual, 32, 8192}};
+  if (d != 128) return {{usual, 32, 16384}};
+  if (trace.num_tokens < 32768) return {{usual, 1, 8192}, {usual, 32, 8192}, {usual, 64, 2048}};
+  return {{usual, 1, 32768}, {usual, 1, 131072}, {usual, 8, 32768}, {odd, 16, 32768}};
 }
 
 // Every n-th (sequence, q head); n is odd, so that no group of heads is left out.
@@ -269,37 +264,11 @@ bool ParsePositive(absl::string_view text, double* value) {
   return absl::SimpleAtod(text, value) && *value > 0 && std::isfinite(*value);
 }
 
-// Normal q, k and v: attention without structure.
-Trace RandomTrace(int32_t head_dim) {
-  Trace trace;
-  trace.model = "random";
-  trace.shape = {8, 2, head_dim};
-  trace.num_tokens = 8192;
-  trace.num_rows = 64;
-  trace.softmax_scale = 1 / std::sqrt(static_cast<double>(head_dim));
-  for (int32_t i = 0; i < trace.num_rows; ++i) trace.positions.push_back(8192 - 64 + i);
-  std::mt19937_64 engine(1);
-  std::normal_distribution<float> normal;
-  const auto fill = [&](std::vector<uint16_t>* values, int64_t count) {
-    values->resize(count);
-    for (uint16_t& value : *values) value = ToFp16(normal(engine)).bits;
-  };
-  fill(&trace.q, int64_t{8} * trace.num_rows * head_dim);
-  fill(&trace.k, 2 * trace.num_tokens * head_dim);
-  fill(&trace.v, 2 * trace.num_tokens * head_dim);
-  return trace;
-}
-
 }  // namespace
 
-absl::StatusOr<Trace> LoadBenchTrace(const std::string& path) {
-  absl::string_view dim = path;
-  int32_t head_dim = 0;
-  if (!absl::ConsumePrefix(&dim, "random:")) return LoadTrace(path);
-  if (!absl::SimpleAtoi(dim, &head_dim) || head_dim < 16 || head_dim > 256) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ": must be random:16 to random:256"));
-  }
-  return RandomTrace(head_dim);
+AttentionShape BenchShape(const ProgressiveBenchOptions& options, int32_t head_dim) {
+  if (options.num_q_heads > 0) return {options.num_q_heads, options.num_kv_heads, head_dim};
+  return head_dim == 256 ? AttentionShape{16, 4, 256} : AttentionShape{32, 8, head_dim};
 }
 
 bool ParseProgressiveFlag(absl::string_view flag, ProgressiveBenchOptions* options) {
@@ -356,7 +325,7 @@ absl::StatusOr<bool> BenchProgressive(const ProgressiveBenchOptions& options, in
                              BenchTrace(options, runs, flush, trace, &cases));
     good &= trace_good;
     for (nlohmann::json& entry : cases) {
-      entry["trace"] = path.substr(path.rfind('/') + 1);
+      entry["trace"] = BenchTraceName(path);
       entry["trace_path"] = path;
       report->push_back(std::move(entry));
     }

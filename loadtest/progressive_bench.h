@@ -8,9 +8,9 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
-#include "client/trace.h"
 #include "kernels/cuda/device_buffer.h"
 #include "kernels/policy/decision.h"
+#include "kernels/shape.h"
 
 namespace adaattn {
 
@@ -19,10 +19,10 @@ struct ProgressiveBenchOptions {
     int32_t num_sequences = 0;
     int32_t kv_len = 0;
   };
-  // Captures to run on; empty: those that BenchTraces finds.
+  // What to run on (bench_trace.h); empty: those that BenchTraces finds.
   std::vector<std::string> traces;
   std::vector<Size> sizes;  // empty: the cases of docs/kernels.md that suit the trace's length
-  int32_t num_q_heads = 0;  // 0: 32 over 8, and where the cases say so 28 over 4
+  int32_t num_q_heads = 0;  // 0: 32 over 8, or what the cases say
   int32_t num_kv_heads = 0;
   int32_t stored_bits = 8;
   Policy policy = Policy::kThreshold;
@@ -35,12 +35,12 @@ struct ProgressiveBenchOptions {
 
 // Whether `flag` is one of this benchmark's and fine; then it stands in `options`.
 //
-//   --trace=FILE|random:HEAD_DIM --cases=BATCHxTOKENS,... --heads=Q/KV --stored-bits=4|6|8
-//   --policy=threshold|budget --theta=X --target=X --two-stage --z=X --sample=N
+//   --trace=FILE|joined:FILE|random:HEAD_DIM --cases=BATCHxTOKENS,... --heads=Q/KV
+//   --stored-bits=4|6|8 --policy=threshold|budget --theta=X --target=X --two-stage --z=X --sample=N
 bool ParseProgressiveFlag(absl::string_view flag, ProgressiveBenchOptions* options);
 
-// A captured trace, or for "random:D" normal numbers of head_dim D. Errors: as LoadTrace.
-absl::StatusOr<Trace> LoadBenchTrace(const std::string& path);
+// The heads of cases: those of `options`, else 32 over 8, or 16 over 4 at head_dim 256.
+AttentionShape BenchShape(const ProgressiveBenchOptions& options, int32_t head_dim);
 
 // options.traces, or those of tests/data and shared/data that the working directory, or one above
 // it, has.

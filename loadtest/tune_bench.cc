@@ -12,6 +12,7 @@
 #include "kernels/cuda/decode_schedule.h"
 #include "kernels/cuda/status.h"
 #include "kernels/cuda/tuning.h"
+#include "loadtest/bench_trace.h"
 #include "loadtest/decode_case.h"
 #include "loadtest/device_timer.h"
 #include "loadtest/progressive_case.h"
