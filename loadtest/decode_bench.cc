@@ -1,12 +1,12 @@
-// Checks exact decode against float64 and times it, whole steps through the backend, and
-// progressive decode on captured traces.
+// Checks exact decode against float64 and times it, whole steps through the backend, progressive
+// decode on captured traces, and steps that read originals (originals_bench.h).
 //
-//   adaattn_decode_bench [--check] [--time] [--steps] [--progressive] [--tune=FILE] [--json=FILE]
-//                        [--runs=N] [flags of progressive_bench.h]
+//   adaattn_decode_bench [--check] [--time] [--steps] [--progressive] [--bounded] [--host-pages]
+//                        [--tune=FILE] [--json=FILE] [--runs=N] [flags of progressive_bench.h]
 //
-// Without --check, --time, --steps, --progressive or --tune it does the first three. --tune
-// measures the device and writes its tuning file (tune_bench.h). L2 is flushed before every timed
-// run; times are medians of device events around one step's launch.
+// Told nothing of what to do it does the first three. --tune measures the device and writes its
+// tuning file (tune_bench.h). L2 is flushed before every timed run; times are medians of device
+// events around one step's launch, of whole steps until their results stand in host memory.
 
 #include <cuda_runtime_api.h>
 
@@ -28,6 +28,7 @@
 #include "kernels/cuda/status.h"
 #include "loadtest/decode_case.h"
 #include "loadtest/device_timer.h"
+#include "loadtest/originals_bench.h"
 #include "loadtest/progressive_bench.h"
 #include "loadtest/step_bench.h"
 #include "loadtest/tune_bench.h"
@@ -40,6 +41,8 @@ struct Settings {
   bool time = true;
   bool steps = true;
   bool progressive = false;
+  bool bounded = false;
+  bool host_pages = false;
   ProgressiveBenchOptions progressive_options;
   int runs = 31;
   std::string json_file;
@@ -182,6 +185,27 @@ absl::StatusOr<nlohmann::json> Provenance(const Settings& settings) {
       {"commit", ADAATTN_COMMIT},           {"command", settings.command}};
 }
 
+// What needs captured traces; false when some of it was wrong.
+absl::StatusOr<bool> RunOnTraces(const Settings& settings, const DeviceBuffer& flush,
+                                 nlohmann::json* report) {
+  struct Part {
+    const char* name;
+    bool wanted;
+    decltype(&BenchProgressive) bench;
+  };
+  bool good = true;
+  for (const Part& part : {Part{"progressive", settings.progressive, BenchProgressive},
+                           Part{"bounded", settings.bounded, BenchBounded},
+                           Part{"host_pages", settings.host_pages, BenchHostPages}}) {
+    if (!part.wanted) continue;
+    ADAATTN_ASSIGN_OR_RETURN(
+        const bool part_good,
+        part.bench(settings.progressive_options, settings.runs, flush, &(*report)[part.name]));
+    good &= part_good;
+  }
+  return good;
+}
+
 absl::StatusOr<int> Run(const Settings& settings) {
   ADAATTN_ASSIGN_OR_RETURN(const nlohmann::json provenance, Provenance(settings));
   nlohmann::json report = provenance;
@@ -194,7 +218,9 @@ absl::StatusOr<int> Run(const Settings& settings) {
     ADAATTN_ASSIGN_OR_RETURN(good, CheckAll(num_ctas));
     std::printf("check: %s\n", good ? "passed" : "FAILED");
   }
-  report["decode"] = report["steps"] = report["progressive"] = nlohmann::json::array();
+  for (const char* part : {"decode", "steps", "progressive", "bounded", "host_pages"}) {
+    report[part] = nlohmann::json::array();
+  }
   DeviceBuffer flush;
   ADAATTN_RETURN_IF_ERROR(flush.Allocate(kFlushBytes));
   if (settings.time) {
@@ -203,18 +229,13 @@ absl::StatusOr<int> Run(const Settings& settings) {
   if (settings.steps) {
     ADAATTN_RETURN_IF_ERROR(TimeSteps(10 * settings.runs, num_sms, &report["steps"]));
   }
-  if (settings.progressive) {
-    ADAATTN_ASSIGN_OR_RETURN(const bool progressive_good,
-                             BenchProgressive(settings.progressive_options, settings.runs, flush,
-                                              &report["progressive"]));
-    good &= progressive_good;
-  }
+  ADAATTN_ASSIGN_OR_RETURN(const bool traces_good, RunOnTraces(settings, flush, &report));
   if (!settings.tuning_file.empty()) {
     ADAATTN_RETURN_IF_ERROR(TuneDevice(settings.progressive_options, settings.runs, flush,
                                        provenance, settings.tuning_file));
   }
   if (!settings.json_file.empty()) std::ofstream(settings.json_file) << report.dump(2) << "\n";
-  return good ? 0 : 1;
+  return good && traces_good ? 0 : 1;
 }
 
 bool ParseFlags(absl::Span<char*> arguments, Settings* settings) {
@@ -228,6 +249,10 @@ bool ParseFlags(absl::Span<char*> arguments, Settings* settings) {
       steps = true;
     } else if (flag == "--progressive") {
       settings->progressive = true;
+    } else if (flag == "--bounded") {
+      settings->bounded = true;
+    } else if (flag == "--host-pages") {
+      settings->host_pages = true;
     } else if (absl::ConsumePrefix(&flag, "--tune=")) {
       settings->tuning_file = std::string(flag);
     } else if (absl::ConsumePrefix(&flag, "--json=")) {
@@ -238,7 +263,8 @@ bool ParseFlags(absl::Span<char*> arguments, Settings* settings) {
       return false;
     }
   }
-  if (check || time || steps || settings->progressive || !settings->tuning_file.empty()) {
+  if (check || time || steps || settings->progressive || settings->bounded ||
+      settings->host_pages || !settings->tuning_file.empty()) {
     settings->check = check, settings->time = time, settings->steps = steps;
   }
   settings->command = absl::StrJoin(arguments, " ");
@@ -253,11 +279,11 @@ int main(int argc, char** argv) {
   if (!adaattn::ParseFlags(absl::MakeSpan(argv, static_cast<size_t>(argc)), &settings)) {
     std::fprintf(
         stderr,
-        "usage: %s [--check] [--time] [--steps] [--progressive] [--tune=FILE]\n"
-        "       [--json=FILE] [--runs=N >= 1] [--trace=FILE|joined:FILE|random:HEAD_DIM]...\n"
-        "       [--cases=BATCHxTOKENS,...] [--heads=Q/KV] [--stored-bits=4|6|8]\n"
-        "       [--policy=threshold|budget] [--theta=X] [--target=X] [--two-stage] [--z=X]\n"
-        "       [--sample=N]\n",
+        "usage: %s [--check] [--time] [--steps] [--progressive] [--bounded] [--host-pages]\n"
+        "       [--tune=FILE] [--json=FILE] [--runs=N >= 1]\n"
+        "       [--trace=FILE|joined:FILE|random:HEAD_DIM]... [--cases=BATCHxTOKENS,...]\n"
+        "       [--heads=Q/KV] [--stored-bits=4|6|8] [--policy=threshold|budget]\n"
+        "       [--theta=X] [--target=X] [--two-stage] [--z=X] [--sample=N]\n",
         argv[0]);
     return 2;
   }

@@ -48,6 +48,7 @@ class TraceCache {
 
   Backend& backend() { return *backend_; }
   const Trace& trace() const { return *trace_; }
+  int32_t stored_bits() const { return stored_bits_; }
 
  private:
   TraceCache(Backend* backend, const Trace* trace, PageFormat format, int32_t stored_bits);

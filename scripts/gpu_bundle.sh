@@ -194,7 +194,7 @@ for name in "$@"; do
         --trace=data/smollm2-135m-layer15-8k.safetensors ;;
     bench)
       run bench "$here/bin/adaattn_decode_bench" --time --steps --progressive \
-        --json="$out/decode.json" ;;
+        --bounded --host-pages --json="$out/decode.json" ;;
     *) run "$name" "$here/bin/adaattn_${name}_tests" --gtest_brief=1 ;;
   esac
 done
