@@ -34,6 +34,7 @@ struct ClusterTeam {
     }
     return x;
   }
+  __device__ __forceinline__ void Add(int32_t* counter, int32_t x) const { atomicAdd(counter, x); }
   __device__ __forceinline__ void Add(int64_t* counter, int64_t bytes) const {
     atomicAdd(reinterpret_cast<unsigned long long*>(counter),
               static_cast<unsigned long long>(bytes));
@@ -41,7 +42,7 @@ struct ClusterTeam {
 };
 
 // grid (kBoundedCtas * num_kv_heads, num_sequences), clusters of kBoundedCtas
-__global__ void __cluster_dims__(kBoundedCtas, 1, 1) __launch_bounds__(kBoundedThreads)
+__global__ void __cluster_dims__(kBoundedCtas, 1, 1) __launch_bounds__(kBoundedThreads, 2)
     BoundedKernel(const __grid_constant__ BoundedParams p) {
   NoteTime(p.stamps, kBoundedStamp);
   extern __shared__ __align__(16) std::byte shared_bytes[];

@@ -77,7 +77,14 @@ struct BoundedRow {
   double lse;        // as read so far
   double entropy;
   double estimate_norm, out_norm;
+  double first_distance2;  // |v_0 - o|^2, o as estimated, where the first token stands for its page
   double relative, below, above;  // the bound
+};
+
+// What a page adds to a budget's error on every rung of the ladder.
+struct PageRungs {
+  ErrorTerms at[kNumRungs];
+  int32_t below;  // NumThetasBelow of its share; -1: it has none
 };
 
 // Of a page for a row, as scanned.
@@ -96,16 +103,16 @@ struct BoundedWorkspace {
   int64_t lse = 0;          // double [C, P]: of the page's scores
   int64_t log_mass = 0;     // double [C, P]: what the page counts for
   int64_t score_error = 0;  // double [C, P]: sealed pages, as deep as they were read
-  int64_t share = 0;        // double [C, P]: of the masses as scanned
+  int64_t share = 0;        // double [C, P]: of the masses as scanned; then of skipped pages
   int64_t scan = 0;         // ScanFigures [C, P]: concentration, variance of the scan
   int64_t to_mean = 0;      // double [C, P]: |mean - o|, o as estimated
   int64_t to_mean_out = 0;  // double [C, P]: o as attended
   int64_t terms = 0;        // PreparedTerm [C, P + 1]
   int64_t pages = 0;        // BoundedPage [P]
-  int64_t budget = 0;       // PageBudget [P]
+  int64_t budget = 0;       // PageRungs [P]
   int64_t rows = 0;         // BoundedRow [C]
   int64_t estimate = 0;     // double [C, D]: o before attending, Hadamard frame
-  int64_t sealed = 0;       // double [T, C, D]: sums of weighted values, Hadamard frame
+  int64_t sealed = 0;       // double [T, C, D]: sums of weighted means and values, Hadamard frame
   int64_t dense = 0;        // double [T, C, D]: of dense tokens, model frame
   int64_t exact = 0;        // double [T, C, D]: of originals
   int64_t out = 0;          // double [C, D]
@@ -139,7 +146,7 @@ ADAATTN_HD BoundedWorkspace MakeBoundedWorkspace(const BoundedParams& p) {
   w.to_mean_out = add(c * pages * 8);
   w.terms = add(c * (pages + 1) * static_cast<int64_t>(sizeof(PreparedTerm)));
   w.pages = add(pages * static_cast<int64_t>(sizeof(BoundedPage)));
-  w.budget = add(pages * static_cast<int64_t>(sizeof(PageBudget)));
+  w.budget = add(pages * static_cast<int64_t>(sizeof(PageRungs)));
   w.rows = add(c * static_cast<int64_t>(sizeof(BoundedRow)));
   w.estimate = add(c * d * 8);
   w.sealed = add(kBoundedCtas * c * d * 8);

@@ -17,9 +17,6 @@
 
 namespace adaattn {
 
-// The expectation knows no exact masses and guesses o: it aims a little lower.
-inline constexpr double kBoundedPlanMargin = 0.9;
-
 template <class Team>
 class BoundedHeadStep {
  public:
@@ -42,7 +39,7 @@ class BoundedHeadStep {
                            c_.layout.dense);
     });
     team_.Sync();
-    BoundedSelect<Team>(c_).Run();
+    BoundedSelect<Team>(c_, reader_).Run();
     Plan();
     double bound = 0;
     for (;;) {
@@ -67,6 +64,7 @@ class BoundedHeadStep {
     if (team_.thread == 0) {
       if (team_.cta == 0) *c_.decision = HeadDecision{};
       c_.shared.sequence = c_.p.sequences[c_.sequence];
+      c_.shared.workspace = MakeBoundedWorkspace(c_.p);
       c_.shared.layout = MakePageLayout(c_.p.shape, c_.shared.sequence.stored_bits);
     }
     team_.SyncCta();
@@ -122,9 +120,12 @@ class BoundedHeadStep {
 
   ADAATTN_HD void Plan() {
     Refine();
-    while (LargestBound(c_, exact_count_, /*measured=*/false) > kBoundedPlanMargin * target() &&
-           Deepen()) {
+    while (!IsExpectedToHold(exact_count_) && Deepen()) {
     }
+  }
+
+  ADAATTN_HD bool IsExpectedToHold(int32_t exact_count) const {
+    return LargestBound(c_, exact_count, /*measured=*/false) == 0;
   }
 
   // To the next level; false: nothing is left to read. From the ladder straight to originals where
@@ -195,7 +196,7 @@ class BoundedHeadStep {
     int32_t low = 1, high = c_.range.num_sealed;
     while (low < high) {
       const int32_t middle = low + (high - low) / 2;
-      if (LargestBound(c_, middle, /*measured=*/false) <= kBoundedPlanMargin * target()) {
+      if (IsExpectedToHold(middle)) {
         high = middle;
       } else {
         low = middle + 1;
@@ -245,11 +246,13 @@ class BoundedHeadStep {
     c_.ForPages(0, c_.range.num_sealed, [&](int32_t page) {
       if (IsExact(page)) reader_.ScoreTokens(page, OriginalOf(page), whole);
     });
-    for (int64_t i = team_.thread; i < elements(); i += team_.num_threads) {
-      reader_.PartialOf(c_.layout.sealed)[i] = reader_.PartialOf(c_.layout.exact)[i] = 0;
-    }
     team_.Sync();
     SumMasses(/*scan=*/false);
+    ShareSkipped();
+    for (int64_t i = team_.thread; i < elements(); i += team_.num_threads) {
+      reader_.PartialOf(c_.layout.sealed)[i] = reader_.SumMeans(i);
+      reader_.PartialOf(c_.layout.exact)[i] = 0;
+    }
     c_.ForPages(0, c_.range.num_sealed, [&](int32_t page) {
       if (IsExact(page)) {
         reader_.AttendTokens(page, OriginalOf(page), whole, /*dense=*/false, c_.layout.exact);
@@ -273,10 +276,7 @@ class BoundedHeadStep {
       }
       return sum;
     };
-    c_.ForThreads(elements(), [&](int64_t i) {
-      rotated[i] = joined(c_.layout.sealed, i) +
-                   SkippedMeans(static_cast<int32_t>(i / d), static_cast<int32_t>(i % d));
-    });
+    c_.ForThreads(elements(), [&](int64_t i) { rotated[i] = joined(c_.layout.sealed, i); });
     team_.Sync();
     c_.ForThreads(elements(), [&](int64_t i) {
       const BoundedRow& row = c_.Row(static_cast<int32_t>(i / d));
@@ -300,16 +300,18 @@ class BoundedHeadStep {
     BoundedSelect<Team>::MeanDistances(c_, c_.layout.rotated_out, c_.layout.to_mean_out);
   }
 
-  ADAATTN_HD double SkippedMeans(int32_t column, int32_t channel) const {
-    double sum = 0;
-    for (int32_t page = 0; page < c_.range.num_sealed; ++page) {
-      if (IsExact(page) || c_.Page(page).depth.value_bits > 0) continue;
-      const double log_mass = At<double>(c_.layout.log_mass)[c_.Cell(column, page)];
-      const SealedPart part = c_.Part(page);
-      sum +=
-          MassRatio(log_mass, c_.Row(column).lse) * part.Mean(part.summary().mean_scale, channel);
-    }
-    return sum;
+  // Shares of pages that their mean stands for, 0 of others.
+  ADAATTN_HD void ShareSkipped() {
+    const int32_t num_sealed = c_.range.num_sealed;
+    c_.ForThreads(int64_t{c_.columns} * num_sealed, [&](int64_t i) {
+      const auto column = static_cast<int32_t>(i / num_sealed);
+      const auto page = static_cast<int32_t>(i % num_sealed);
+      const bool skipped = !IsExact(page) && c_.Page(page).depth.value_bits == 0;
+      const int64_t at = c_.Cell(column, page);
+      At<double>(c_.layout.share)[at] =
+          skipped ? MassRatio(At<double>(c_.layout.log_mass)[at], c_.Row(column).lse) : 0;
+    });
+    team_.Sync();
   }
 
   // --- Report -----------------------------------------------------------------------------------
@@ -327,7 +329,9 @@ class BoundedHeadStep {
     c_.ForThreads(c_.columns, [&](int64_t column) {
       c_.p.lse[row_of(column)] = static_cast<float>(c_.Row(static_cast<int32_t>(column)).lse);
     });
-    if (team_.cta == 0 && team_.thread == 0) ReportDecision(bound);
+    if (team_.cta != 0) return;
+    CountPages();
+    if (team_.thread == 0) ReportDecision(bound);
   }
 
   ADAATTN_HD void WriteOutput(int64_t at, double value) const {
@@ -354,12 +358,17 @@ class BoundedHeadStep {
     decision.dense_tokens = c_.range.dense_end - c_.range.dense_begin;
     if (c_.range.num_sealed == 0) return;
     if (UsesLadder(s().decision.policy)) decision.theta = *At<float>(c_.layout.theta);
-    for (int32_t page = 0; page < c_.range.num_sealed; ++page) {
+  }
+
+  // By the first CTA.
+  ADAATTN_HD void CountPages() const {
+    HeadDecision& decision = *c_.decision;
+    const int32_t chunks = NumRankChunks(c_.head_dim);
+    for (int32_t page = team_.thread; page < c_.range.num_sealed; page += team_.num_threads) {
       const bool exact = IsExact(page);
-      const int32_t chunks = NumRankChunks(c_.head_dim);
-      ++decision.key_pages[KeyDepthIndex(c_.Page(page).key_bits, chunks)];
-      ++decision.value_pages[exact ? 0 : c_.Page(page).depth.value_bits / 2];
-      decision.exact_pages += exact ? 1 : 0;
+      team_.Add(&decision.key_pages[KeyDepthIndex(c_.Page(page).key_bits, chunks)], 1);
+      team_.Add(&decision.value_pages[exact ? 0 : c_.Page(page).depth.value_bits / 2], 1);
+      if (exact) team_.Add(&decision.exact_pages, 1);
     }
   }
 

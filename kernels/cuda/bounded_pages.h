@@ -9,7 +9,7 @@
 //   SyncCta(), Sync()       all threads of the CTA, of the team; writes before are seen after
 //   SyncWarp()
 //   Sum(x), Max(x)          over the lanes of a warp
-//   Add(counter, bytes)
+//   Add(counter, x)
 
 #include "kernels/cuda/bounded.h"
 #include "kernels/format/planes.h"
@@ -22,6 +22,7 @@ struct BoundedShared {
   float weights[kBoundedMaxColumns][kPageTokens];  // of a page's tokens, by column
   float ranges[256];
   PageLayout layout;
+  BoundedWorkspace workspace;
   BoundedSequence sequence;
   ADAATTN_HD float* tile() { return reinterpret_cast<float*>(this + 1); }
 };
@@ -131,47 +132,121 @@ struct SealedPart {
   ADAATTN_HD static uint32_t Field(const std::byte* tile, BitPosition at, uint32_t mask) {
     return static_cast<uint32_t>(tile[at.byte]) >> at.shift & mask;
   }
-  // The first four bits of a key's code.
-  ADAATTN_HD uint32_t KeyNibble(int32_t token, int32_t channel) const {
-    const int32_t chunk = channel / ChunkChannels(head_dim);
-    const std::byte* tile = At(layout->key_base[chunk]) +
-                            channel % ChunkChannels(head_dim) / kTileChannels * kKeyTileBytes;
-    return Field(tile, KeyNibblePosition(TileOrder::kMma, token, channel % kTileChannels), 15u);
-  }
-  // The bits after the first four, as many as are stored.
-  ADAATTN_HD uint32_t KeyFine(int32_t token, int32_t channel) const {
-    uint32_t code = 0;
-    for (int32_t plane = 0; plane < (layout->stored_bits - kScanBits) / 2; ++plane) {
-      const std::byte* tile =
-          At(layout->key_fine[plane]) + channel / kTileChannels * kPlaneTileBytes;
-      code = code << 2 |
-             Field(tile, KeyFinePosition(TileOrder::kMma, token, channel % kTileChannels), 3u);
+  // One channel of the keys' first four bits, and of the bits after them, as many as are stored.
+  struct KeyNibbles {
+    const std::byte* tile;
+    int32_t channel;  // in the tile
+    ADAATTN_HD uint32_t operator()(int32_t token) const {
+      return Field(tile, KeyNibblePosition(TileOrder::kMma, token, channel), 15u);
     }
-    return code;
+  };
+  ADAATTN_HD KeyNibbles NibblesOf(int32_t channel) const {
+    const int32_t chunk = channel / ChunkChannels(head_dim);
+    return {At(layout->key_base[chunk]) +
+                channel % ChunkChannels(head_dim) / kTileChannels * kKeyTileBytes,
+            channel % kTileChannels};
+  }
+  struct KeyFines {
+    const std::byte *first, *second;
+    int32_t num_planes, channel;
+    ADAATTN_HD uint32_t operator()(int32_t token) const {
+      const BitPosition at = KeyFinePosition(TileOrder::kMma, token, channel);
+      const uint32_t high = Field(first, at, 3u), low = Field(second, at, 3u);
+      return num_planes > 1 ? high << 2 | low : high;
+    }
+  };
+  ADAATTN_HD KeyFines FinesOf(int32_t channel) const {
+    const int32_t num_planes = (layout->stored_bits - kScanBits) / 2;
+    const int32_t tile = channel / kTileChannels * kPlaneTileBytes;
+    return {At(layout->key_fine[0]) + tile, At(layout->key_fine[num_planes - 1]) + tile, num_planes,
+            channel % kTileChannels};
+  }
+  // One channel of the values' first `num_planes` planes.
+  struct ValueCodes {
+    const std::byte* first;
+    int32_t to_next;  // bytes from plane to plane
+    int32_t num_planes, channel;
+    ADAATTN_HD uint32_t operator()(int32_t token) const {
+      const BitPosition at = ValuePlanePosition(TileOrder::kMma, token, channel);
+      uint32_t code = 0;
+      ADAATTN_UNROLL
+      for (int32_t plane = 0; plane < 4; ++plane) {  // without a branch: the last one again
+        const int32_t held = plane < num_planes ? plane : num_planes - 1;
+        const uint32_t field = Field(first + held * to_next, at, 3u);
+        code = plane < num_planes ? code << 2 | field : code;
+      }
+      return code;
+    }
+  };
+  ADAATTN_HD ValueCodes ValuesOf(int32_t channel, int32_t num_planes) const {
+    const PageLayout::Section* planes = layout->value_plane;
+    const int64_t to_next = num_planes > 1 ? planes[1].offset - planes[0].offset : 0;
+    return {At(planes[0]) + channel / kTileChannels * kPlaneTileBytes,
+            static_cast<int32_t>(to_next), num_planes, channel % kTileChannels};
   }
   // A value at `bits`.
   ADAATTN_HD float Value(int32_t token, int32_t channel, int32_t bits) const {
-    uint32_t code = 0;
-    for (int32_t plane = 0; plane < bits / 2; ++plane) {
-      const std::byte* tile =
-          At(layout->value_plane[plane]) + channel / kTileChannels * kPlaneTileBytes;
-      code = code << 2 |
-             Field(tile, ValuePlanePosition(TileOrder::kMma, token, channel % kTileChannels), 3u);
-    }
     const int32_t width = head_dim / ValueGroups(head_dim);
-    return DecodeNested(code, bits, RangeFromScale(value_scale(token, channel / width)));
+    return DecodeNested(ValuesOf(channel, bits / 2)(token), bits,
+                        RangeFromScale(value_scale(token, channel / width)));
   }
 };
 
-// tile[token][channel] of all tokens of a page, from element(token, channel), by the CTA.
-template <class Team, class Element>
-ADAATTN_HD void FillTile(const Team& team, int32_t head_dim, float* tile, const Element& element) {
+// tile[token][channel] of all tokens of a page by the CTA; channel_of(channel) gives a function of
+// the token. Several elements are on their way at a time, without a branch: each is some reads that
+// wait for memory.
+template <class Team, class ChannelOf>
+ADAATTN_HD void FillTile(const Team& team, int32_t head_dim, float* tile,
+                         const ChannelOf& channel_of) {
+  constexpr int32_t kAtOnce = 8;
+  const int32_t step = team.num_threads;
   team.SyncCta();
-  for (int32_t i = team.thread; i < kPageTokens * head_dim; i += team.num_threads) {
-    const int32_t token = i / head_dim, channel = i % head_dim;
-    tile[token * (head_dim + 1) + channel] = element(token, channel);
+  if (step % head_dim == 0) {  // a thread keeps to its channel
+    const int32_t channel = team.thread % head_dim, apart = step / head_dim;
+    const auto element = channel_of(channel);
+    for (int32_t first = team.thread / head_dim; first < kPageTokens; first += kAtOnce * apart) {
+      float x[kAtOnce];
+      const auto token = [&](int32_t i) {  // beyond the last one, that once more
+        return first + i * apart < kPageTokens ? first + i * apart : kPageTokens - 1;
+      };
+      ADAATTN_UNROLL
+      for (int32_t i = 0; i < kAtOnce; ++i) x[i] = element(token(i));
+      ADAATTN_UNROLL
+      for (int32_t i = 0; i < kAtOnce; ++i) {
+        if (first + i * apart < kPageTokens) tile[token(i) * (head_dim + 1) + channel] = x[i];
+      }
+    }
+  } else {
+    for (int32_t i = team.thread; i < kPageTokens * head_dim; i += step) {
+      const int32_t token = i / head_dim, channel = i % head_dim;
+      tile[token * (head_dim + 1) + channel] = channel_of(channel)(token);
+    }
   }
   team.SyncCta();
+}
+
+// The same of tokens [begin, end) of a dense page's keys or values [64, head_dim], 0 elsewhere.
+template <class Team>
+ADAATTN_HD void FillTokens(const Team& team, int32_t head_dim, float* tile, const std::byte* data,
+                           DType type, RowRange tokens) {
+  const auto fill = [&](const auto& read) {
+    FillTile(team, head_dim, tile, [&](int32_t channel) {
+      return [&, channel](int32_t token) {
+        const float x = read(token * head_dim + channel);  // a page has room for all of them
+        return token >= tokens.begin && token < tokens.end ? x : 0.0f;
+      };
+    });
+  };
+  switch (type) {  // once, not for every element
+    case DType::kF16:
+      fill([data](int32_t i) { return ReadElement(data, DType::kF16, i); });
+      return;
+    case DType::kBf16:
+      fill([data](int32_t i) { return ReadElement(data, DType::kBf16, i); });
+      return;
+    default:
+      fill([data, type](int32_t i) { return ReadElement(data, type, i); });
+  }
 }
 
 // The largest L2 norm among tokens [begin, end) of the tile, by every warp.
@@ -180,11 +255,16 @@ ADAATTN_HD double LargestNorm(const Team& team, int32_t head_dim, const float* t
                               int32_t end) {
   double most = 0;
   for (int32_t token = begin + team.lane; token < end; token += Team::kLanes) {
-    double squares = 0;
-    for (int32_t c = 0; c < head_dim; ++c) {
-      const double x = tile[token * (head_dim + 1) + c];
-      squares += x * x;
+    const float* row = tile + token * (head_dim + 1);
+    double sums[4] = {};  // shorter chains
+    for (int32_t c = 0; c < head_dim; c += 4) {
+      ADAATTN_UNROLL
+      for (int32_t i = 0; i < 4; ++i) {
+        const double x = row[c + i];
+        sums[i] += x * x;
+      }
     }
+    const double squares = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     most = squares > most ? squares : most;
   }
   return sqrt(team.Max(most));
@@ -193,12 +273,15 @@ ADAATTN_HD double LargestNorm(const Team& team, int32_t head_dim, const float* t
 // Sums that share a score's products.
 inline constexpr int32_t kDotSums = 4;
 
-// q.k of a column and a token of the tile, products summed in FP32.
+// q.k of a column and a token of the tile, products summed in FP32. `query`: 16-byte aligned.
 ADAATTN_HD float TileDot(const float* query, const float* tile, int32_t head_dim, int32_t token) {
   const float* row = tile + token * (head_dim + 1);
   float sums[kDotSums] = {};
   for (int32_t c = 0; c < head_dim; c += kDotSums) {
-    for (int32_t i = 0; i < kDotSums; ++i) sums[i] = fmaf(query[c + i], row[c + i], sums[i]);
+    float q[kDotSums];
+    memcpy(q, __builtin_assume_aligned(query + c, 16), sizeof(q));
+    ADAATTN_UNROLL
+    for (int32_t i = 0; i < kDotSums; ++i) sums[i] = fmaf(q[i], row[c + i], sums[i]);
   }
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }

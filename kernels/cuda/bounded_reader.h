@@ -28,12 +28,20 @@ class BoundedReader {
     for (int32_t run = first; run < end; ++run) {
       const std::byte* basis = Basis(run);
       float* rotated = At<float>(c_.layout.rotated) + run * int64_t{c_.layout.columns} * d;
+      const std::byte* matrix = basis + layout.query_basis;
       c_.ForThreads(elements(), [&](int64_t i) {
         const float* q = query + i / d * d;
+        const auto channel = static_cast<int32_t>(i % d);
+        constexpr int32_t kAtOnce = 16;  // reads on their way; head_dim is a multiple of it
         float sum = 0;
-        for (int32_t c = 0; c < d; ++c) {
-          sum =
-              fmaf(q[c], ReadElement(basis + layout.query_basis, DType::kF16, c * d + i % d), sum);
+        for (int32_t first = 0; first < d; first += kAtOnce) {
+          float x[kAtOnce];
+          ADAATTN_UNROLL
+          for (int32_t c = 0; c < kAtOnce; ++c) {
+            x[c] = ReadElement(matrix, DType::kF16, (first + c) * d + channel);
+          }
+          ADAATTN_UNROLL
+          for (int32_t c = 0; c < kAtOnce; ++c) sum = fmaf(q[first + c], x[c], sum);
         }
         rotated[i] = sum;
       });
@@ -52,8 +60,11 @@ class BoundedReader {
   ADAATTN_HD void ScanSealed(int32_t page) {
     const SealedPart part = c_.Part(page);
     LoadRanges(part);
-    FillTile(team_, c_.head_dim, c_.shared.tile(), [&](int32_t token, int32_t channel) {
-      return DecodeNested(part.KeyNibble(token, channel), kScanBits, c_.shared.ranges[channel]);
+    FillTile(team_, c_.head_dim, c_.shared.tile(), [&](int32_t channel) {
+      const auto nibble = part.NibblesOf(channel);
+      const float range = c_.shared.ranges[channel];
+      return
+          [nibble, range](int32_t token) { return DecodeNested(nibble(token), kScanBits, range); };
     });
     for (int32_t i = team_.thread; i < c_.columns * kPageTokens; i += team_.num_threads) {
       const int32_t column = i / kPageTokens, token = i % kPageTokens;
@@ -97,10 +108,7 @@ class BoundedReader {
   ADAATTN_HD void ScoreTokens(int32_t page, const std::byte* data, RowRange tokens) {
     const DType type = c_.p.page_type;
     const std::byte* keys = data + DenseKeyOffset(c_.head, c_.head_dim, type);
-    FillTile(team_, c_.head_dim, c_.shared.tile(), [&](int32_t token, int32_t channel) {
-      const bool held = token >= tokens.begin && token < tokens.end;
-      return held ? ReadElement(keys, type, token * c_.head_dim + channel) : 0.0f;
-    });
+    FillTokens(team_, c_.head_dim, c_.shared.tile(), keys, type, tokens);
     const float* query = At<float>(c_.layout.query);
     const double scale = static_cast<double>(s().softmax_scale) * c_.KeyScale();
     for (int32_t i = team_.thread; i < c_.columns * kPageTokens; i += team_.num_threads) {
@@ -131,9 +139,12 @@ class BoundedReader {
     const SealedPart part = c_.Part(page);
     LoadRanges(part);
     const float step = 2.0f / static_cast<float>(1 << bits);
-    FillTile(team_, c_.head_dim, c_.shared.tile(), [&](int32_t token, int32_t channel) {
-      const float fine = static_cast<float>(part.KeyFine(token, channel)) + 0.5f;
-      return (fine * step - 0.0625f) * c_.shared.ranges[channel];
+    FillTile(team_, c_.head_dim, c_.shared.tile(), [&](int32_t channel) {
+      const auto fine = part.FinesOf(channel);
+      const float range = c_.shared.ranges[channel];
+      return [fine, range, step](int32_t token) {
+        return ((static_cast<float>(fine(token)) + 0.5f) * step - 0.0625f) * range;
+      };
     });
     for (int32_t i = team_.thread; i < c_.columns * kPageTokens; i += team_.num_threads) {
       const int32_t column = i / kPageTokens, token = i % kPageTokens;
@@ -177,10 +188,7 @@ class BoundedReader {
     Weigh(page, dense);
     const DType type = c_.p.page_type;
     const std::byte* values = data + DenseValueOffset(c_.p.shape, c_.head, type);
-    FillTile(team_, c_.head_dim, c_.shared.tile(), [&](int32_t token, int32_t channel) {
-      const bool held = token >= tokens.begin && token < tokens.end;
-      return held ? ReadElement(values, type, token * c_.head_dim + channel) : 0.0f;
-    });
+    FillTokens(team_, c_.head_dim, c_.shared.tile(), values, type, tokens);
     AddWeightedValues(team_, c_.head_dim, c_.columns, c_.shared.weights, c_.shared.tile(),
                       c_.ValueScale(), PartialOf(sums));
     if (team_.warp == 0) {
@@ -194,13 +202,34 @@ class BoundedReader {
   ADAATTN_HD void AttendSealed(int32_t page) {
     Weigh(page, /*dense=*/false);
     const SealedPart part = c_.Part(page);
-    const int32_t bits = c_.Page(page).depth.value_bits;
-    FillTile(team_, c_.head_dim, c_.shared.tile(),
-             [&](int32_t token, int32_t channel) { return part.Value(token, channel, bits); });
+    const int32_t bits = c_.Page(page).depth.value_bits, groups = ValueGroups(c_.head_dim);
+    for (int32_t i = team_.thread; i < kPageTokens * groups; i += team_.num_threads) {
+      c_.shared.ranges[i] = RangeFromScale(part.value_scale(i / groups, i % groups));
+    }
+    FillTile(team_, c_.head_dim, c_.shared.tile(), [&](int32_t channel) {
+      const auto code = part.ValuesOf(channel, bits / 2);
+      const float* ranges = c_.shared.ranges + channel / (c_.head_dim / groups);
+      return [code, ranges, bits, groups](int32_t token) {
+        return DecodeNested(code(token), bits, ranges[token * groups]);
+      };
+    });
     AddWeightedValues(team_, c_.head_dim, c_.columns, c_.shared.weights, c_.shared.tile(), 1,
                       PartialOf(c_.layout.sealed));
     AddBytes(&c_.decision->value_bytes,
              ValueReadBytes(c_.head_dim, bits) - ValueReadBytes(c_.head_dim, 0));
+  }
+
+  // This CTA's part of the sum of share * mean of all sealed pages, for one element of o.
+  ADAATTN_HD double SumMeans(int64_t element) const {
+    const auto column = static_cast<int32_t>(element / c_.head_dim);
+    const auto channel = static_cast<int32_t>(element % c_.head_dim);
+    double sum = 0;
+    c_.ForPages(0, c_.range.num_sealed, [&](int32_t page) {
+      const SealedPart part = c_.Part(page);
+      sum += At<double>(c_.layout.share)[c_.Cell(column, page)] *
+             part.Mean(part.summary().mean_scale, channel);
+    });
+    return sum;
   }
 
   ADAATTN_HD const std::byte* DensePage(int32_t page) const {

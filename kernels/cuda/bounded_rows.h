@@ -14,6 +14,8 @@ ADAATTN_HD constexpr double RadiusFactor(int32_t head_dim) {
 }
 // Tokens of a page are summed in FP32, pages in FP64; what a page's weights round beside.
 inline constexpr double kBoundedChain = kPageTokens + 16;
+// The expectation knows no exact masses and guesses o: it aims a little lower.
+inline constexpr double kBoundedPlanMargin = 0.9;
 
 // One kv head of one sequence: where its figures lie, and what all threads know of it.
 template <class Team>
@@ -22,7 +24,7 @@ struct BoundedContext {
   const Team& team;
   BoundedShared& shared;
   const int32_t sequence, head, head_dim;
-  const BoundedWorkspace layout;
+  const BoundedWorkspace& layout;  // in shared memory, as is the sequence, once they are there
   std::byte* const memory;
   HeadDecision* const decision;
   // Of the sequence; set once shared memory has it.
@@ -37,9 +39,9 @@ struct BoundedContext {
         sequence(sequence_index),
         head(kv_head),
         head_dim(params.shape.head_dim),
-        layout(MakeBoundedWorkspace(params)),
-        memory(params.workspace +
-               (int64_t{sequence_index} * params.shape.num_kv_heads + kv_head) * layout.bytes),
+        layout(memory_of_cta.workspace),
+        memory(params.workspace + (int64_t{sequence_index} * params.shape.num_kv_heads + kv_head) *
+                                      MakeBoundedWorkspace(params).bytes),
         decision(params.decisions + int64_t{sequence_index} * params.shape.num_kv_heads + kv_head) {
   }
 
@@ -119,7 +121,9 @@ struct BoundedContext {
 
 // The bound of one row, by a warp, to its BoundedRow.
 //   exact_count  sealed pages of a rank below it are read from their originals
-//   measured     o is what was attended; else it is estimated, and so is the originals' mass
+//   measured     o is what was attended; else it is estimated, and so is the originals' mass, and
+//                the bound is 0 where it is expected to hold, else infinite: to say that takes no
+//                search for the least one
 template <class Team>
 ADAATTN_HD void BoundRow(const BoundedContext<Team>& c, int32_t column, int32_t exact_count,
                          bool measured) {
@@ -169,22 +173,29 @@ ADAATTN_HD void BoundRow(const BoundedContext<Team>& c, int32_t column, int32_t 
   sums.multiplier = team.Sum(sums.multiplier);
   sums.up = team.Sum(sums.up);
   sums.down = team.Sum(sums.down);
-  const double least = LeastBound(sums, [&](double multiplier, double bound) {
+  const auto excess = [&](double multiplier, double bound) {
     double sum = 0;
     for (int32_t page = team.lane; page <= num_pages; page += Team::kLanes) {
       if (terms[page].term.mass == 0) continue;
       sum += ExcessOfTerm(terms[page], multiplier, bound);
     }
     return team.Sum(sum);
-  });
+  };
+  const double rounded = rounding + OutputRounding(c.p.out_type, norm, c.head_dim);
+  if (!measured) {
+    const double goal = kBoundedPlanMargin * c.s().decision.target_relative_error;
+    const bool holds = BoundHolds(sums, excess, MostError(goal, norm) - rounded);
+    if (team.lane == 0) row.relative = holds ? 0 : HUGE_VAL;
+    return;
+  }
+  const double least = LeastBound(sums, excess);
   if (team.lane != 0) return;
-  const double error = least + rounding + OutputRounding(c.p.out_type, norm, c.head_dim);
-  row.relative = RelativeBound(error, norm);
+  row.relative = RelativeBound(least + rounded, norm);
   row.below = (sums.up > 0 ? -log(sums.down) : 0) + LseRounding(lse);
   row.above = (sums.up > 0 ? log(sums.up) : 0) + LseRounding(lse);
 }
 
-// The largest bound of any row; every thread of the team gets it.
+// The largest bound of any row, as BoundRow has it; every thread of the team gets it.
 template <class Team>
 ADAATTN_HD double LargestBound(const BoundedContext<Team>& c, int32_t exact_count, bool measured) {
   c.team.Sync();

@@ -4,7 +4,7 @@
 // The depths that the policy of a bounded step gives its pages, from which it reads deeper: o as
 // the scan estimates it, theta, the ladder. As the CPU's select.cc, in double precision.
 
-#include "kernels/cuda/bounded_rows.h"
+#include "kernels/cuda/bounded_reader.h"
 #include "kernels/policy/theta.h"
 
 namespace adaattn {
@@ -12,7 +12,8 @@ namespace adaattn {
 template <class Team>
 class BoundedSelect {
  public:
-  ADAATTN_HD explicit BoundedSelect(const BoundedContext<Team>& context) : c_(context) {}
+  ADAATTN_HD BoundedSelect(const BoundedContext<Team>& context, const BoundedReader<Team>& reader)
+      : c_(context), reader_(reader) {}
 
   // Requires: pages are scanned, dense tokens attended. Leaves depths, and o as estimated with each
   // page's distance from it.
@@ -76,26 +77,30 @@ class BoundedSelect {
   ADAATTN_HD void Estimate() {
     const int64_t elements = int64_t{c_.columns} * c_.head_dim;
     auto* dense = c_.template At<double>(c_.layout.out);
-    c_.ForThreads(elements, [&](int64_t i) {
-      const BoundedRow& row = c_.Row(static_cast<int32_t>(i / c_.head_dim));
+    const auto joined = [&](int64_t sums, int64_t i) {
       double sum = 0;
       for (int32_t cta = 0; cta < c_.team.num_ctas; ++cta) {
-        sum += c_.template At<double>(c_.layout.dense)[cta * elements + i];
+        sum += c_.template At<double>(sums)[cta * elements + i];
       }
-      dense[i] = MassRatio(row.dense_lse, row.scan_lse) * sum;
+      return sum;
+    };
+    c_.ForThreads(elements, [&](int64_t i) {
+      const BoundedRow& row = c_.Row(static_cast<int32_t>(i / c_.head_dim));
+      dense[i] = MassRatio(row.dense_lse, row.scan_lse) * joined(c_.layout.dense, i);
     });
+    for (int64_t i = c_.team.thread; i < elements; i += c_.team.num_threads) {
+      reader_.PartialOf(c_.layout.sealed)[i] = reader_.SumMeans(i);
+    }
     c_.team.Sync();
     c_.ForThreads(elements, [&](int64_t i) {
       const auto column = static_cast<int32_t>(i / c_.head_dim);
       const auto channel = static_cast<int32_t>(i % c_.head_dim);
-      double sum = HadamardChannel(dense + int64_t{column} * c_.head_dim, c_.head_dim, channel);
-      for (int32_t page = 0; page < c_.range.num_sealed; ++page) {
-        const double share = Share(column, page);
-        if (!(share > 0)) continue;
-        const SealedPart part = c_.Part(page);
-        sum += share * (page == 0 && FirstStands(column, 0)
-                            ? static_cast<double>(FirstValue(channel))
-                            : part.Mean(part.summary().mean_scale, channel));
+      double sum = HadamardChannel(dense + int64_t{column} * c_.head_dim, c_.head_dim, channel) +
+                   joined(c_.layout.sealed, i);
+      if (c_.range.num_sealed > 0 && FirstStands(column, 0)) {
+        const SealedPart part = c_.Part(0);
+        sum += Share(column, 0) * (static_cast<double>(FirstValue(channel)) -
+                                   part.Mean(part.summary().mean_scale, channel));
       }
       c_.template At<double>(c_.layout.estimate)[i] = sum;
     });
@@ -106,10 +111,19 @@ class BoundedSelect {
   ADAATTN_HD void Measure() {
     c_.ForWarps(c_.columns, [&](int64_t column) {
       const double* o = c_.template At<double>(c_.layout.estimate) + column * c_.head_dim;
-      double squares = 0;
-      for (int32_t i = c_.team.lane; i < c_.head_dim; i += Team::kLanes) squares += o[i] * o[i];
+      const auto row = static_cast<int32_t>(column);
+      const bool first = c_.range.num_sealed > 0 && FirstStands(row, 0);
+      double squares = 0, distance2 = 0;
+      for (int32_t i = c_.team.lane; i < c_.head_dim; i += Team::kLanes) {
+        squares += o[i] * o[i];
+        const double off = first ? static_cast<double>(FirstValue(i)) - o[i] : 0;
+        distance2 += off * off;
+      }
       squares = c_.team.Sum(squares);
-      if (c_.team.lane == 0) c_.Row(static_cast<int32_t>(column)).estimate_norm = sqrt(squares);
+      distance2 = c_.team.Sum(distance2);
+      if (c_.team.lane != 0) return;
+      c_.Row(row).estimate_norm = sqrt(squares);
+      c_.Row(row).first_distance2 = distance2;
     });
     MeanDistances(c_, c_.layout.estimate, c_.layout.to_mean);
     c_.team.Sync();
@@ -181,7 +195,7 @@ class BoundedSelect {
 
   ADAATTN_HD void SumBudget(int32_t page) {
     PageBudget budget;
-    budget.facts = FactsOf(page);
+    const PageFacts facts = FactsOf(page);
     const ValueSummary summary = c_.Part(page).summary();
     for (int32_t column = 0; column < c_.columns; ++column) {
       const double norm = c_.Row(column).estimate_norm;
@@ -198,22 +212,22 @@ class BoundedSelect {
       AddToBudget(inputs.share, ErrorParts(inputs, c_.head_dim), static_cast<float>(weight),
                   &budget);
     }
-    c_.template At<PageBudget>(c_.layout.budget)[page] = budget;
+    PageRungs& rungs = c_.template At<PageRungs>(c_.layout.budget)[page];
+    for (int32_t rung = 0; rung < kNumRungs; ++rung) {
+      rungs.at[rung] = TermsOf(budget.parts,
+                               RungFactors(params(), rung, facts, c_.head_dim, c_.s().stored_bits));
+    }
+    rungs.below = budget.share > 0 ? NumThetasBelow(budget.share) : -1;
   }
 
   ADAATTN_HD void SubstituteFirst(int32_t column, PageErrorInputs* inputs) const {
-    const double* o = c_.template At<double>(c_.layout.estimate) + int64_t{column} * c_.head_dim;
     const int32_t groups = ValueGroups(c_.head_dim);
-    double distance = 0, ranges = 0;
-    for (int32_t channel = 0; channel < c_.head_dim; ++channel) {
-      const double off = static_cast<double>(FirstValue(channel)) - o[channel];
-      distance += off * off;
-    }
+    double ranges = 0;
     for (int32_t group = 0; group < groups; ++group) {
       const double range = RangeFromScale(c_.Part(0).value_scale(0, group));
       ranges += range * range;
     }
-    inputs->mean_distance2 = static_cast<float>(distance);
+    inputs->mean_distance2 = static_cast<float>(c_.Row(column).first_distance2);
     inputs->spread = 0;
     inputs->scale_rms = static_cast<float>(sqrt(ranges / groups));
   }
@@ -222,13 +236,15 @@ class BoundedSelect {
   ADAATTN_HD void ThetaFromBudget(float* theta) {
     if (c_.team.cta != 0) return;
     auto* sums = c_.template At<ErrorTerms>(c_.layout.theta_sums);
-    const auto* budgets = c_.template At<PageBudget>(c_.layout.budget);
+    const auto* pages = c_.template At<PageRungs>(c_.layout.budget);
     for (int32_t i = c_.team.warp; i <= kNumBudgetThetas; i += c_.team.num_warps) {
-      const float at = i < kNumBudgetThetas ? BudgetTheta(i) : 0.0f;
       double square = 0, amplitude = 0;
       for (int32_t page = c_.team.lane; page < c_.range.num_sealed; page += Team::kLanes) {
-        const ErrorTerms terms =
-            BudgetTermsAt(params(), budgets[page], at, c_.head_dim, c_.s().stored_bits);
+        const int32_t below = pages[page].below;
+        const int32_t rung = i < kNumBudgetThetas ? BudgetRung(below, i)
+                             : below < 0          ? 0
+                                                  : kNumRungs - 1;
+        const ErrorTerms& terms = pages[page].at[rung];
         square += terms.square;
         amplitude += terms.amplitude;
       }
@@ -262,6 +278,7 @@ class BoundedSelect {
   }
 
   const BoundedContext<Team>& c_;
+  const BoundedReader<Team>& reader_;
 };
 
 }  // namespace adaattn

@@ -151,6 +151,11 @@ ADAATTN_HD double RelativeBound(double error, double output_norm) {
   return error < output_norm ? error / (output_norm - error) : HUGE_VAL;
 }
 
+// The largest error whose RelativeBound is at most `bound`.
+ADAATTN_HD double MostError(double bound, double output_norm) {
+  return output_norm * bound / (1 + bound);
+}
+
 // --- The least bound that no choice of weights, values and directions exceeds: bound.h ----------
 
 inline constexpr int32_t kBoundBisections = 30;  // a billionth of the trivial bound
@@ -204,12 +209,24 @@ ADAATTN_HD void AddBoundTerm(const PreparedTerm& p, BoundSums* sums) {
   sums->down += p.term.mass * exp(-p.term.score_error);
 }
 
-// An upper bound on |o* - o|; excess(multiplier, bound) is the sum of ExcessOfTerm over the terms
-// with mass.
+ADAATTN_HD double BoundMultiplier(const BoundSums& sums) {
+  return sums.weight > 0 ? sums.multiplier / sums.weight : 1;
+}
+
+// Whether `bound` bounds |o* - o|; excess(multiplier, bound) is the sum of ExcessOfTerm over the
+// terms with mass. Every lane of a warp that sums takes the same way.
+template <class Excess>
+ADAATTN_HD bool BoundHolds(const BoundSums& sums, const Excess& excess, double bound) {
+  if (sums.trivial <= bound) return true;
+  if (!(sums.trivial < HUGE_VAL) || !(bound > 0)) return false;
+  return excess(BoundMultiplier(sums), bound) <= 0;
+}
+
+// An upper bound on |o* - o|, to a billionth of the trivial one the least for which BoundHolds.
 template <class Excess>
 ADAATTN_HD double LeastBound(const BoundSums& sums, const Excess& excess) {
   if (!(sums.trivial < HUGE_VAL)) return sums.trivial;
-  const double multiplier = sums.weight > 0 ? sums.multiplier / sums.weight : 1;
+  const double multiplier = BoundMultiplier(sums);
   double below = 0, bound = sums.trivial;
   for (int32_t i = 0; i < kBoundBisections; ++i) {
     const double middle = 0.5 * (below + bound);

@@ -49,9 +49,10 @@ struct HostTeam {
   void Sync() const { in_team->Wait(); }
   double Sum(double x) const { return x; }
   double Max(double x) const { return x; }
-  void Add(int64_t* counter, int64_t bytes) const {
+  template <typename T>
+  void Add(T* counter, T x) const {
     const std::lock_guard<std::mutex> lock(*adding);
-    *counter += bytes;
+    *counter += x;
   }
 };
 

@@ -101,6 +101,50 @@ TEST(OutputErrorBoundTest, UnknownWeightsLeaveTheHull) {
   EXPECT_EQ(OutputErrorBound({}), 0);
 }
 
+// What a planner asks for one bound at a time is what the search for the least one finds.
+TEST(BoundHoldsTest, FromTheLeastBoundOn) {
+  std::mt19937 random(5);
+  for (int i = 0; i < 1000; ++i) {
+    const World world = RandomWorld(&random);
+    std::vector<PreparedTerm> terms;
+    BoundSums sums;
+    for (const BoundTerm& term : world.terms) {
+      terms.push_back(PrepareTerm(term));
+      AddBoundTerm(terms.back(), &sums);
+    }
+    const auto excess = [&terms](double multiplier, double bound) {
+      double sum = 0;
+      for (const PreparedTerm& term : terms) sum += ExcessOfTerm(term, multiplier, bound);
+      return sum;
+    };
+    const double least = LeastBound(sums, excess), step = 1e-6 * sums.trivial;
+    EXPECT_TRUE(BoundHolds(sums, excess, least + step)) << "world " << i;
+    if (least > step) {
+      EXPECT_FALSE(BoundHolds(sums, excess, least - step)) << "world " << i;
+    }
+    if (step > 0) {
+      EXPECT_FALSE(BoundHolds(sums, excess, -step));
+    }
+  }
+}
+
+TEST(BoundHoldsTest, NothingHoldsWhereNothingIsKnown) {
+  const auto excess = [](double, double) { return -1.0; };
+  BoundSums sums;
+  sums.trivial = std::numeric_limits<double>::infinity();
+  EXPECT_FALSE(BoundHolds(sums, excess, 1e9));
+  EXPECT_TRUE(BoundHolds(BoundSums(), excess, 0));
+}
+
+TEST(MostErrorTest, IsTheLargestWithinTheBound) {
+  for (const double bound : {0.001, 0.1, 1.0}) {
+    const double error = MostError(bound, 3);
+    EXPECT_NEAR(RelativeBound(error, 3), bound, 1e-12);
+    EXPECT_GT(RelativeBound(error * (1 + 1e-9), 3), bound);
+  }
+  EXPECT_EQ(MostError(0.1, 0), 0);
+}
+
 TEST(BoundLseTest, TakesAllErrorsOneWay) {
   const LseBound bound = BoundLse(std::vector<BoundTerm>{{0.5, 1, 0, 0}, {0.5, 0, 0, 0}});
   EXPECT_NEAR(bound.above, std::log(0.5 * std::exp(1) + 0.5), 1e-12);
