@@ -216,7 +216,7 @@ struct PageAttender {
     key_bytes = value_bytes = 0;
   }
 
-  // The slot has no page where the slice ends with one of `head`.
+  // The slot has no page; the one before its part of the slice is of `head`.
   __device__ __forceinline__ void LeaveNothing(int head) const {
     if (group > 0 || lane >= kTileColumns) return;
     const int64_t first = (int64_t{Place()} + head) * p.work.columns + tile * kTileColumns;
@@ -272,11 +272,9 @@ __global__ void __launch_bounds__(AttendShared<Traits>::kThreads, 1)
   WaitForDependencies();
   NoteTime(p.stamps, kAttendStamp);
   LaunchDependents();
-  const SliceFinder<Shared::kThreads> finder(p, shared.slice);
-  const Slice slice = finder.SliceOf(cta);
-  const int pages = slice.end - slice.begin, used = min(pages, int{Shared::kSlots});
-  const int begin = slot < used ? slice.begin + pages * slot / used : slice.end;
-  const int end = slot < used ? slice.begin + pages * (slot + 1) / used : slice.end;
+  const SliceFinder<Shared::kThreads, Shared::kSlots> finder(p, shared.slice);
+  finder.FindParts(cta);
+  const Slice slice = finder.All(), part = finder.PartOf(slot);
   const auto* lists = reinterpret_cast<const uint4*>(p.workspace + p.work.lists);
   for (int first = slice.begin; first < slice.end; first += kAttendPages) {
     const int last = min(first + kAttendPages, slice.end);
@@ -287,9 +285,10 @@ __global__ void __launch_bounds__(AttendShared<Traits>::kThreads, 1)
       reinterpret_cast<uint4*>(shared.page)[i] = lists[shared.place[i]];
     }
     __syncthreads();
-    attender.Run(max(begin, first) - from, min(end, last) - from, all);
-    if (slot >= used && last == slice.end) {
-      attender.LeaveNothing(shared.page[last - 1 - from].head_index);
+    attender.Run(max(part.begin, first) - from, min(part.end, last) - from, all);
+    const int before = part.begin - 1;
+    if (part.begin == part.end && before >= from && before < last) {
+      attender.LeaveNothing(shared.page[before - from].head_index);
     }
     if (last < slice.end) __syncthreads();
   }

@@ -18,15 +18,25 @@
 namespace adaattn {
 
 // Of the warps' figures.
-__device__ __forceinline__ float LargestOf(const float (&x)[kBudgetWarps]) {
-  const float4 a = *reinterpret_cast<const float4*>(&x[0]);
-  const float4 b = *reinterpret_cast<const float4*>(&x[4]);
-  return fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)), fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
+template <int kWarps>
+__device__ __forceinline__ float LargestOf(const float (&x)[kWarps]) {
+  float largest = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kWarps; i += 4) {
+    const float4 a = *reinterpret_cast<const float4*>(&x[i]);
+    largest = fmaxf(largest, fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)));
+  }
+  return largest;
 }
-__device__ __forceinline__ float SumOf(const float (&x)[kBudgetWarps]) {
-  const float4 a = *reinterpret_cast<const float4*>(&x[0]);
-  const float4 b = *reinterpret_cast<const float4*>(&x[4]);
-  return ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
+template <int kWarps>
+__device__ __forceinline__ float SumOf(const float (&x)[kWarps]) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; i += 4) {
+    const float4 a = *reinterpret_cast<const float4*>(&x[i]);
+    sum += (a.x + a.y) + (a.z + a.w);
+  }
+  return sum;
 }
 
 __device__ __forceinline__ void AddSquares(const float4& x, float* sum) {
@@ -47,7 +57,7 @@ struct OutputEstimator {
   using Shared = BudgetShared<Traits>;
   static constexpr int kD = Traits::kHeadDim, kColumns = Traits::kColumns;
   static constexpr int kEach = Pages::kEach, kItems = 2 * Pages::kRounds;
-  static constexpr int kWarpTiles = (Traits::kTiles + kBudgetWarps - 1) / kBudgetWarps;
+  static constexpr int kWarpTiles = (Traits::kTiles + Traits::kWarps - 1) / Traits::kWarps;
   static constexpr int kQuads = (kD + 127) / 128;  // of channels: a lane's part of a column
   Pages& own;
   Shared& shared;
@@ -148,7 +158,7 @@ struct OutputEstimator {
     const bool sink = block.first == 0 && block.rows > 0;
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
-      const int channels = own.warp + kBudgetWarps * i;
+      const int channels = own.warp + Traits::kWarps * i;
       if (channels >= Traits::kTiles) break;
       float even[4] = {}, odd[4] = {};
 #pragma unroll 2
@@ -182,7 +192,7 @@ struct OutputEstimator {
     BudgetPartial<Traits>& partial = shared.partial[tile % 2];
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
-      const int channels = own.warp + kBudgetWarps * i;
+      const int channels = own.warp + Traits::kWarps * i;
       if (channels >= Traits::kTiles) break;
       *reinterpret_cast<float4*>(&partial.out[own.g][16 * channels + 4 * own.t]) =
           make_float4(out[i][0], out[i][1], out[i][2], out[i][3]);
@@ -436,7 +446,7 @@ __device__ __forceinline__ void StoreTheta(const BudgetPages<Traits>& own, const
   ErrorTerms total;
   if (own.warp == 0) {
 #pragma unroll
-    for (int i = 0; i < kBudgetWarps; ++i) AddTerms(shared.warp_sums[i][own.lane], &total);
+    for (int i = 0; i < Traits::kWarps; ++i) AddTerms(shared.warp_sums[i][own.lane], &total);
   }
   if (cluster.ctas > 1) {
     if (own.warp == 0) cluster.At(&shared, 0)->cta_sums[cluster.rank][own.lane] = total;
@@ -458,6 +468,7 @@ __device__ __forceinline__ void StoreTheta(const BudgetPages<Traits>& own, const
 // By all threads of a cluster, after BudgetPages::Prepare.
 template <class Traits>
 __device__ __forceinline__ void ThetaFromBudget(BudgetPages<Traits>& own) {
+  if (own.HasSink()) own.StoreFirstToken();
   for (int tile = 0; tile < own.tiles(); ++tile) OutputEstimator<Traits>(own, tile).Run();
   __syncthreads();
   StoreTheta(own, TermSummer<Traits>{own, own.shared}.Run());

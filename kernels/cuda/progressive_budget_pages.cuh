@@ -11,8 +11,15 @@
 
 namespace adaattn {
 
-static_assert(kBudgetWarps == kTileColumns, "a warp a column");
-static_assert(2 * kBudgetWarps * kWarpPages <= kBudgetThreads, "a thread fetches a page");
+// Of theta's kernel, in CTAs of kWarps warps. Masses have their soft cap.
+template <int kHeadDimV, int kColumnsV, int kWarpsV>
+struct ThetaTraits : ProgressiveTraits<kHeadDimV, false, kColumnsV> {
+  static constexpr int kWarps = kWarpsV, kThreads = 32 * kWarps;
+  static constexpr int kBlockPages = BudgetBlockPages(kHeadDimV, kWarps);
+  static_assert(kWarps >= kColumnsV, "a warp a column");
+  static_assert(kThreads >= kBlockPages && kThreads >= kHeadDimV,
+                "a thread fetches a page and a channel of the first token");
+};
 static_assert(kNumBudgetThetas <= 32, "a lane a theta");
 
 // The largest weight of a page as a half: small ones keep their digits.
@@ -50,19 +57,19 @@ template <class Traits>
 struct BudgetShared {
   static constexpr int kD = Traits::kHeadDim;
   static constexpr int kSummaryBytes = SelectShared<Traits>::kSummaryBytes;
-  static constexpr int kPages = BudgetBlockPages(kD);
+  static constexpr int kPages = Traits::kBlockPages;
   static constexpr int kOutputRows = 2 * Traits::kColumns;  // of a tile
   static constexpr int kOutputStride = kD + 16;
   union {
     // Column n's exp2(mass) * mean_scale in row n, what rounding it lost in row n + 8.
     alignas(16) __half weights[2 * kTileColumns][kPages + 8];
-    WarpTerms terms[kBudgetWarps];
+    WarpTerms terms[Traits::kWarps];
   };
   BudgetPartial<Traits> partial[2];               // of the tile and of the one before
   alignas(16) float dense[Traits::kColumns][kD];  // the dense tail's output
   BudgetColumn column[kMaxColumns];
-  alignas(16) float high[Traits::kColumns][kBudgetWarps];  // of the warps' pages of a block
-  alignas(16) float mass[Traits::kColumns][kBudgetWarps];
+  alignas(16) float high[Traits::kColumns][Traits::kWarps];  // of the warps' pages of a block
+  alignas(16) float mass[Traits::kColumns][Traits::kWarps];
   TermFactors factors[3][kNumRungs];     // of whole pages, cut ones and the sink
   alignas(16) float first[kD];           // the value of token 0, at the stored depth
   float first_rms;                       // root mean square of its ranges
@@ -70,7 +77,7 @@ struct BudgetShared {
   bool sees_first[kMaxColumns];          // the column sees that token
   float column_weight;                   // 1 / columns
   uint64_t fetched;                      // barrier of the block's summaries
-  ErrorTerms warp_sums[kBudgetWarps][32];
+  ErrorTerms warp_sums[Traits::kWarps][32];
   ErrorTerms cta_sums[kMaxBudgetCtas][32];  // of the cluster's, in its first CTA
   // Behind it: the columns' o / |o| as halves [tiles][kOutputRows][kOutputStride], column n's in
   // row 2 n, what rounding it lost in row 2 n + 1, four channels in the order 0, 2, 1, 3; summaries
@@ -97,7 +104,7 @@ struct BudgetPages {
   using Shared = BudgetShared<Traits>;
   static constexpr int kD = Traits::kHeadDim;
   static constexpr int kEach = Traits::kColumns / 4;
-  static constexpr int kRounds = Shared::kPages / (kBudgetWarps * kWarpPages);
+  static constexpr int kRounds = Shared::kPages / (Traits::kWarps * kWarpPages);
   const ProgressiveArgs& p;
   const SequenceView& s;
   const RowCluster& cluster;
@@ -109,9 +116,10 @@ struct BudgetPages {
   PageRange pages;
   int blocks;
   const float4* head_stats;            // of page 0, from the lane's column on
-  int held = 0;                        // the block whose summaries are in shared memory
+  int held = -1;                       // the block whose summaries are in shared memory
   uint32_t parity = 0;                 // of `fetched`, once they are
   float unit = 0, inverse_unit = 0;    // kBudgetUnit are its largest mean_scale
+  FirstToken<Traits> first;            // where the pages have the sink
   PageStats stats[kRounds][2][kEach];  // as last loaded
 
   __device__ __forceinline__ BudgetPages(const ProgressiveArgs& args, const SequenceView& view,
@@ -153,7 +161,7 @@ struct BudgetPages {
   }
   // The first of the warp's 16 pages in a round, by position in the block.
   __device__ __forceinline__ int WarpBegin(int round) const {
-    return (round * kBudgetWarps + warp) * kWarpPages;
+    return (round * Traits::kWarps + warp) * kWarpPages;
   }
   __device__ __forceinline__ bool HasSink() const { return pages.begin == 0 && pages.end > 0; }
 
@@ -183,37 +191,37 @@ struct BudgetPages {
     inverse_unit = scale > 1e-30f ? __fdividef(kBudgetUnit, scale) : 0.0f;
   }
 
-  // Brings the block's summaries unless they are there.
+  // Brings the block's summaries unless they are there; those of block 0, which comes first, are on
+  // their way since Prepare.
   __device__ __forceinline__ void Hold(int i) {
     if (i == held) return;
+    if (held >= 0) {
+      FenceAsyncShared();
+      __syncthreads();
+      Fetch(Block(i));
+      parity ^= 1;
+    }
     held = i;
-    FenceAsyncShared();
-    __syncthreads();
-    Fetch(Block(i));
-    parity ^= 1;
     WaitBarrier(SharedAddress(&shared.fetched), parity);
     FindUnit(Block(i));
   }
 
-  __device__ __forceinline__ void LoadFirstToken() const {
+  // The first token's value, at the stored depth, and which columns see it.
+  __device__ __forceinline__ void StoreFirstToken() const {
     constexpr int kGroups = Traits::kValueGroups;
-    const std::byte* page =
-        p.pool + static_cast<int64_t>(p.table[from.table_begin]) * kPageAlignment;
-    const auto* scales = reinterpret_cast<const uint8_t*>(page + p.layout.value_scales.offset +
-                                                          head * p.layout.value_scales.bytes);
-    for (int c = threadIdx.x; c < kD; c += kBudgetThreads) {
-      shared.first[c] =
-          FirstValue<Traits>(p.layout, page, head, c) * RangeOf(scales[c / (kD / kGroups)]);
+    const int c = threadIdx.x;
+    float squares = 0, range = 0;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const float x = RangeOf(first.scales >> 8 * group & 0xffu);
+      squares = fmaf(x, x, squares);
+      if (c / (kD / kGroups) == group) range = x;
     }
-    for (int n = threadIdx.x; n < columns; n += kBudgetThreads) {
+    if (c < kD) shared.first[c] = first.code.Value(p.stored_bits, c) * range;
+    for (int n = c; n < columns; n += Traits::kThreads) {
       shared.sees_first[n] = TokenVisible(s, 0, n / p.shape.group_size());
     }
-    if (threadIdx.x != 0) return;
-    float squares = 0;
-    for (int group = 0; group < kGroups; ++group) {
-      squares += RangeOf(scales[group]) * RangeOf(scales[group]);
-    }
-    shared.first_rms = sqrtf(squares / kGroups);
+    if (c == 0) shared.first_rms = sqrtf(squares / kGroups);
   }
 
   // Whether that token stands for page 0, whose figures of the column these are.
@@ -222,7 +230,7 @@ struct BudgetPages {
            FirstTokenStandsForPage(true, shared.sees_first[column], fabsf(page.concentration));
   }
 
-  // What depends on no earlier kernel. Afterwards all CTAs of the cluster have started.
+  // What depends on no earlier kernel.
   __device__ __forceinline__ void Prepare() {
     if (threadIdx.x == 0) {
       InitBarrier(SharedAddress(&shared.fetched), 1);
@@ -231,15 +239,12 @@ struct BudgetPages {
     }
     __syncthreads();
     Fetch(Block(0));
-    if (HasSink()) LoadFirstToken();
+    if (HasSink()) first.Load(p, p.table[from.table_begin], head);
     if (threadIdx.x < 3 * kNumRungs) {
       const int kind = threadIdx.x / kNumRungs, rung = threadIdx.x % kNumRungs;
       shared.factors[kind][rung] = RungFactors(
           from.decision, rung, PageFacts{kind == 2, kind == 1, true}, kD, p.stored_bits);
     }
-    cluster.Sync();
-    WaitBarrier(SharedAddress(&shared.fetched), parity);
-    FindUnit(Block(0));
   }
 
   __device__ __forceinline__ void LoadRound(const PageBlock& block, int round, int tile) {

@@ -315,45 +315,6 @@ __device__ __forceinline__ int WarpPrefix(int x, int lane) {
   return x;
 }
 
-// A channel of the value of a page's first token: the bytes that hold its code. All loads are on
-// their way at once.
-template <class Traits>
-struct FirstCode {
-  uint32_t bytes[4] = {};
-
-  __device__ __forceinline__ void Load(const PageLayout& layout, const std::byte* page, int head,
-                                       int channel) {
-    const uint32_t at = ValuePlanePosition(TileOrder::kMma, 0, channel % kTileChannels).byte +
-                        channel / kTileChannels * kPlaneTileBytes + head * Traits::kPlaneBytes;
-#pragma unroll
-    for (int plane = 0; plane < 4; ++plane) {
-      if (plane >= layout.stored_bits / 2) break;
-      const auto begin = static_cast<uint32_t>(layout.value_plane[plane].offset);
-      bytes[plane] = static_cast<uint32_t>(page[begin + at]);
-    }
-  }
-
-  // At `bits`, at most those stored, in units of its range.
-  __device__ __forceinline__ float Value(int bits, int channel) const {
-    const int shift = ValuePlanePosition(TileOrder::kMma, 0, channel % kTileChannels).shift;
-    uint32_t code = 0;
-#pragma unroll
-    for (int plane = 0; plane < 4; ++plane) {
-      if (plane < bits / 2) code = code << 2 | (bytes[plane] >> shift & 3u);
-    }
-    return DecodeNested(code, bits, 1.0f);
-  }
-};
-
-// At the stored depth.
-template <class Traits>
-__device__ __forceinline__ float FirstValue(const PageLayout& layout, const std::byte* page,
-                                            int head, int channel) {
-  FirstCode<Traits> code;
-  code.Load(layout, page, head, channel);
-  return code.Value(layout.stored_bits, channel);
-}
-
 #endif  // __CUDACC__
 
 }  // namespace adaattn

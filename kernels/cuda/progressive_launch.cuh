@@ -57,11 +57,32 @@ absl::Status AllowShared(Kernel kernel, size_t bytes) {
                   "cudaFuncSetAttribute");
 }
 
+template <class Traits>
+absl::Status LaunchTheta(const ProgressiveArgs& p, cudaStream_t stream) {
+  static const absl::Status allowed =
+      AllowShared(ProgressiveThetaKernel<Traits>, MaxThetaSharedBytes<Traits>());
+  ADAATTN_RETURN_IF_ERROR(allowed);
+  const auto ctas = static_cast<unsigned>(BudgetCtas(p, ThetaCtasPerSm<Traits>()));
+  return LaunchProgressive(ProgressiveThetaKernel<Traits>,
+                           dim3(ctas, static_cast<unsigned>(p.shape.num_kv_heads),
+                                static_cast<unsigned>(p.num_sequences)),
+                           Traits::kThreads, ThetaSharedBytes<Traits>(p), true, p, stream, "theta",
+                           ctas);
+}
+// `kColumns`: of a tile.
+template <int kHeadDim, int kColumns>
+absl::Status RunTheta(const ProgressiveArgs& p, cudaStream_t stream) {
+  if constexpr (kHeadDim <= 128 && kColumns == kFewColumns) {
+    if (FewBudgetWarpsDo(p)) {
+      return LaunchTheta<ThetaTraits<kHeadDim, kColumns, kFewBudgetWarps>>(p, stream);
+    }
+  }
+  return LaunchTheta<ThetaTraits<kHeadDim, kColumns, kBudgetWarps>>(p, stream);
+}
+
 // `TileTraits`: of the kernels that are leaner where columns are few.
 template <class Traits, class TileTraits>
 absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
-  // Theta comes from masses after the soft cap.
-  using ThetaTraits = ProgressiveTraits<Traits::kHeadDim, false, TileTraits::kColumns>;
   constexpr size_t kPrepareShared = sizeof(PrepareShared<Traits>);
   constexpr size_t kScanShared = sizeof(ScanShared<TileTraits>);
   constexpr size_t kRefineShared = sizeof(RefineShared<Traits>);
@@ -72,8 +93,6 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressivePrepareKernel<Traits>, kPrepareShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveScanKernel<TileTraits>, kScanShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveRefineKernel<Traits>, kRefineShared));
-    ADAATTN_RETURN_IF_ERROR(
-        AllowShared(ProgressiveThetaKernel<ThetaTraits>, MaxThetaSharedBytes<ThetaTraits>()));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveSelectKernel<TileTraits>, kSelectShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveAttendKernel<Traits>, kAttendShared));
     return AllowShared(ProgressiveMergeKernel<Traits>, kMergeMaxWarps * kMergePart);
@@ -101,10 +120,7 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
                                               "refine"));
   }
   if (p.theta) {
-    const auto ctas = static_cast<unsigned>(BudgetCtas(p));
-    ADAATTN_RETURN_IF_ERROR(LaunchProgressive(
-        ProgressiveThetaKernel<ThetaTraits>, dim3(ctas, heads, sequences), kThetaThreads,
-        ThetaSharedBytes<ThetaTraits>(p), true, p, stream, "theta", ctas));
+    ADAATTN_RETURN_IF_ERROR((RunTheta<Traits::kHeadDim, TileTraits::kColumns>(p, stream)));
   }
   ADAATTN_RETURN_IF_ERROR(
       LaunchProgressive(ProgressiveSelectKernel<TileTraits>,

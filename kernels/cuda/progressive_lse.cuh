@@ -17,7 +17,7 @@ __device__ __forceinline__ void WorkOut(T*& pointer) {
 
 // What one of kWarps warps adds to L of a tile's columns: a part of the masses of the sequence's
 // runs and, in the first warp, that of its dense tail. A lane takes column lane % kColumns. Loads
-// start with Load(); Store() waits for them.
+// start with Load(), from L2 as LoadStats; Store() waits for them.
 template <int kWarps, int kColumns>
 struct MassPart {
   static constexpr int kAtOnce = 4, kStep = 32 * kWarps / kColumns;
@@ -43,7 +43,7 @@ struct MassPart {
   }
 
   __device__ __forceinline__ void Load() {
-    if (threadIdx.x < kColumns) dense_mass = *dense;
+    if (threadIdx.x < kColumns) dense_mass = __ldcg(dense);
     LoadRuns(0);
   }
   __device__ __forceinline__ void LoadRuns(int begin) {
@@ -51,7 +51,7 @@ struct MassPart {
     for (int i = 0; i < kAtOnce; ++i) {
       const int entry = begin + static_cast<int>(threadIdx.x / kColumns) + i * kStep;
       x[i] = -INFINITY;
-      if (entry < entries) x[i] = *reinterpret_cast<const float*>(runs + entry * stride);
+      if (entry < entries) x[i] = __ldcg(reinterpret_cast<const float*>(runs + entry * stride));
     }
   }
 

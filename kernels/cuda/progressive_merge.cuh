@@ -106,30 +106,26 @@ __device__ __forceinline__ void SumChunks(const ProgressiveArgs& p, int head_ind
   reinterpret_cast<float*>(&part->state)[lane] = sum;
 }
 
-// A warp's part of what attend summed up: every `warps`-th slot that has a part of the column.
-// `reference`: what partial results are brought to; `warps`: a power of two.
+// A warp's part of what attend summed up: every `warps`-th slot from `warp` on. `reference`: what
+// partial results are brought to.
 template <class Traits>
 __device__ __forceinline__ void SumSlots(const ProgressiveArgs& p, int64_t row, const Slice& slots,
                                          const float* references, float reference, int lane,
                                          int warp, int warps, MergePart<Traits>* part) {
   constexpr int kWords = Traits::kHeadDim / 4, kEach = (kWords + 31) / 32;
-  constexpr int kAtOnce = 3;  // loads on their way
+  constexpr int kAtOnce = kEach > 1 ? 3 : 4;  // loads on their way
   const ProgressiveWorkspace& w = p.work;
   const auto* partial = reinterpret_cast<const float4*>(p.workspace + w.partial) + row * kWords;
   const auto* masses = reinterpret_cast<const float*>(p.workspace + w.mass) + row;
   float4 sums[kEach] = {};
   float mass = 0;
-  int seen = 0;  // slots with a part
-  for (int first = slots.begin; first < slots.end; first += 32) {
-    const int slot = first + lane;
+  for (int first = slots.begin + warp; first < slots.end; first += 32 * warps) {
+    const int slot = first + warps * lane;
     const float own = slot < slots.end ? references[int64_t{slot} * w.columns] : -INFINITY;
-    const uint32_t any = __ballot_sync(0xffffffffu, own != -INFINITY);
-    const int place = seen + __popc(any & ((1u << lane) - 1));
-    seen += __popc(any);
-    const bool mine = own != -INFINITY && (place & (warps - 1)) == warp;
-    const float factor = mine ? Exp2(own - reference) : 0.0f;
-    if (mine) mass = fmaf(masses[int64_t{slot} * w.columns], factor, mass);
-    for (uint32_t left = __ballot_sync(0xffffffffu, mine); left != 0;) {
+    const bool any = own != -INFINITY;
+    const float factor = any ? Exp2(own - reference) : 0.0f;
+    if (any) mass = fmaf(masses[int64_t{slot} * w.columns], factor, mass);
+    for (uint32_t left = __ballot_sync(0xffffffffu, any); left != 0;) {
       float4 x[kAtOnce][kEach];
       float factors[kAtOnce];
 #pragma unroll
@@ -142,7 +138,7 @@ __device__ __forceinline__ void SumSlots(const ProgressiveArgs& p, int64_t row, 
         for (int j = 0; j < kEach; ++j) {
           x[i][j] = float4{};
           if (next >= 0 && lane + 32 * j < kWords) {
-            x[i][j] = partial[int64_t{first + next} * w.columns * kWords + lane + 32 * j];
+            x[i][j] = partial[int64_t{first + warps * next} * w.columns * kWords + lane + 32 * j];
           }
         }
       }

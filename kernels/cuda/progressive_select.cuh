@@ -13,6 +13,7 @@
 
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/progressive_depths.cuh"
+#include "kernels/cuda/progressive_first_token.cuh"
 #include "kernels/cuda/progressive_lse.cuh"
 #include "kernels/cuda/progressive_means.cuh"
 #include "kernels/cuda/progressive_terms.cuh"
@@ -84,51 +85,6 @@ __device__ __forceinline__ void FetchSummary(const ProgressiveArgs& p, uint32_t 
   }
   CommitCopies();
 }
-
-// The sequence's first token, which may stand for its page: a channel a thread.
-template <class Traits>
-struct FirstToken {
-  static constexpr int kD = Traits::kHeadDim, kGroups = Traits::kValueGroups;
-  static_assert(kD <= kSelectThreads && kGroups <= 4, "a channel a thread, the scales a word");
-  FirstCode<Traits> code;
-  uint32_t scales = 0;  // a byte a group
-
-  // Depends on no earlier kernel.
-  __device__ __forceinline__ void Load(const ProgressiveArgs& p, uint32_t id, int head) {
-    const std::byte* page = p.pool + static_cast<int64_t>(id) * kPageAlignment;
-    scales = *reinterpret_cast<const uint32_t*>(page + p.layout.value_scales.offset +
-                                                head * int64_t{Traits::kValueScaleBytes});
-    if (threadIdx.x < kD) code.Load(p.layout, page, head, threadIdx.x);
-  }
-
-  // As the summary of a page, to the row of its own, of no weight yet. At the depth that a static
-  // policy reads, else at the stored one.
-  __device__ __forceinline__ void Store(const ProgressiveArgs& p, const DecisionParams& decision,
-                                        ChunkMeans<Traits>& means) const {
-    const int bits = decision.policy == Policy::kStatic
-                         ? StaticDepth(decision, kD, p.stored_bits).value_bits
-                         : p.stored_bits;
-    float top = 0, squares = 0, own = 0;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const float range = RangeOf(scales >> 8 * g & 0xffu);
-      top = fmaxf(top, range);
-      squares = fmaf(range, range, squares);
-      if (threadIdx.x / (kD / kGroups) == g) own = range;
-    }
-    std::byte* row = means.summaries[kFirstToken];
-    if (threadIdx.x < kD) {
-      const float x = code.Value(bits, threadIdx.x) * __fdividef(own * 127.0f, top);
-      reinterpret_cast<int8_t*>(row + sizeof(ValueSummary))[threadIdx.x] =
-          static_cast<int8_t>(__float2int_rn(x));
-    }
-    if (threadIdx.x == 0) {
-      *reinterpret_cast<ValueSummary*>(row) =
-          ValueSummary{top * (1.0f / 127), 0, 0, Sqrt(squares / kGroups)};
-    }
-    means.ClearFirstToken();
-  }
-};
 
 // Brings what will be read of attended pages to L2: a thread a part of a page. Neighbouring pages,
 // which are often attended together, go to different warps: a warp starts one prefetch at a time.
@@ -308,8 +264,7 @@ struct PageDecider {
 
   // What the warp lists.
   __device__ __forceinline__ void SumList(SelectShared<Traits>& shared) const {
-    const PackedPage read = UnpackPage(depth.packed);
-    const int list = AttendCost(read.value_planes + read.fine_planes) << 16 | 1;
+    const int list = AttendCost(UnpackPage(depth.packed)) << 16 | 1;
     const int sum = __reduce_add_sync(0xffffffffu, attended() && quarter == 0 ? list : 0);
     if (threadIdx.x % 32 == 0) shared.warp_list[threadIdx.x / 32] = sum;
   }
@@ -333,7 +288,8 @@ struct PageDecider {
         depth.packed | PackPage(PackedPage{page, 0, 0, 0, BasisOfPage(s, page)});
     const uint32_t place = chunk_index * kChunkPages + before + __popc(quads & ((1u << lane) - 1));
     reinterpret_cast<uint4*>(p.workspace + p.work.lists)[place] =
-        make_uint4(id, packed, static_cast<uint32_t>(head_index), static_cast<uint32_t>(columns));
+        make_uint4(id, packed, static_cast<uint32_t>(head_index),
+                   static_cast<uint32_t>(columns) | blockIdx.y << 16);
   }
 };
 
@@ -467,9 +423,14 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   FetchSummary<Traits>(p, id, head, begin, pages, shared);
   FirstToken<Traits> first;
   if (has_sink) first.Load(p, sink, head);
-  WaitForDependencies();
-  NoteTime(p.stamps, kSelectStamp);
-  LaunchDependents();
+  const auto wait = [&p] {
+    WaitForDependencies();
+    NoteTime(p.stamps, kSelectStamp);
+    LaunchDependents();
+  };
+  // Where theta is chosen, the launch before is the one that does, and let this one begin only when
+  // the scan had ended. So what the scan left is loaded meanwhile.
+  if (!chosen || pages <= 0) wait();
   if (pages <= 0) {
     if (threadIdx.x > 0) return;
     *reinterpret_cast<int2*>(ChunkListOf(p, chunk_index)) = int2{};
@@ -478,7 +439,6 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   }
   masses.Load();
   decider.Load();
-  if (chosen) theta = reinterpret_cast<const float*>(p.workspace + w.theta)[head_index];
   __syncwarp();  // loads first
   ListDepths<Traits>(p, from.decision, shared);
   WaitCopies<0>();
@@ -487,6 +447,10 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   if (has_sink) first.Store(p, from.decision, shared.means);
   float lse[PageDecider<Traits>::kEach];
   FindLse<Traits>(decider, sequence, head, masses, shared, lse);
+  if (chosen) {
+    wait();
+    theta = reinterpret_cast<const float*>(p.workspace + w.theta)[head_index];
+  }
   if (decider.page == 0) decider.StoreHead(lse);
   decider.Decide(lse, shared.lse, theta, shared);
   decider.SumList(shared);

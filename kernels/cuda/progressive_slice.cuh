@@ -2,8 +2,9 @@
 #define ADAATTN_KERNELS_CUDA_PROGRESSIVE_SLICE_CUH_
 
 // The lists of attended pages that select left, chunk after chunk, as one: which slice of it a CTA
-// of the attend kernel takes. Slices are equal by cost: a page belongs to the slice in which what
-// all pages before it cost ends.
+// of the attend kernel takes, and which part of that each of its slots. Slices and parts are equal
+// by cost: a page belongs to the one in which the middle of it lies, where pages are as long as
+// they cost.
 
 #include "kernels/cuda/progressive_common.cuh"
 
@@ -14,13 +15,14 @@ struct ListPosition {
   int pages, cost;
 };
 
-template <int kThreads>
+template <int kThreads, int kSlots>
 struct SliceShared {
   ListPosition before[kThreads + 1];  // each thread's chunks, then the end
   ListPosition warp_sum[kThreads / 32];
-  int boundary_chunk[2];     // in which the slice begins, ends; -1: at the end of the list
-  ListPosition boundary[2];  // of that chunk
-  int index[2];
+  // Where the parts begin and the last one ends.
+  int boundary_chunk[kSlots + 1];     // -1: at the end of the list
+  ListPosition boundary[kSlots + 1];  // of that chunk
+  int index[kSlots + 1];
 };
 
 struct Slice {
@@ -28,15 +30,15 @@ struct Slice {
 };
 
 // Made by the whole CTA.
-template <int kThreads>
+template <int kThreads, int kSlots>
 struct SliceFinder {
-  static constexpr int kMaxPlanes = 6;
   const ProgressiveArgs& p;
-  SliceShared<kThreads>& shared;
+  SliceShared<kThreads, kSlots>& shared;
   const ChunkList* lists;
   int chunks, each;  // each: chunks of a thread
 
-  __device__ __forceinline__ SliceFinder(const ProgressiveArgs& args, SliceShared<kThreads>& room)
+  __device__ __forceinline__ SliceFinder(const ProgressiveArgs& args,
+                                         SliceShared<kThreads, kSlots>& room)
       : p(args),
         shared(room),
         lists(reinterpret_cast<const ChunkList*>(p.workspace + p.work.extents)),
@@ -74,56 +76,77 @@ struct SliceFinder {
   __device__ __forceinline__ ListPosition total() const { return shared.before[kThreads]; }
   // What a slice costs; no less than any page, so that each slice but the last has pages.
   __device__ __forceinline__ int Cost() const {
-    return max(CeilDiv(total().cost, p.work.attend_ctas), AttendCost(kMaxPlanes));
+    return max(CeilDiv(total().cost, p.work.attend_ctas), int{kMaxAttendCost});
   }
 
-  // The pages of a CTA. By the whole CTA: the thread that has a boundary's chunk names it, a warp
-  // looks for the boundary in it.
-  __device__ __forceinline__ Slice SliceOf(int cta) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (threadIdx.x < 2) shared.boundary_chunk[threadIdx.x] = -1;
+  // Finds the pages of a CTA's slots. By the whole CTA: the thread that has a boundary's chunk
+  // names it, a warp looks for the boundary in it.
+  __device__ __forceinline__ void FindParts(int cta) const {
+    const int cost = Cost(), begin = cta * cost;
+    const auto target = [&](int slot) { return 2 * (begin + cost * slot / kSlots); };
+    if (threadIdx.x <= kSlots) shared.boundary_chunk[threadIdx.x] = -1;
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int target = (cta + i) * Cost();
-      ListPosition at = shared.before[threadIdx.x];
-      if (at.cost > target || shared.before[threadIdx.x + 1].cost <= target) continue;
+    NameChunks(target);
+    __syncthreads();
+    for (int slot = threadIdx.x / 32; slot <= kSlots; slot += kThreads / 32) {
+      const int chunk = shared.boundary_chunk[slot];
+      const int index =
+          chunk < 0 ? total().pages : FindPage(chunk, shared.boundary[slot], target(slot));
+      if (threadIdx.x % 32 == 0) shared.index[slot] = index;
+    }
+    __syncthreads();
+  }
+  // The pages of a slot, and of the CTA.
+  __device__ __forceinline__ Slice PartOf(int slot) const {
+    return Slice{shared.index[slot], shared.index[slot + 1]};
+  }
+  __device__ __forceinline__ Slice All() const {
+    return Slice{shared.index[0], shared.index[kSlots]};
+  }
+
+  // Names the chunks among the thread's own in which boundaries lie: the first whose last page ends
+  // beyond.
+  template <typename Target>
+  __device__ __forceinline__ void NameChunks(Target target) const {
+    const ListPosition first = shared.before[threadIdx.x];
+    const int end = shared.before[threadIdx.x + 1].cost;
+    for (int slot = 0; slot <= kSlots; ++slot) {
+      const int wanted = target(slot);
+      if (2 * first.cost > wanted || 2 * end <= wanted) continue;
+      ListPosition at = first;
       for (int j = 0; j < each; ++j) {
         const ChunkList list = At(threadIdx.x * each + j);
-        if (target < at.cost + list.cost) {
-          shared.boundary_chunk[i] = threadIdx.x * each + j;
-          shared.boundary[i] = at;
+        if (wanted < 2 * (at.cost + list.cost)) {
+          shared.boundary_chunk[slot] = threadIdx.x * each + j;
+          shared.boundary[slot] = at;
           break;
         }
         at.pages += list.pages;
         at.cost += list.cost;
       }
     }
-    __syncthreads();
-    if (warp < 2) {
-      const int chunk = shared.boundary_chunk[warp], target = (cta + warp) * Cost();
-      int index = total().pages;
-      if (chunk >= 0) {
-        const int pages = At(chunk).pages;
-        const auto* entries = reinterpret_cast<const uint4*>(p.workspace + p.work.lists) +
-                              int64_t{chunk} * kChunkPages + 2 * lane;
-        static_assert(kChunkPages == 64, "two pages a lane");
-        int cost[2];
+  }
+
+  // The first page whose middle is not before `target`, both in halves of what pages cost, counted
+  // over all lists; it is one of the chunk's, which begins at `at`, or the one behind them. By a
+  // warp.
+  __device__ __forceinline__ int FindPage(int chunk, const ListPosition& at, int target) const {
+    static_assert(kChunkPages == 64, "two pages a lane");
+    const int lane = threadIdx.x % 32, pages = At(chunk).pages;
+    const auto* entries = reinterpret_cast<const uint4*>(p.workspace + p.work.lists) +
+                          int64_t{chunk} * kChunkPages + 2 * lane;
+    int cost[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const PackedPage page = UnpackPage(2 * lane + i < pages ? entries[i].y : 0);
-          cost[i] = 2 * lane + i < pages ? AttendCost(page.value_planes + page.fine_planes) : 0;
-        }
-        const int before =
-            shared.boundary[warp].cost + WarpPrefix(cost[0] + cost[1], lane) - cost[0] - cost[1];
-        const int earlier = (2 * lane < pages && before < target ? 1 : 0) +
-                            (2 * lane + 1 < pages && before + cost[0] < target ? 1 : 0);
-        index = shared.boundary[warp].pages + __reduce_add_sync(0xffffffffu, earlier);
-      }
-      if (lane == 0) shared.index[warp] = index;
+    for (int i = 0; i < 2; ++i) {
+      const PackedPage page = UnpackPage(2 * lane + i < pages ? entries[i].y : 0);
+      cost[i] = 2 * lane + i < pages ? AttendCost(page) : 0;
     }
-    __syncthreads();
-    return Slice{shared.index[0], shared.index[1]};
+    const int before = at.cost + WarpPrefix(cost[0] + cost[1], lane) - cost[0] - cost[1];
+    const bool earlier[2] = {2 * before + cost[0] < target,
+                             2 * (before + cost[0]) + cost[1] < target};
+    return at.pages +
+           __reduce_add_sync(0xffffffffu, (2 * lane < pages && earlier[0] ? 1 : 0) +
+                                              (2 * lane + 1 < pages && earlier[1] ? 1 : 0));
   }
 
   // Where pages [begin, end) stand among the chunks' lists, to `place`: each thread says it of its

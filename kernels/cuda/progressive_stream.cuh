@@ -67,7 +67,7 @@ struct AttendShared {
   alignas(16) ListedPage page[kAttendPages + 2];         // and their neighbours
   RingPage ring[kSlots][kRingDepth];
   alignas(8) uint64_t full[kSlots][kRingDepth];
-  SliceShared<kThreads> slice;
+  SliceShared<kThreads, kSlots> slice;
   int place[kAttendPages + 2];  // in the lists
   static_assert(3 * kTileColumns * 16 + 2 * 512 + Traits::kValueScaleBytes +
                         6 * Traits::kPlaneBytes + Traits::kHeadDim <=
@@ -136,27 +136,24 @@ struct PageStreamer {
 
   __device__ __forceinline__ void Copy(const ListedPage& listed, const AttendLayout<Traits>& layout,
                                        uint32_t full) const {
-    int target = 0, bytes = 0;
     const PackedPage& page = layout.page;
-    if (lane == kStats) {
-      bytes = layout.scores();
-    } else if (lane <= kScoresHigh) {
-      bytes = layout.score_bytes();
-      target = layout.scores() + (lane - kScoresLow) * bytes;
-    } else if (lane == kValueScales) {
-      bytes = Traits::kValueScaleBytes;
-      target = layout.value_scales();
-    } else if (lane < kKeyScales) {
-      bytes = lane - kValuePlanes < page.value_planes ? Traits::kPlaneBytes : 0;
-      target = layout.values() + (lane - kValuePlanes) * Traits::kPlaneBytes;
-    } else if (lane == kKeyScales) {
-      bytes = page.fine_planes > 0 ? Traits::kHeadDim : 0;
-      target = layout.key_scales();
-    } else if (lane < kNumAttendParts) {
-      bytes = lane - kKeyFine < page.fine_planes ? layout.key_tiles() * kPlaneTileBytes : 0;
-      target = layout.keys() + (lane - kKeyFine) * bytes;
-    }
-    int64_t index = listed.head_index % p.shape.num_kv_heads;
+    const int value = lane - kValuePlanes, fine = lane - kKeyFine;
+    const int fine_bytes = layout.key_tiles() * kPlaneTileBytes;
+    // Without branches: lanes go different ways.
+    int bytes = fine < page.fine_planes && lane < kNumAttendParts ? fine_bytes : 0;
+    int target = layout.keys() + fine * fine_bytes;
+    const auto take = [&](bool mine, int own_bytes, int own_target) {
+      bytes = mine ? own_bytes : bytes;
+      target = mine ? own_target : target;
+    };
+    take(lane == kKeyScales, page.fine_planes > 0 ? Traits::kHeadDim : 0, layout.key_scales());
+    take(lane < kKeyScales, value < page.value_planes ? Traits::kPlaneBytes : 0,
+         layout.values() + value * Traits::kPlaneBytes);
+    take(lane == kValueScales, Traits::kValueScaleBytes, layout.value_scales());
+    take(lane <= kScoresHigh, layout.score_bytes(),
+         layout.scores() + (lane - kScoresLow) * layout.score_bytes());
+    take(lane == kStats, layout.scores(), 0);
+    int64_t index = listed.head;
     const std::byte* from = source + static_cast<int64_t>(listed.id) * kPageAlignment;
     if (lane <= kScoresHigh) {
       index = int64_t{listed.head_index} * p.max_sealed + page.page;

@@ -29,8 +29,9 @@ __device__ __forceinline__ ColumnTerms TermsOf(const PageStats& stats, float lse
   terms.entropy = terms.share * kLn2 * (lse - mass);
   return terms;
 }
+// From L2: the kernel may not have waited for the scan itself (progressive_select.cuh).
 __device__ __forceinline__ PageStats LoadStats(const float4* stats, int column) {
-  const float4 x = stats[column];
+  const float4 x = __ldcg(stats + column);
   return PageStats{x.x, x.y, x.z, x.w};
 }
 

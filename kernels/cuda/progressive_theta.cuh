@@ -16,30 +16,36 @@
 
 namespace adaattn {
 
-inline constexpr int kThetaThreads = kBudgetThreads;
-inline constexpr int kThetaWarps = kThetaThreads / 32;
-
+template <int kWarps>
 struct MassShared {
   float lse[kMaxColumns];
-  float2 lse_parts[kThetaWarps][kMaxColumns];
-  MassSums sums[kThetaWarps][kTileColumns];
+  float2 lse_parts[kWarps][kMaxColumns];
+  MassSums sums[kWarps][kTileColumns];
   MassSums cta_sums[kMaxBudgetCtas];  // of the cluster's, in its first CTA
 };
+
+// CTAs of the kernel that registers allow.
+template <class Traits>
+constexpr int ThetaCtasPerSm() {
+  if (Traits::kWarps == kFewBudgetWarps) return 5;
+  if (Traits::kColumns == kFewColumns) return Traits::kHeadDim <= 128 ? 3 : 2;
+  return Traits::kHeadDim <= 128 ? 2 : 1;
+}
 
 // Bytes of shared memory of a CTA.
 template <class Traits>
 size_t ThetaSharedBytes(const ProgressiveArgs& p) {
-  if (!p.budget) return sizeof(MassShared);
-  const int32_t pages =
-      std::min(BudgetPart(p.max_sealed, BudgetCtas(p)), BudgetBlockPages(Traits::kHeadDim));
-  return std::max(sizeof(MassShared), BudgetSharedBytes<Traits>(p.work.columns, pages));
+  constexpr size_t kLeast = sizeof(MassShared<Traits::kWarps>);
+  if (!p.budget) return kLeast;
+  const int32_t pages = std::min(BudgetPart(p.max_sealed, BudgetCtas(p, ThetaCtasPerSm<Traits>())),
+                                 Traits::kBlockPages);
+  return std::max(kLeast, BudgetSharedBytes<Traits>(p.work.columns, pages));
 }
 // Of any CTA.
 template <class Traits>
 constexpr size_t MaxThetaSharedBytes() {
-  constexpr size_t kBytes =
-      BudgetSharedBytes<Traits>(Traits::kColumns == kTileColumns ? kMaxColumns : kTileColumns,
-                                BudgetBlockPages(Traits::kHeadDim));
+  constexpr size_t kBytes = BudgetSharedBytes<Traits>(
+      Traits::kColumns == kTileColumns ? kMaxColumns : kTileColumns, Traits::kBlockPages);
   static_assert(kBytes <= size_t{227} << 10, "what a CTA may have");
   return kBytes;
 }
@@ -52,15 +58,16 @@ __device__ __forceinline__ MassSums ShuffleMasses(const MassSums& sums, int step
 
 // The sums of one tile of columns over `pages`, lane n < 8 of each warp its part of column
 // column_begin + n, to shared memory.
+template <int kWarps>
 __device__ __forceinline__ void SumPageMasses(const ProgressiveArgs& p, PageRange pages,
                                               int64_t head_index, int column_begin, int columns,
-                                              MassShared& shared) {
+                                              MassShared<kWarps>& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int column = column_begin + lane % kTileColumns;
   MassSums sums;
   if (column < columns) {
     const float lse = shared.lse[column];
-    constexpr int kStep = kThetaThreads / kTileColumns;
+    constexpr int kStep = 32 * kWarps / kTileColumns;
 #pragma unroll 4
     for (int page = pages.begin + threadIdx.x / kTileColumns; page < pages.end; page += kStep) {
       const PageStats stats = LoadStats(PageStatsOf(p, head_index, page), column);
@@ -75,12 +82,14 @@ __device__ __forceinline__ void SumPageMasses(const ProgressiveArgs& p, PageRang
   if (lane < kTileColumns) shared.sums[warp][lane] = sums;
 }
 
-// By all threads of a cluster, whose CTAs have all started; the first one's thread 0 stores theta.
+// By all threads of a cluster; the first one's thread 0 stores theta.
+template <int kWarps>
 __device__ __forceinline__ void ThetaFromPageMasses(const ProgressiveArgs& p,
                                                     const ProgressiveSequence& from,
                                                     const RowCluster& cluster, int64_t head_index,
-                                                    MassShared& shared) {
-  GlobalLse<kThetaWarps>(p, from, head_index, shared.lse, shared.lse_parts);
+                                                    MassShared<kWarps>& shared) {
+  cluster.Arrive();  // it has started
+  GlobalLse<kWarps>(p, from, head_index, shared.lse, shared.lse_parts);
   const int columns = p.shape.group_size() * from.q_len;
   const PageRange visible = VisiblePages(from), pages = PartOf(visible, cluster);
   const auto* dense =
@@ -93,7 +102,7 @@ __device__ __forceinline__ void ThetaFromPageMasses(const ProgressiveArgs& p,
       const int lane = threadIdx.x, column = column_begin + lane;
       MassSums sums;
       if (lane < kTileColumns && column < columns) {
-        for (int warp = 0; warp < kThetaWarps; ++warp) AddMasses(shared.sums[warp][lane], &sums);
+        for (int warp = 0; warp < kWarps; ++warp) AddMasses(shared.sums[warp][lane], &sums);
         if (cluster.rank == 0 && dense[column] != -INFINITY) {
           AddDenseMass(Exp2(dense[column] - shared.lse[column]), &sums);
         }
@@ -106,6 +115,7 @@ __device__ __forceinline__ void ThetaFromPageMasses(const ProgressiveArgs& p,
     }
     __syncthreads();
   }
+  cluster.Wait();
   if (threadIdx.x == 0) cluster.At(&shared, 0)->cta_sums[cluster.rank] = total;
   cluster.Sync();
   if (cluster.rank != 0 || threadIdx.x != 0) return;
@@ -115,15 +125,8 @@ __device__ __forceinline__ void ThetaFromPageMasses(const ProgressiveArgs& p,
       ThetaFromMasses(from.decision, sums, columns, visible.end - visible.begin);
 }
 
-// What its registers allow.
 template <class Traits>
-constexpr int ThetaCtasPerSm() {
-  if (Traits::kColumns == kFewColumns) return Traits::kHeadDim <= 128 ? 3 : 2;
-  return Traits::kHeadDim < 128 ? 2 : 1;
-}
-
-template <class Traits>
-__global__ void __launch_bounds__(kThetaThreads, ThetaCtasPerSm<Traits>())
+__global__ void __launch_bounds__(Traits::kThreads, ThetaCtasPerSm<Traits>())
     ProgressiveThetaKernel(const __grid_constant__ ProgressiveArgs p) {
   extern __shared__ __align__(16) std::byte shared_bytes[];
   const int head = blockIdx.y, sequence = blockIdx.z;
@@ -132,11 +135,7 @@ __global__ void __launch_bounds__(kThetaThreads, ThetaCtasPerSm<Traits>())
   const RowCluster cluster;
   const bool budget = from.decision.policy == Policy::kBudget;
   BudgetPages<Traits> own(p, s, cluster, *reinterpret_cast<BudgetShared<Traits>*>(shared_bytes));
-  if (budget) {
-    own.Prepare();
-  } else {
-    cluster.Sync();
-  }
+  if (budget) own.Prepare();
   WaitForDependencies();
   NoteTime(p.stamps, kThetaStamp);
   LaunchDependents();
@@ -145,7 +144,7 @@ __global__ void __launch_bounds__(kThetaThreads, ThetaCtasPerSm<Traits>())
   } else if (ChoosesTheta(from.decision.policy)) {
     ThetaFromPageMasses(p, from, cluster,
                         static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head,
-                        *reinterpret_cast<MassShared*>(shared_bytes));
+                        *reinterpret_cast<MassShared<Traits::kWarps>*>(shared_bytes));
   }
 }
 

@@ -85,7 +85,8 @@ struct ListedPage {
   uint32_t id;
   uint32_t packed;  // PackPage
   int32_t head_index;
-  int32_t columns;  // of the sequence
+  int16_t columns;  // of the sequence
+  int16_t head;     // likewise
 };
 static_assert(sizeof(ListedPage) == 16, "moved with one instruction");
 // Its columns in a tile of kTileColumns.
@@ -94,9 +95,12 @@ ADAATTN_HD constexpr int32_t TileColumns(const ListedPage& page, int32_t tile) {
   return left < 0 ? 0 : left < kTileColumns ? left : kTileColumns;
 }
 
-// What it costs attend, in planes: what else it reads and does counts as one. (As four, to which
-// its instructions amount, steps of 64 x 2k take a seventh longer.)
-ADAATTN_HD constexpr int32_t AttendCost(int32_t planes) { return 1 + planes; }
+// What it costs attend, which is time more than bytes: two of what refining its keys takes, and one
+// more for the second pair of value planes (measured, docs/kernels.md).
+ADAATTN_HD constexpr int32_t AttendCost(const PackedPage& page) {
+  return 2 + (page.fine_planes > 0 ? 1 : 0) + (page.value_planes > 2 ? 1 : 0);
+}
+inline constexpr int32_t kMaxAttendCost = 4;
 
 // The list of a chunk.
 struct ChunkList {

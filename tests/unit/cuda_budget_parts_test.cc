@@ -9,7 +9,7 @@
 namespace adaattn {
 namespace {
 
-constexpr int32_t kNumSms = 132;
+constexpr int32_t kNumSms = 132, kCtasPerSm = 2;
 
 TEST(BudgetPartsTest, EveryPageHasACta) {
   for (const int32_t ctas : {1, 2, 4, 8}) {
@@ -29,14 +29,15 @@ TEST(BudgetPartsTest, ManyHeadsTakeFewerCtasEach) {
     params.shape = {32, 8, head_dim};
     for (params.num_sequences = 1; params.num_sequences <= 64; params.num_sequences *= 2) {
       for (params.max_sealed = 0; params.max_sealed <= 4096; params.max_sealed += 32) {
-        const int32_t ctas = BudgetCtas(params);
+        const int32_t ctas = BudgetCtas(params, kCtasPerSm);
         EXPECT_TRUE(ctas == 1 || ctas == 2 || ctas == 4 || ctas == 8);
         const int64_t all = int64_t{8} * params.num_sequences * ctas;
         const bool holds_all = params.max_sealed <= ctas * BudgetBlockPages(head_dim);
         EXPECT_TRUE(holds_all || ctas == kMaxBudgetCtas);
         // A CTA is one too many where half of them held all and the device had no room for more.
         const bool half_holds = params.max_sealed <= ctas / 2 * BudgetBlockPages(head_dim);
-        EXPECT_FALSE(ctas > 1 && half_holds && all > 2 * kNumSms) << params.max_sealed;
+        EXPECT_FALSE(ctas > 1 && half_holds && 8 * all > 7 * kCtasPerSm * kNumSms)
+            << params.max_sealed;
       }
     }
   }
@@ -44,11 +45,12 @@ TEST(BudgetPartsTest, ManyHeadsTakeFewerCtasEach) {
   const auto ctas_of = [&params](int32_t num_sequences, int32_t max_sealed) {
     params.num_sequences = num_sequences;
     params.max_sealed = max_sealed;
-    return BudgetCtas(params);
+    return BudgetCtas(params, kCtasPerSm);
   };
   EXPECT_EQ(ctas_of(1, 128), 1);
   EXPECT_EQ(ctas_of(1, 512), 4);
   EXPECT_EQ(ctas_of(1, 2048), 8);
+  EXPECT_EQ(ctas_of(8, 512), 2);
   EXPECT_EQ(ctas_of(64, 128), 1);
   EXPECT_EQ(ctas_of(64, 512), 2);
 }
