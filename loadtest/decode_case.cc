@@ -10,6 +10,7 @@
 #include "kernels/cuda/status.h"
 #include "kernels/format/float_types.h"
 #include "kernels/format/page_layout.h"
+#include "loadtest/bench_case.h"
 
 namespace adaattn {
 namespace {
@@ -35,8 +36,8 @@ void KeepWorst(double value, double* worst) {
 
 std::string DecodeCaseOptions::Name() const {
   const int32_t most = *std::max_element(kv_lens.begin(), kv_lens.end());
-  std::string name = absl::StrCat(DTypeName(kv_type), "_d", shape.head_dim, "_n", kv_lens.size(),
-                                  "_kv", most, "_h", shape.num_q_heads, "/", shape.num_kv_heads);
+  std::string name =
+      BenchCaseName(DTypeName(kv_type), shape, static_cast<int64_t>(kv_lens.size()), most);
   if (q_len > 1) absl::StrAppend(&name, "_q", q_len);
   if (window > 0) absl::StrAppend(&name, "_w", window);
   if (softcap > 0) absl::StrAppend(&name, "_cap", softcap);

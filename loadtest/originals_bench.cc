@@ -13,11 +13,11 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "kernels/attention.h"
 #include "kernels/cuda/status.h"
+#include "loadtest/bench_case.h"
 #include "loadtest/bench_trace.h"
 #include "loadtest/originals_case.h"
 
@@ -92,15 +92,11 @@ StepFacts Facts(const OriginalsCase& test, const OriginalsStep& step, float targ
 }
 
 std::string CaseName(const char* kind, const OriginalsCase& test) {
-  const AttentionShape& shape = test.shape();
-  return absl::StrCat(kind, "_d", shape.head_dim, "_n", test.num_sequences(), "_kv", test.kv_len(),
-                      "_h", shape.num_q_heads, "/", shape.num_kv_heads);
+  return BenchCaseName(kind, test.shape(), test.num_sequences(), test.kv_len());
 }
 
-int64_t BytesAsBf16(const OriginalsCase& test) {
-  const AttentionShape& shape = test.shape();
-  return int64_t{test.num_sequences()} * test.kv_len() * 2 * shape.num_kv_heads * shape.head_dim *
-         2;
+int64_t AsBf16(const OriginalsCase& test) {
+  return BytesAsBf16(test.shape(), test.num_sequences(), test.kv_len());
 }
 
 nlohmann::json Describe(const std::string& name, const OriginalsCase& test, Originals originals,
@@ -116,7 +112,7 @@ nlohmann::json Describe(const std::string& name, const OriginalsCase& test, Orig
           {"min_us", times.min_step},
           {"attend_us", times.attend},
           {"bytes_read", facts.bytes},
-          {"bytes_as_bf16", BytesAsBf16(test)}};
+          {"bytes_as_bf16", AsBf16(test)}};
 }
 
 // Times one bounded step and leaves its output in `out`.
@@ -127,7 +123,7 @@ absl::StatusOr<bool> BenchBoundedStep(const Bench& bench, Originals originals, f
   ADAATTN_ASSIGN_OR_RETURN(const StepTimes times, Time(bench, step, test));
   StepFacts facts = Facts(*test, step, target);
   const std::string name = CaseName("bounded", *test);
-  const double fraction = static_cast<double>(facts.bytes) / BytesAsBf16(*test);
+  const double fraction = static_cast<double>(facts.bytes) / AsBf16(*test);
   const double met = static_cast<double>(facts.num_met) / facts.num_kv_heads;
   const double exact_share =
       static_cast<double>(facts.exact_pages) / (facts.num_kv_heads * test->num_sealed_pages());

@@ -3,9 +3,10 @@
 
   loadtest/peers.py --case=FILE:8x32768:32/8 [--case=...] [--runs=31] [--json=FILE]
 
-A case is a captured trace (or `joined:FILE`, pairs of its heads side by side, or `random:128`, normal
-numbers of that head_dim), batch x kv_len and q heads / kv heads. Batches are made of the trace as loadtest/row_judge.h says, every sequence in
-memory of its own. Times are medians of CUDA graph replays between events, L2 flushed before each.
+A case is a captured trace (or `joined:FILE`, pairs of its heads side by side, or `random:128`,
+normal numbers of that head_dim), batch x kv_len and q heads / kv heads. Batches are made of the
+trace as loadtest/row_judge.h says, every sequence in memory of its own. Times are medians of CUDA
+graph replays between events, L2 flushed before each.
 Errors are relative L2 against float64 on the trace's FP16 values, mean over a sample of rows.
 
 Needs torch and a GPU; of FlashInfer (flashinfer-python), FlashAttention-3 (fa3-fwd) and cuDNN

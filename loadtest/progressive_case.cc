@@ -4,11 +4,11 @@
 #include <cmath>
 #include <cstring>
 
-#include "absl/strings/str_cat.h"
 #include "kernels/cuda/status.h"
 #include "kernels/cuda/step.h"
 #include "kernels/cuda/step_buffers.h"
 #include "kernels/format/float_types.h"
+#include "loadtest/bench_case.h"
 #include "loadtest/device_timer.h"
 
 namespace adaattn {
@@ -142,12 +142,11 @@ absl::StatusOr<std::vector<double>> ProgressiveCase::Time(int runs, const Device
 }
 
 std::string ProgressiveCase::Name() const {
-  return absl::StrCat("progressive_d", shape().head_dim, "_n", num_sequences(), "_kv", kv_len(),
-                      "_h", shape().num_q_heads, "/", shape().num_kv_heads);
+  return BenchCaseName("progressive", shape(), num_sequences(), kv_len());
 }
 
 int64_t ProgressiveCase::bytes_as_bf16() const {
-  return int64_t{num_sequences()} * kv_len() * 2 * shape().num_kv_heads * shape().head_dim * 2;
+  return BytesAsBf16(shape(), num_sequences(), kv_len());
 }
 
 }  // namespace adaattn

@@ -269,20 +269,13 @@ class BoundedHeadStep {
     const int32_t d = c_.head_dim;
     double* out = At<double>(c_.layout.out);
     double* rotated = At<double>(c_.layout.rotated_out);
-    const auto joined = [&](int64_t sums, int64_t i) {
-      double sum = 0;
-      for (int32_t cta = 0; cta < team_.num_ctas; ++cta) {
-        sum += At<double>(sums)[cta * elements() + i];
-      }
-      return sum;
-    };
-    c_.ForThreads(elements(), [&](int64_t i) { rotated[i] = joined(c_.layout.sealed, i); });
+    c_.ForThreads(elements(), [&](int64_t i) { rotated[i] = reader_.Joined(c_.layout.sealed, i); });
     team_.Sync();
     c_.ForThreads(elements(), [&](int64_t i) {
       const BoundedRow& row = c_.Row(static_cast<int32_t>(i / d));
       out[i] = HadamardChannel(rotated + i / d * d, d, static_cast<int32_t>(i % d)) +
-               joined(c_.layout.exact, i) +
-               MassRatio(row.dense_lse, row.lse) * joined(c_.layout.dense, i);
+               reader_.Joined(c_.layout.exact, i) +
+               MassRatio(row.dense_lse, row.lse) * reader_.Joined(c_.layout.dense, i);
     });
     team_.Sync();
     c_.ForThreads(elements(), [&](int64_t i) {

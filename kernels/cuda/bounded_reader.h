@@ -219,6 +219,14 @@ class BoundedReader {
              ValueReadBytes(c_.head_dim, bits) - ValueReadBytes(c_.head_dim, 0));
   }
 
+  // One element of a sum of all CTAs' parts.
+  ADAATTN_HD double Joined(int64_t sums, int64_t element) const {
+    double sum = 0;
+    for (int32_t cta = 0; cta < team_.num_ctas; ++cta) {
+      sum += At<double>(sums)[cta * elements() + element];
+    }
+    return sum;
+  }
   // This CTA's part of the sum of share * mean of all sealed pages, for one element of o.
   ADAATTN_HD double SumMeans(int64_t element) const {
     const auto column = static_cast<int32_t>(element / c_.head_dim);

@@ -77,16 +77,9 @@ class BoundedSelect {
   ADAATTN_HD void Estimate() {
     const int64_t elements = int64_t{c_.columns} * c_.head_dim;
     auto* dense = c_.template At<double>(c_.layout.out);
-    const auto joined = [&](int64_t sums, int64_t i) {
-      double sum = 0;
-      for (int32_t cta = 0; cta < c_.team.num_ctas; ++cta) {
-        sum += c_.template At<double>(sums)[cta * elements + i];
-      }
-      return sum;
-    };
     c_.ForThreads(elements, [&](int64_t i) {
       const BoundedRow& row = c_.Row(static_cast<int32_t>(i / c_.head_dim));
-      dense[i] = MassRatio(row.dense_lse, row.scan_lse) * joined(c_.layout.dense, i);
+      dense[i] = MassRatio(row.dense_lse, row.scan_lse) * reader_.Joined(c_.layout.dense, i);
     });
     for (int64_t i = c_.team.thread; i < elements; i += c_.team.num_threads) {
       reader_.PartialOf(c_.layout.sealed)[i] = reader_.SumMeans(i);
@@ -96,7 +89,7 @@ class BoundedSelect {
       const auto column = static_cast<int32_t>(i / c_.head_dim);
       const auto channel = static_cast<int32_t>(i % c_.head_dim);
       double sum = HadamardChannel(dense + int64_t{column} * c_.head_dim, c_.head_dim, channel) +
-                   joined(c_.layout.sealed, i);
+                   reader_.Joined(c_.layout.sealed, i);
       if (c_.range.num_sealed > 0 && FirstStands(column, 0)) {
         const SealedPart part = c_.Part(0);
         sum += Share(column, 0) * (static_cast<double>(FirstValue(channel)) -

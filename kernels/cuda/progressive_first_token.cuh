@@ -37,11 +37,12 @@ struct FirstCode {
   }
 };
 
-// The sequence's first token, which may stand for its page: a channel a thread.
+// The sequence's first token, which may stand for its page: a channel a thread, of which a CTA has
+// at least head_dim.
 template <class Traits>
 struct FirstToken {
   static constexpr int kD = Traits::kHeadDim, kGroups = Traits::kValueGroups;
-  static_assert(kD <= 256 && kGroups <= 4, "a channel a thread, the scales a word");
+  static_assert(kGroups <= 4, "the scales are a word");
   FirstCode<Traits> code;
   uint32_t scales = 0;  // a byte a group
 

@@ -29,6 +29,7 @@ struct SelectShared {
   static constexpr int kColumns = Traits::kColumns;
   static constexpr int kSummaryBytes = ChunkMeans<Traits>::kSummaryBytes;
   static constexpr int kFigureRows = kChunkFigures * kColumns;
+  static_assert(Traits::kHeadDim <= kSelectThreads, "a thread has a channel of the first token");
   ChunkMeans<Traits> means;
   // By page, rows of ChunkState * kColumns + column: 8 banks apart, for the four columns that a
   // warp stores.

@@ -95,8 +95,8 @@ ADAATTN_HD constexpr int32_t TileColumns(const ListedPage& page, int32_t tile) {
   return left < 0 ? 0 : left < kTileColumns ? left : kTileColumns;
 }
 
-// What it costs attend, which is time more than bytes: two of what refining its keys takes, and one
-// more for the second pair of value planes (measured, docs/kernels.md).
+// What it costs attend, in units of the time that refining keys takes: two for any page, one for
+// refined keys, one for a second pair of value planes; bytes matter less (docs/kernels.md).
 ADAATTN_HD constexpr int32_t AttendCost(const PackedPage& page) {
   return 2 + (page.fine_planes > 0 ? 1 : 0) + (page.value_planes > 2 ? 1 : 0);
 }
