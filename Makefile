@@ -41,7 +41,10 @@ quality: setup build/release/build.ninja  ## A whole model over the server: perp
 	@scripts/python client/python loadtest/quality
 	@ninja -C build/release -j$(JOBS) adaattn_server
 	@.venv/bin/python -m pytest -q loadtest/quality/tests
-	@scripts/quality --report build/quality/perplexity.json perplexity --tokens 2048 '{text}'
+	@scripts/quality calibrate --tokens 2048 --skip 16384 --out build/quality/error-factors.json '{text}'
+	@scripts/quality --report build/quality/perplexity.json --error-factors build/quality/error-factors.json \
+	    perplexity --tokens 2048 \
+	    --arms bf16,fp8,int8,int4,theta=.002,theta=.004,two-stage=.002,two-stage=.004,budget=.05,audited=.05 '{text}'
 	@scripts/quality --report build/quality/retrieval.json retrieval --contexts 2 --tokens 1536 '{text}'
 
 ablation: setup build/release/build.ninja  ## What each part of the design is worth, as a report with plots: build/ablation

@@ -43,8 +43,8 @@ int Run(const Command& command, const std::vector<std::string>& arguments) {
 }
 
 int Main(int argc, char** argv) {
-  const std::vector<Command> commands = {InfoCommand(), SessionsCommand(), ReplayCommand(),
-                                         BenchCommand(), DemoCommand()};
+  const std::vector<Command> commands = {InfoCommand(),   SessionsCommand(), ProfileCommand(),
+                                         ReplayCommand(), BenchCommand(),    DemoCommand()};
   const std::string name = argc > 1 ? argv[1] : "";
   for (const Command& command : commands) {
     if (command.name == name) return Run(command, std::vector<std::string>(argv + 2, argv + argc));

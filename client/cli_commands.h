@@ -41,6 +41,7 @@ absl::Status CheckRange(const Args& args, const std::string& flag, double least,
 
 Command InfoCommand();
 Command SessionsCommand();
+Command ProfileCommand();
 Command ReplayCommand();
 Command BenchCommand();
 Command DemoCommand();

@@ -51,6 +51,33 @@ absl::StatusOr<int> RunSessions(const Args& args) {
   return kExitOk;
 }
 
+absl::StatusOr<int> RunProfile(const Args& args) {
+  if (args.positional().size() != 1) {
+    return UsageError(absl::InvalidArgumentError("profile: takes one NAME"));
+  }
+  const std::string& name = args.positional().front();
+  auto client = Connect(args);
+  if (!client.ok()) return UsageError(client.status());
+  auto summary = (*client)->GetProfile(name);
+  if (!summary.ok()) return summary.status();
+  if (args.Bool("apply-audits")) {
+    Profile next;
+    next.name = next.extends = name;
+    next.model = summary->model;
+    next.error_factors = summary->audited_error_factors;
+    const auto bytes = (*client)->UploadProfile(next);
+    if (!bytes.ok()) return bytes.status();
+    summary = (*client)->GetProfile(name);
+    if (!summary.ok()) return summary.status();
+  }
+  if (args.Bool("json")) {
+    std::puts(ToJson(*summary).dump(2).c_str());
+  } else {
+    std::fputs(FormatProfile(*summary).c_str(), stdout);
+  }
+  return kExitOk;
+}
+
 }  // namespace
 
 int ExitCodeOf(const absl::Status& status) {
@@ -157,6 +184,15 @@ absl::StatusOr<AttendChoice> ParseAttendFlags(const Args& args, const std::strin
 }
 
 Command InfoCommand() { return {"info", "", "what the server is and can do", {}, RunInfo}; }
+
+Command ProfileCommand() {
+  return {"profile",
+          "NAME",
+          "what a profile holds, and what audits say of its error factors",
+          {{"apply-audits", Flag::Type::kBool, "false",
+            "upload it again with the error factors that audits give"}},
+          RunProfile};
+}
 
 Command SessionsCommand() { return {"sessions", "", "the caller's own sessions", {}, RunSessions}; }
 

@@ -39,6 +39,11 @@ nlohmann::ordered_json ToJson(const Quantiles& quantiles) {
   return {{"p50", quantiles.p50}, {"p99", quantiles.p99}};
 }
 
+std::string ShapeOf(const ModelShape& model) {
+  return absl::StrCat(model.num_layers, "x", model.num_q_heads, "/", model.num_kv_heads, "x",
+                      model.head_dim);
+}
+
 }  // namespace
 
 std::string FormatTable(const std::vector<std::vector<std::string>>& rows) {
@@ -126,10 +131,7 @@ std::string FormatSessions(absl::Span<const SessionSummary> sessions) {
   std::vector<std::vector<std::string>> rows = {
       {"session", "shape", "pages", "kv_len", "dense", "sealed", "memory", "age", "lease left"}};
   for (const SessionSummary& session : sessions) {
-    const ModelShape& model = session.model;
-    rows.push_back({session.session.session_id,
-                    absl::StrCat(model.num_layers, "x", model.num_q_heads, "/", model.num_kv_heads,
-                                 "x", model.head_dim),
+    rows.push_back({session.session.session_id, ShapeOf(session.model),
                     PageFormatName(session.page_format), absl::StrCat(session.kv_len),
                     absl::StrCat(session.pages_dense), absl::StrCat(session.pages_sealed),
                     FormatBytes(static_cast<double>(session.bytes)),
@@ -157,6 +159,40 @@ nlohmann::ordered_json ToJson(const SessionSummary& session) {
           {"age_seconds", absl::ToDoubleSeconds(session.age)},
           {"lease_seconds", absl::ToDoubleSeconds(session.lease_left)},
           {"basis_drift_ratio", session.basis_drift_ratio}};
+}
+
+std::string FormatProfile(const ProfileSummary& profile) {
+  const ModelShape& model = profile.model;
+  const auto heads = static_cast<size_t>(model.num_kv_heads);
+  const auto range = [heads](const std::vector<float>& factors, size_t layer) {
+    const auto [least, most] =
+        std::minmax_element(factors.begin() + layer * heads, factors.begin() + (layer + 1) * heads);
+    return absl::StrFormat("%.2f to %.2f", *least, *most);
+  };
+  std::vector<std::vector<std::string>> rows = {
+      {"layer", "audits a kv head", "error factors", "audits say"}};
+  for (size_t layer = 0; layer < static_cast<size_t>(model.num_layers); ++layer) {
+    const auto first = profile.audits.begin() + layer * heads;
+    rows.push_back({absl::StrCat(layer), absl::StrCat(*std::min_element(first, first + heads)),
+                    range(profile.error_factors, layer),
+                    range(profile.audited_error_factors, layer)});
+  }
+  return absl::StrCat(ShapeOf(model), ", ", profile.has_basis ? "with" : "without", " bases, ",
+                      profile.has_policy ? "with" : "without", " a policy, ",
+                      FormatBytes(static_cast<double>(profile.bytes)), "\n", FormatTable(rows));
+}
+
+nlohmann::ordered_json ToJson(const ProfileSummary& profile) {
+  return {{"num_layers", profile.model.num_layers},
+          {"num_q_heads", profile.model.num_q_heads},
+          {"num_kv_heads", profile.model.num_kv_heads},
+          {"head_dim", profile.model.head_dim},
+          {"bytes", profile.bytes},
+          {"has_basis", profile.has_basis},
+          {"has_policy", profile.has_policy},
+          {"error_factors", profile.error_factors},
+          {"audits", profile.audits},
+          {"audited_error_factors", profile.audited_error_factors}};
 }
 
 std::string FormatReplays(absl::Span<const ReplayReport> reports) {

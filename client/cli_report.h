@@ -26,6 +26,10 @@ nlohmann::ordered_json ToJson(const ServerInfo& info);
 std::string FormatSessions(absl::Span<const SessionSummary> sessions);
 nlohmann::ordered_json ToJson(const SessionSummary& session);
 
+// A line a layer: what predictions are multiplied by, and what audits say of it.
+std::string FormatProfile(const ProfileSummary& profile);
+nlohmann::ordered_json ToJson(const ProfileSummary& profile);
+
 // Accuracy and bytes, then latency by stage.
 std::string FormatReplays(absl::Span<const ReplayReport> reports);
 // One entry of a demo's report.json.

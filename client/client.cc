@@ -147,4 +147,14 @@ absl::StatusOr<int64_t> Client::UploadProfile(const Profile& profile) {
   return response.bytes();
 }
 
+absl::StatusOr<ProfileSummary> Client::GetProfile(const std::string& name) {
+  v1::GetProfileRequest request;
+  request.set_name(name);
+  v1::GetProfileResponse response;
+  const absl::Status status = connection_->Call(&v1::Attention::Stub::GetProfile, "",
+                                                RetryRule::kRepeatable, request, &response);
+  if (!status.ok()) return status;
+  return FromProto(response);
+}
+
 }  // namespace adaattn::client

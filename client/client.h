@@ -72,6 +72,7 @@ class Client {
   absl::Status CloseSession(const SessionRef& session, const std::string& route_key = "");
   // Returns the host memory that the profile takes, in bytes.
   absl::StatusOr<int64_t> UploadProfile(const Profile& profile);
+  absl::StatusOr<ProfileSummary> GetProfile(const std::string& name);
 
  private:
   explicit Client(std::shared_ptr<Connection> connection);

@@ -174,6 +174,8 @@ void ToProto(const Profile& profile, v1::UploadProfileRequest* message) {
   Assign(profile.key_scales, message->mutable_key_scales());
   Assign(profile.value_scales, message->mutable_value_scales());
   message->set_policy_json(profile.policy_json);
+  Assign(profile.error_factors, message->mutable_error_factors());
+  message->set_extends(profile.extends);
 }
 
 Tensor FromProto(v1::Tensor* tensor) {
@@ -226,6 +228,19 @@ SessionSummary FromProto(const v1::SessionSummary& message) {
   summary.lease_left = absl::Seconds(message.lease_seconds());
   summary.basis_drift_ratio = message.basis_drift_ratio();
   summary.element_type = static_cast<DType>(message.element_type());
+  return summary;
+}
+
+ProfileSummary FromProto(const v1::GetProfileResponse& message) {
+  ProfileSummary summary;
+  summary.model = FromProto(message.model());
+  summary.bytes = message.bytes();
+  summary.has_basis = message.has_basis();
+  summary.has_policy = message.has_policy();
+  summary.error_factors.assign(message.error_factors().begin(), message.error_factors().end());
+  summary.audits.assign(message.audits().begin(), message.audits().end());
+  summary.audited_error_factors.assign(message.audited_error_factors().begin(),
+                                       message.audited_error_factors().end());
   return summary;
 }
 

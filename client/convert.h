@@ -32,6 +32,7 @@ ExportChunk FromProto(v1::ExportKvResponse* message);
 SessionGrant FromProto(const v1::OpenSessionResponse& message);
 SessionSummary FromProto(const v1::SessionSummary& message);
 ServerInfo FromProto(const v1::GetServerInfoResponse& message);
+ProfileSummary FromProto(const v1::GetProfileResponse& message);
 Lease FromProto(const v1::KeepAliveResponse::Lease& message);
 
 }  // namespace adaattn::client

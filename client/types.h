@@ -290,7 +290,21 @@ struct Profile {
   ModelShape model;
   TensorView basis_mean, basis;
   std::vector<float> key_scales, value_scales;
-  std::string policy_json;  // of the learned policy; "" = the server's
+  std::string policy_json;           // of the learned policy; "" = the server's
+  std::vector<float> error_factors;  // of predicted errors, [num_layers, num_kv_heads]; empty = 1
+  std::string extends;               // a profile that gives what is left out; "" = none
+};
+
+// What a server holds of a profile, and what audits say of the errors that it predicts. Vectors
+// [num_layers, num_kv_heads].
+struct ProfileSummary {
+  ModelShape model;
+  int64_t bytes = 0;
+  bool has_basis = false;
+  bool has_policy = false;
+  std::vector<float> error_factors;          // what predictions are multiplied by
+  std::vector<int64_t> audits;               // of steps under a budget
+  std::vector<float> audited_error_factors;  // what to upload next
 };
 
 struct ServerInfo {

@@ -195,6 +195,11 @@ struct ReopenTask {
   DType page_type = DType::kBf16;  // of the dense page
 };
 
+// That of one kv head, of factors [num_kv_heads] that are 1 where there are none.
+inline float HeadFactor(absl::Span<const float> factors, int32_t kv_head) {
+  return factors.empty() ? 1.0f : factors[static_cast<size_t>(kv_head)];
+}
+
 // Fits the PCA basis of one layer on its first tokens; see format/basis.h.
 struct FitBasisTask {
   AttentionShape shape;
@@ -206,7 +211,8 @@ struct FitBasisTask {
   // Of the layer's steps, by which the queries say how far its values err (policy/value_factors.h).
   float softmax_scale = 0;
   float softcap = 0;
-  PageId target = kNoPage;  // a block of BasisLayout
+  absl::Span<const float> error_factors;  // [num_kv_heads] of predicted errors; empty: 1
+  PageId target = kNoPage;                // a block of BasisLayout
 };
 
 // Loads a basis that the caller brings: mean [num_kv_heads, head_dim] and basis [num_kv_heads,
@@ -215,6 +221,7 @@ struct LoadBasisTask {
   AttentionShape shape;
   absl::Span<const float> mean;
   absl::Span<const float> basis;
+  absl::Span<const float> error_factors;  // as above
   PageId target = kNoPage;
 };
 

@@ -7,7 +7,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "kernels/format/float_types.h"
-#include "server/policy_file.h"
 #include "server/validation.h"
 
 namespace adaattn {
@@ -318,60 +317,6 @@ absl::StatusOr<std::vector<float>> TensorFloats(absl::string_view field, const v
     }
   }
   return floats;
-}
-
-absl::StatusOr<std::shared_ptr<const ModelProfile>> ValidateProfile(
-    const v1::UploadProfileRequest& request, const ValidationContext& context) {
-  if (!IsValidRoutingKey(request.name())) {
-    return InvalidField("name", absl::StrCat("\"", request.name(), "\""),
-                        "1 to 64 characters of [A-Za-z0-9._-]");
-  }
-  absl::Status status = CheckModel(request.model(), "model", context);
-  if (!status.ok()) return status;
-  const v1::ModelShape& model = request.model();
-  auto profile = std::make_shared<ModelProfile>();
-  profile->name = request.name();
-  profile->shape = {model.num_q_heads(), model.num_kv_heads(), model.head_dim()};
-  profile->num_layers = model.num_layers();
-  const int64_t layers = model.num_layers(), heads = model.num_kv_heads(), dim = model.head_dim();
-  const int64_t mean_shape[] = {layers, heads, dim}, basis_shape[] = {layers, heads, dim, dim};
-  if (request.has_basis() || request.has_basis_mean()) {
-    const v1::Tensor &mean = request.basis_mean(), &basis = request.basis();
-    status = CheckTensor("basis_mean", mean, static_cast<int64_t>(mean.data().size()), mean_shape,
-                         /*allow_fp8=*/false);
-    if (status.ok()) {
-      status = CheckTensor("basis", basis, static_cast<int64_t>(basis.data().size()), basis_shape,
-                           /*allow_fp8=*/false);
-    }
-    if (!status.ok()) return status;
-    auto means = TensorFloats("basis_mean", mean), bases = TensorFloats("basis", basis);
-    if (!means.ok()) return means.status();
-    if (!bases.ok()) return bases.status();
-    profile->basis_mean = *std::move(means);
-    profile->basis = *std::move(bases);
-  }
-  for (const auto& [field, scales, target] :
-       {std::make_tuple("key_scales", &request.key_scales(), &profile->key_scales),
-        std::make_tuple("value_scales", &request.value_scales(), &profile->value_scales)}) {
-    if (!scales->empty() && scales->size() != layers * heads) {
-      return InvalidField(field, absl::StrCat(scales->size(), " factors"),
-                          absl::StrCat("none or ", layers * heads, ", one a layer and kv head"));
-    }
-    for (const float scale : *scales) {
-      if (!std::isfinite(scale) || scale <= 0) {
-        return InvalidField(field, absl::StrCat(scale), "finite and above 0");
-      }
-    }
-    target->assign(scales->begin(), scales->end());
-  }
-  if (!request.policy_json().empty()) {
-    absl::StatusOr<ThetaModel> model = ParsePolicyFile(request.policy_json());
-    if (!model.ok()) {
-      return absl::InvalidArgumentError(absl::StrCat("policy_json: ", model.status().message()));
-    }
-    profile->theta_model = *model;
-  }
-  return profile;
 }
 
 DType DTypeOf(v1::DataType type) {

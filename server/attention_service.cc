@@ -68,18 +68,35 @@ double LeaseLeft(const ServiceContext& service, const Session& session) {
   return absl::ToDoubleSeconds(session.LeaseLeft(service.clock->Now()));
 }
 
+void FillModel(const AttentionShape& shape, int32_t num_layers, v1::ModelShape* model) {
+  model->set_num_layers(num_layers);
+  model->set_num_q_heads(shape.num_q_heads);
+  model->set_num_kv_heads(shape.num_kv_heads);
+  model->set_head_dim(shape.head_dim);
+}
+
+void FillProfile(const ModelProfile& profile, v1::GetProfileResponse* response) {
+  FillModel(profile.shape, profile.num_layers, response->mutable_model());
+  response->set_bytes(profile.bytes());
+  response->set_has_basis(!profile.basis.empty());
+  response->set_has_policy(profile.theta_model.has_value());
+  const std::vector<PredictionAudits> audits = profile.audits->Heads();
+  for (size_t i = 0; i < audits.size(); ++i) {
+    const float factor = profile.error_factors.empty() ? 1.0f : profile.error_factors[i];
+    response->add_error_factors(factor);
+    response->add_audits(audits[i].count);
+    response->add_audited_error_factors(ErrorFactor(audits[i], factor));
+  }
+}
+
 void FillSummary(const ServiceContext& service, const SessionFacts& facts,
                  v1::SessionSummary* summary) {
   const Session& session = *facts.session;
   const SessionConfig& config = session.config();
   summary->set_session_id(session.id());
   summary->set_epoch(session.epoch());
-  v1::ModelShape* model = summary->mutable_model();
-  model->set_num_layers(config.num_layers);
-  model->set_num_q_heads(config.shape.num_q_heads);
-  model->set_num_kv_heads(config.shape.num_kv_heads);
-  model->set_head_dim(config.shape.head_dim);
-  model->set_softmax_scale(config.softmax_scale);
+  FillModel(config.shape, config.num_layers, summary->mutable_model());
+  summary->mutable_model()->set_softmax_scale(config.softmax_scale);
   summary->set_page_format(ToProto(config.format));
   summary->set_element_type(ToProto(DenseDType(config.format)));
   summary->set_kv_len(facts.kv_len);
@@ -297,10 +314,22 @@ grpc::ServerUnaryReactor* AttentionService::UploadProfile(grpc::CallbackServerCo
   const Call call(service_, context, RpcMethod::kUploadProfile);
   absl::StatusOr<Caller> caller = MakeCaller(*context);
   if (!caller.ok()) return call.Finish(caller.status());
-  auto profile = ValidateProfile(*request, service_.validation());
+  auto profile = ValidateProfile(*request, *caller, *service_.profiles, service_.validation());
   if (!profile.ok()) return call.Finish(profile.status());
   response->set_bytes((*profile)->bytes());
   return call.Finish(service_.profiles->Put(caller->tenant, *std::move(profile)));
+}
+
+grpc::ServerUnaryReactor* AttentionService::GetProfile(grpc::CallbackServerContext* context,
+                                                       const v1::GetProfileRequest* request,
+                                                       v1::GetProfileResponse* response) {
+  const Call call(service_, context, RpcMethod::kGetProfile);
+  absl::StatusOr<Caller> caller = MakeCaller(*context);
+  if (!caller.ok()) return call.Finish(caller.status());
+  const auto profile = service_.profiles->Get(caller->tenant, request->name());
+  if (profile == nullptr) return call.Finish(NoProfile("name", request->name()));
+  FillProfile(*profile, response);
+  return call.Finish(absl::OkStatus());
 }
 
 grpc::ServerUnaryReactor* AttentionService::GetServerInfo(grpc::CallbackServerContext* context,

@@ -18,7 +18,8 @@ using WithParsedMethods = v1::Attention::WithCallbackMethod_OpenSession<
                 v1::Attention::WithCallbackMethod_KeepAlive<
                     v1::Attention::WithCallbackMethod_ListSessions<
                         v1::Attention::WithCallbackMethod_UploadProfile<
-                            v1::Attention::WithCallbackMethod_GetServerInfo<Base>>>>>>>>>>;
+                            v1::Attention::WithCallbackMethod_GetProfile<
+                                v1::Attention::WithCallbackMethod_GetServerInfo<Base>>>>>>>>>>>;
 }  // namespace internal
 
 using AttentionServiceBase =
@@ -61,6 +62,9 @@ class AttentionService final : public AttentionServiceBase {
   grpc::ServerUnaryReactor* UploadProfile(grpc::CallbackServerContext* context,
                                           const v1::UploadProfileRequest* request,
                                           v1::UploadProfileResponse* response) override;
+  grpc::ServerUnaryReactor* GetProfile(grpc::CallbackServerContext* context,
+                                       const v1::GetProfileRequest* request,
+                                       v1::GetProfileResponse* response) override;
   grpc::ServerUnaryReactor* GetServerInfo(grpc::CallbackServerContext* context,
                                           const v1::GetServerInfoRequest* request,
                                           v1::GetServerInfoResponse* response) override;

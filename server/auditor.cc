@@ -129,6 +129,12 @@ void Auditor::Compare(const Kept& kept, const float* reference, bool exact) {
   report.actual = actual;
   (kept.step.deterministic ? report.bounds : report.predicted) = said;
   observer_->OnAudit(report);
+  const ModelProfile* profile = kept.step.session->config().profile.get();
+  if (!kept.step.budget || profile == nullptr || profile->audits == nullptr) return;
+  for (int32_t head = 0; head < shape.num_kv_heads; ++head) {
+    if (kept.heads[head].theta == 0) said[head] = 0;  // full depth: no theta met the target
+  }
+  profile->audits->Add(kept.step.layer, actual, said);
 }
 
 }  // namespace adaattn

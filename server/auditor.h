@@ -27,6 +27,7 @@ struct AuditStep {
   absl::Span<const std::byte> q;    // [q_len, num_q_heads, head_dim] in_type
   absl::Span<const std::byte> out;  // likewise, out_type
   bool deterministic = false;       // the heads have bounds, not predictions
+  bool budget = false;              // theta was chosen so that the prediction meets a target
   absl::Span<const HeadDecision> heads;
 };
 

@@ -383,6 +383,7 @@ void BatchRunner::KeepForAudit(const Step& step, const AttendBatch& batch) {
   audit.window = step.window;
   audit.softcap = step.softcap;
   audit.deterministic = step.options.mode == AttendMode::kDeterministic;
+  audit.budget = !audit.deterministic && step.options.decision.policy == Policy::kBudget;
   audit.q = {buffers_->q() + begin * DTypeBytes(batch.in_type),
              static_cast<size_t>(elements * DTypeBytes(batch.in_type))};
   audit.out = {buffers_->out() + begin * DTypeBytes(batch.out_type),

@@ -276,6 +276,7 @@ absl::Status KvCache::LoadBasis(Session* session, int32_t layer, absl::Span<cons
   task.shape = session->config().shape;
   task.mean = mean;
   task.basis = basis;
+  task.error_factors = session->config().error_factors(layer);
   task.target = lease->pages().front();
   absl::Status status = backend_->LoadBasis(task);
   if (status.ok()) CommitBasis(*std::move(lease), &state);

@@ -230,9 +230,9 @@ std::string MetricTableJson() {
 
 const char* RpcMethodName(RpcMethod method) {
   static constexpr const char* kNames[kNumRpcMethods] = {
-      "OpenSession",     "ImportKv",     "Attend",        "AttendStream",
-      "TruncateSession", "ForkSession",  "ExportKv",      "CloseSession",
-      "KeepAlive",       "ListSessions", "UploadProfile", "GetServerInfo"};
+      "OpenSession",   "ImportKv",   "Attend",       "AttendStream", "TruncateSession",
+      "ForkSession",   "ExportKv",   "CloseSession", "KeepAlive",    "ListSessions",
+      "UploadProfile", "GetProfile", "GetServerInfo"};
   return kNames[static_cast<int>(method)];
 }
 

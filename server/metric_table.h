@@ -47,9 +47,10 @@ enum class RpcMethod : uint8_t {
   kKeepAlive,
   kListSessions,
   kUploadProfile,
+  kGetProfile,
   kGetServerInfo
 };
-inline constexpr int kNumRpcMethods = 12;
+inline constexpr int kNumRpcMethods = 13;
 const char* RpcMethodName(RpcMethod method);  // "OpenSession"
 
 enum class Stage : uint8_t {

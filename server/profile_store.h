@@ -10,7 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 #include "kernels/mutex.h"
-#include "server/session.h"
+#include "server/model_profile.h"
 
 namespace adaattn {
 

@@ -143,6 +143,7 @@ absl::Status Sealer::FitBasis(Session* session, int32_t layer) {
   task.query_sample = state.queries.rows();
   task.softmax_scale = config.softmax_scale;
   task.softcap = config.layer(layer).softcap;
+  task.error_factors = config.error_factors(layer);
   task.target = lease->pages().front();
   absl::Status status = cache_->backend()->FitBasis(task);
   if (status.ok()) cache_->CommitBasis(*std::move(lease), &state);

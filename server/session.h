@@ -13,27 +13,11 @@
 #include "absl/types/span.h"
 #include "kernels/attention.h"
 #include "server/attend_options.h"
+#include "server/model_profile.h"
 #include "server/page_allocator.h"
 #include "server/session_id.h"
 
 namespace adaattn {
-
-// Bases and scales of a model that were fitted offline. Immutable once shared.
-struct ModelProfile {
-  std::string name;
-  AttentionShape shape;
-  int32_t num_layers = 0;
-  std::vector<float> basis_mean;    // [num_layers, num_kv_heads, head_dim]; empty = none
-  std::vector<float> basis;         // [num_layers, num_kv_heads, head_dim, head_dim]; empty = none
-  std::vector<float> key_scales;    // [num_layers, num_kv_heads]; empty = none
-  std::vector<float> value_scales;  // likewise
-  std::optional<ThetaModel> theta_model;
-
-  int64_t bytes() const {
-    return static_cast<int64_t>(sizeof(float)) *
-           (basis_mean.size() + basis.size() + key_scales.size() + value_scales.size());
-  }
-};
 
 struct LayerOptions {
   int64_t window = 0;  // 0 = all
@@ -61,13 +45,17 @@ struct SessionConfig {
   std::vector<float> key_scales;  // FP8 pages: [num_kv_heads] or [num_layers, num_kv_heads]
   std::vector<float> value_scales;
   AttendOptions default_options;
-  std::shared_ptr<const ModelProfile> profile;  // null = fit bases from the session's own keys
+  std::shared_ptr<const ModelProfile> profile;  // null = none
   int64_t max_tokens = 0;                       // per layer
   int64_t start_position = 0;
   absl::Duration lease;
 
   bool keeps_exact_pages() const { return exact_tier != ExactTier::kNone; }
   LayerOptions layer(int32_t layer) const;
+  // Of the layer's predicted errors, [num_kv_heads] or empty.
+  absl::Span<const float> error_factors(int32_t layer) const {
+    return profile == nullptr ? absl::Span<const float>() : profile->LayerErrorFactors(layer);
+  }
   // Empty or [num_kv_heads].
   absl::Span<const float> layer_key_scales(int32_t layer) const;
   absl::Span<const float> layer_value_scales(int32_t layer) const;

@@ -141,9 +141,7 @@ absl::Status FillProfile(const std::string& name, const ProfileStore& profiles,
                          SessionConfig* config) {
   if (name.empty()) return absl::OkStatus();
   std::shared_ptr<const ModelProfile> profile = profiles.Get(config->tenant, name);
-  if (profile == nullptr) {
-    return absl::NotFoundError(absl::StrCat("profile: \"", name, "\" was not uploaded"));
-  }
+  if (profile == nullptr) return NoProfile("profile", name);
   if (!(profile->shape == config->shape) || profile->num_layers != config->num_layers) {
     return InvalidField("profile", name,
                         absl::StrCat("of this model's shape; the profile has ", profile->num_layers,

@@ -65,8 +65,10 @@ absl::StatusOr<std::unique_ptr<AttentionTask>> ValidateImport(
     const std::shared_ptr<const v1::ImportKvRequest>& request,
     const std::shared_ptr<Session>& session, const Caller& caller);
 
+// kNotFound: the caller's tenant has no profile that `request.extends` names.
 absl::StatusOr<std::shared_ptr<const ModelProfile>> ValidateProfile(
-    const v1::UploadProfileRequest& request, const ValidationContext& context);
+    const v1::UploadProfileRequest& request, const Caller& caller, const ProfileStore& profiles,
+    const ValidationContext& context);
 
 // `tensor` has exactly `shape` and its bytes; FP8 only where `allow_fp8`. `bytes` is the length of
 // its data, which may lie elsewhere.
@@ -75,6 +77,9 @@ absl::Status CheckTensor(absl::string_view field, const v1::Tensor& tensor, int6
 
 // The elements as floats, NaN and infinity refused. The tensor passed CheckTensor.
 absl::StatusOr<std::vector<float>> TensorFloats(absl::string_view field, const v1::Tensor& tensor);
+
+// kNotFound.
+absl::Status NoProfile(absl::string_view field, absl::string_view name);
 
 absl::Status CheckModel(const v1::ModelShape& model, absl::string_view field,
                         const ValidationContext& context);

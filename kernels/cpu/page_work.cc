@@ -81,8 +81,8 @@ void ReadHead(const ReadTask& task, const std::byte* pool, int64_t page, int32_t
   v->resize(k->size());
   if (page >= task.num_sealed_pages) {
     const DType type = DenseDType(task.format);
-    const float key_scale = task.key_scales.empty() ? 1.0f : task.key_scales[kv_head];
-    const float value_scale = task.value_scales.empty() ? 1.0f : task.value_scales[kv_head];
+    const float key_scale = HeadFactor(task.key_scales, kv_head);
+    const float value_scale = HeadFactor(task.value_scales, kv_head);
     ReadDenseRows(at + DenseKeyOffset(kv_head, shape.head_dim, type), type, shape.head_dim, begin,
                   end, key_scale, k->data());
     ReadDenseRows(at + DenseValueOffset(shape, kv_head, type), type, shape.head_dim, begin, end,
@@ -161,8 +161,9 @@ absl::Status FitBasisOnCpu(const FitBasisTask& task, std::byte* pool, WorkerPool
     statuses[kv_head] = basis.status();
     if (!basis.ok()) return;
     basis->value_factors =
-        MeasureValueFactors({shape.head_dim, shape.group_size(), task.softmax_scale, task.softcap,
-                             keys, values, queries});
+        Scaled(MeasureValueFactors({shape.head_dim, shape.group_size(), task.softmax_scale,
+                                    task.softcap, keys, values, queries}),
+               HeadFactor(task.error_factors, kv_head));
     WriteBasis(*basis, shape, kv_head, pool + PageOffset(task.target));
   });
   for (const absl::Status& status : statuses) {
@@ -179,6 +180,7 @@ absl::Status LoadBasisOnCpu(const LoadBasisTask& task, std::byte* pool) {
     absl::StatusOr<Basis> basis = CheckBasis(shape.head_dim, task.mean.subspan(kv_head * d, d),
                                              task.basis.subspan(kv_head * d * d, d * d));
     if (!basis.ok()) return basis.status();
+    basis->value_factors = Scaled({}, HeadFactor(task.error_factors, kv_head));
     bases.push_back(*std::move(basis));
   }
   for (int32_t kv_head = 0; kv_head < shape.num_kv_heads; ++kv_head) {

@@ -113,8 +113,8 @@ class TokenReader {
                  NumRankChunks(shape.head_dim), k.data());
       DecodeValues(head, at, task_.stored_bits, v.data());
     } else {
-      const float key_scale = task_.key_scales.empty() ? 1.0f : task_.key_scales[kv_head];
-      const float value_scale = task_.value_scales.empty() ? 1.0f : task_.value_scales[kv_head];
+      const float key_scale = HeadFactor(task_.key_scales, kv_head);
+      const float value_scale = HeadFactor(task_.value_scales, kv_head);
       ReadElements(at + DenseKeyOffset(kv_head, shape.head_dim, type_), type_, begin * d,
                    (end - begin) * d, key_scale, k.data() + begin * d);
       ReadElements(at + DenseValueOffset(shape, kv_head, type_), type_, begin * d,
@@ -176,8 +176,9 @@ absl::Status FitBasisOnHost(const FitBasisTask& task, const PageMover& mover) {
     statuses[kv_head] = basis.status();
     if (!basis.ok()) return;
     basis->value_factors =
-        MeasureValueFactors({shape.head_dim, shape.group_size(), task.softmax_scale, task.softcap,
-                             keys, values, queries});
+        Scaled(MeasureValueFactors({shape.head_dim, shape.group_size(), task.softmax_scale,
+                                    task.softcap, keys, values, queries}),
+               HeadFactor(task.error_factors, static_cast<int32_t>(kv_head)));
     WriteBasis(*basis, shape, static_cast<int32_t>(kv_head), block.data());
   });
   for (const absl::Status& status : statuses) ADAATTN_RETURN_IF_ERROR(status);
@@ -189,9 +190,10 @@ absl::Status LoadBasisToDevice(const LoadBasisTask& task, const PageMover& mover
   const int64_t d = shape.head_dim;
   std::vector<std::byte> block(MakeBasisLayout(shape).block_bytes);
   for (int32_t kv_head = 0; kv_head < shape.num_kv_heads; ++kv_head) {
-    ADAATTN_ASSIGN_OR_RETURN(const Basis basis,
+    ADAATTN_ASSIGN_OR_RETURN(Basis basis,
                              CheckBasis(shape.head_dim, task.mean.subspan(kv_head * d, d),
                                         task.basis.subspan(kv_head * d * d, d * d)));
+    basis.value_factors = Scaled({}, HeadFactor(task.error_factors, kv_head));
     WriteBasis(basis, shape, kv_head, block.data());
   }
   return UploadBlock(block, task.target, mover);

@@ -27,6 +27,11 @@ struct Basis {
   ValueFactors value_factors;  // of the head's values; 1 when not known
 };
 
+// Both times `error_factor`, of the head's predicted errors.
+constexpr ValueFactors Scaled(const ValueFactors& factors, float error_factor) {
+  return {factors.spread * error_factor, factors.rounding * error_factor};
+}
+
 // Fits a basis on `keys` [n, head_dim]: the eigenvectors of the second moment of k - mean, in
 // double precision. Channels are ordered by E[(q B)_c^2] E[(k B)_c^2] over `queries` [m, head_dim]
 // where m > 0, else by E[(k B)_c^2]; ties keep the eigenvalues' order. Each column's entry of

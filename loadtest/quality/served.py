@@ -84,8 +84,9 @@ class Served:
         """q [batch, q_heads, rows, d], k, v [batch, kv_heads, rows, d]."""
         one_layer = adaattn.ModelShape(1, self.shape.num_q_heads, self.shape.num_kv_heads, self.shape.head_dim, scale)
         k, v = to_rows(k), to_rows(v)
-        bases = [self.client.open_session(one_layer, page_format=arm.page_format, options=arm.options,
-                                          lease_seconds=3600) for arm in self.arms]
+        bases = [self.client.open_session(one_layer, page_format=arm.page_format, options=arm.options, lease_seconds=3600,
+                                          profile=profile_name(arm.profile, layer) if arm.profile else "",
+                                          exact_tier=arm.exact_tier) for arm in self.arms]
         prefix_q, prefix_k, prefix_v = (to_rows(x[layer][0]) for x in
                                         (self.prefill.q, self.prefill.k, self.prefill.v))
         progressive = self.arms[0].page_format is adaattn.PageFormat.PROGRESSIVE
@@ -117,6 +118,11 @@ class Served:
         q, k = self.prefill.q[layer][0].half().float(), self.prefill.k[layer][0, :, :FIT_TOKENS].half().float()
         mean, rotation = fit_basis(arm.basis, k, q.reshape(len(k), -1, k.shape[2]))
         return mean[:, 0].cpu().numpy(), np.ascontiguousarray(rotation.cpu().numpy())
+
+
+def profile_name(name: str, layer: int) -> str:
+    """Of the profile of a layer, whose sessions hold that layer alone."""
+    return f"{name}.{layer}"
 
 
 def wait_until_sealed(client: adaattn.Client, sessions: Sequence[adaattn.Session]) -> None:

@@ -121,12 +121,14 @@ void BackendHarness::AppendTokens(TestSequence* sequence, const std::vector<floa
 }
 
 PageId BackendHarness::FitBasis(const TestSequence& sequence, int32_t fit_pages,
-                                const std::vector<float>& query_sample) {
+                                const std::vector<float>& query_sample,
+                                const std::vector<float>& error_factors) {
   FitBasisTask task;
   task.shape = options_.shape;
   task.pages = absl::MakeConstSpan(sequence.pages).subspan(0, fit_pages);
   task.page_type = DenseDType(options_.format);
   task.query_sample = query_sample;
+  task.error_factors = error_factors;
   task.softmax_scale = 1.0f / std::sqrt(static_cast<float>(task.shape.head_dim));
   task.target = NewPage();
   const absl::Status status = backend_->FitBasis(task);

@@ -128,7 +128,8 @@ class BackendHarness {
   void Seal(TestSequence* sequence, int32_t count, int32_t fit_pages,
             const std::vector<float>& query_sample = {});
   PageId FitBasis(const TestSequence& sequence, int32_t fit_pages,
-                  const std::vector<float>& query_sample = {});
+                  const std::vector<float>& query_sample = {},
+                  const std::vector<float>& error_factors = {});
   void SealWith(TestSequence* sequence, int32_t count, PageId basis);
 
   // One step over all cases; appended tokens become part of the sequences.

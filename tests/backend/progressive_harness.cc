@@ -132,10 +132,11 @@ PageId ProgressiveHarness::FitBasis(int32_t count) {
     absl::StatusOr<Basis> basis = adaattn::FitBasis(d, keys, queries);
     EXPECT_TRUE(basis.ok()) << basis.status();
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-    basis->value_factors = MeasureValueFactors({d, group, scale, 0, keys, values, queries});
+    basis->value_factors = Scaled(MeasureValueFactors({d, group, scale, 0, keys, values, queries}),
+                                  HeadFactor(options_.error_factors, head));
     WriteBasis(*basis, shape, head, basis_blocks_.back().data());
   }
-  return harness_.FitBasis(sequence_, count, sample);
+  return harness_.FitBasis(sequence_, count, sample, options_.error_factors);
 }
 
 PageId ProgressiveHarness::BringBasis(int32_t first_page, int32_t count) {
@@ -145,8 +146,9 @@ PageId ProgressiveHarness::BringBasis(int32_t first_page, int32_t count) {
     const std::vector<float> keys =
         HeadRows(sequence_.k, shape, head, int64_t{first_page} * kPageTokens,
                  int64_t{first_page + count} * kPageTokens);
-    const absl::StatusOr<Basis> basis = adaattn::FitBasis(shape.head_dim, keys, {});
+    absl::StatusOr<Basis> basis = adaattn::FitBasis(shape.head_dim, keys, {});
     EXPECT_TRUE(basis.ok()) << basis.status();
+    basis->value_factors = Scaled({}, HeadFactor(options_.error_factors, head));
     WriteBasis(*basis, shape, head, basis_blocks_.back().data());
     means.insert(means.end(), basis->mean.begin(), basis->mean.end());
     rotations.insert(rotations.end(), basis->rotation.begin(), basis->rotation.end());
@@ -155,6 +157,7 @@ PageId ProgressiveHarness::BringBasis(int32_t first_page, int32_t count) {
   load.shape = shape;
   load.mean = means;
   load.basis = rotations;
+  load.error_factors = options_.error_factors;
   load.target = harness_.NewPage();
   EXPECT_TRUE(harness_.backend().LoadBasis(load).ok());
   return load.target;

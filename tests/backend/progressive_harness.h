@@ -31,6 +31,8 @@ struct ProgressiveOptions {
   // Rows of queries that the backend fits its basis with, and measures values by; 0: bases are
   // brought, and values taken as the error model has them. One basis.
   int32_t sample_rows = 0;
+  // Of predicted errors, [num_kv_heads]; empty: 1.
+  std::vector<float> error_factors;
   // Every so many tokens the same one comes back, which queries look for; 0 = none.
   int32_t repeat = 0;
 };

@@ -152,6 +152,37 @@ TEST_F(ProgressiveTest, PredictsByWhatTheFitMeasured) {
   }
 }
 
+// Factors of predicted errors, whether the backend fits the basis or is brought one: predictions
+// and the budget's theta follow them, head by head.
+TEST_F(ProgressiveTest, PredictionsAreTimesTheErrorFactors) {
+  for (const int32_t sample_rows : {0, 20}) {
+    ProgressiveOptions options = Options();
+    options.sample_rows = sample_rows;
+    ProgressiveHarness plain(options);
+    ASSERT_TRUE(plain.harness().ok());
+    for (int32_t head = 0; head < options.shape.num_kv_heads; ++head) {
+      options.error_factors.push_back(head % 2 == 0 ? 2.0f : 0.5f);
+    }
+    ProgressiveHarness scaled(options);
+    for (const DecisionParams& params : {Threshold(0.02f), Static(8, 0, 2), Budget(0.2f)}) {
+      SCOPED_TRACE(DebugString(params));
+      StepCase step = plain.NewStep(1), same = scaled.NewStep(1);
+      step.decision = same.decision = params;
+      const StepOutput before = plain.RunAndCompare(step), after = scaled.RunAndCompare(same);
+      if (params.policy == Policy::kBudget) continue;  // reads otherwise
+      // A prediction is E / sqrt(|o|^2 + E^2); what keys err by has no factor.
+      const auto error = [](const HeadDecision& head) {
+        const float p = head.predicted_error;
+        return p / std::sqrt(1 - p * p);
+      };
+      for (int32_t head = 0; head < options.shape.num_kv_heads; ++head) {
+        const float ratio = error(after.decisions[head]) / error(before.decisions[head]);
+        EXPECT_NEAR(std::log2(ratio), head % 2 == 0 ? 1 : -1, 0.25) << "head " << head;
+      }
+    }
+  }
+}
+
 TEST_F(ProgressiveTest, MatchesTheReferenceOverSeveralBases) {
   for (const int32_t num_bases : {2, 3, 4}) {
     SCOPED_TRACE(num_bases);

@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "absl/strings/str_cat.h"
+#include "client/cli_commands.h"
 #include "client/client.h"
 #include "client/lse_merge.h"
 #include "client/replay.h"
@@ -56,8 +57,62 @@ class ClientServerTest : public ClientRows {
   }
 
   std::string directory_;
+  std::string printed_;  // by the last command
   std::unique_ptr<Server> server_;
 };
+
+TEST_F(ClientServerTest, AProfileSaysWhatItHolds) {
+  Profile profile;
+  profile.name = "said";
+  profile.model = {2, kQHeads, kKvHeads, kHeadDim};
+  profile.error_factors.assign(2 * kKvHeads, 0.5f);
+  const absl::StatusOr<int64_t> bytes = client_->UploadProfile(profile);
+  ASSERT_TRUE(bytes.ok()) << bytes.status();
+  const absl::StatusOr<ProfileSummary> summary = client_->GetProfile("said");
+  ASSERT_TRUE(summary.ok()) << summary.status();
+  EXPECT_EQ(summary->model.num_layers, 2);
+  EXPECT_EQ(summary->model.head_dim, kHeadDim);
+  EXPECT_EQ(summary->bytes, *bytes);
+  EXPECT_FALSE(summary->has_basis);
+  EXPECT_EQ(summary->error_factors, profile.error_factors);
+  EXPECT_EQ(summary->audits, std::vector<int64_t>(2 * kKvHeads));
+  EXPECT_EQ(summary->audited_error_factors, profile.error_factors);
+  EXPECT_TRUE(absl::IsNotFound(client_->GetProfile("unsaid").status()));
+
+  Profile next;
+  next.name = "next";
+  next.extends = "said";
+  next.model = profile.model;
+  ASSERT_TRUE(client_->UploadProfile(next).ok());
+  EXPECT_EQ(client_->GetProfile("next")->error_factors, profile.error_factors);
+}
+
+TEST_F(ClientServerTest, TheCommandAppliesWhatAuditsSay) {
+  Profile profile;
+  profile.name = "model";
+  profile.model = {1, kQHeads, kKvHeads, kHeadDim};
+  profile.error_factors.assign(kKvHeads, 2.0f);
+  ASSERT_TRUE(client_->UploadProfile(profile).ok());
+  const Command command = ProfileCommand();
+  std::vector<Flag> flags = CommonFlags();
+  flags.insert(flags.end(), command.flags.begin(), command.flags.end());
+  const auto run = [&](std::vector<std::string> arguments) {
+    arguments.push_back(absl::StrCat("--address=unix:", directory_, "/socket"));
+    const auto args = Args::Parse(arguments, flags);
+    EXPECT_TRUE(args.ok()) << args.status();
+    ::testing::internal::CaptureStdout();
+    auto code = command.run(*args);
+    printed_ = ::testing::internal::GetCapturedStdout();
+    return code;
+  };
+  EXPECT_EQ(*run({"model"}), kExitOk);
+  EXPECT_NE(printed_.find("2.00 to 2.00   2.00 to 2.00"), std::string::npos) << printed_;
+  EXPECT_EQ(*run({"model", "--apply-audits", "--json"}), kExitOk);
+  EXPECT_NE(printed_.find("\"audited_error_factors\""), std::string::npos) << printed_;
+  EXPECT_EQ(client_->GetProfile("model")->error_factors, profile.error_factors) << "no audits";
+  EXPECT_EQ(*run({}), kExitUsage);
+  EXPECT_TRUE(absl::IsNotFound(run({"nobody"}).status()));
+}
 
 TEST_F(ClientServerTest, ShardsOfASequenceMergeIntoTheWhole) {
   constexpr int64_t kTokens = 300, kCut = 130;

@@ -106,6 +106,21 @@ TEST_F(TlsTest, ASessionBelongsToTheTenantOfItsCertificate) {
             grpc::StatusCode::PERMISSION_DENIED);
 }
 
+TEST_F(TlsTest, AProfileBelongsToTheTenantOfItsCertificate) {
+  v1::UploadProfileRequest profile;
+  profile.set_name("own");
+  *profile.mutable_model() = OpenRequest(v1::PAGE_FORMAT_BF16).model();
+  v1::GetProfileRequest request;
+  request.set_name("own");
+  const auto other = StubOf("tenant-b");
+  grpc::ClientContext upload, own, foreign;
+  v1::UploadProfileResponse uploaded;
+  v1::GetProfileResponse found;
+  ASSERT_TRUE(stub_->UploadProfile(&upload, profile, &uploaded).ok());
+  EXPECT_TRUE(stub_->GetProfile(&own, request, &found).ok());
+  EXPECT_EQ(other->GetProfile(&foreign, request, &found).error_code(), grpc::StatusCode::NOT_FOUND);
+}
+
 TEST_F(TlsTest, WithoutACertificateNobodyComesIn) {
   grpc::ClientContext context, plain_context;
   v1::GetServerInfoResponse info;

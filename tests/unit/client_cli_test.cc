@@ -85,6 +85,22 @@ TEST(CliReportTest, ColumnsAlignAndNumbersStandRight) {
             "name         n\na            1\nlong name  100\n");
 }
 
+TEST(CliReportTest, AProfileIsALineALayer) {
+  ProfileSummary profile;
+  profile.model = {2, 4, 2, 64};
+  profile.bytes = 2048;
+  profile.has_basis = true;
+  profile.error_factors = {1, 1, 0.5f, 2};
+  profile.audits = {7, 9, 0, 3};
+  profile.audited_error_factors = {0.75f, 1.25f, 0.5f, 2};
+  EXPECT_EQ(FormatProfile(profile),
+            "2x4/2x64, with bases, without a policy, 2.0 KiB\n"
+            "layer  audits a kv head  error factors  audits say\n"
+            "    0                 7  1.00 to 1.00   0.75 to 1.25\n"
+            "    1                 0  0.50 to 2.00   0.50 to 2.00\n");
+  EXPECT_EQ(ToJson(profile)["audits"].dump(), "[7,9,0,3]");
+}
+
 TEST(CliReportTest, TheReportHasTheKeysOfItsContract) {
   ReplayReport report;
   report.trace = "t";

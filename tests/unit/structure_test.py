@@ -30,7 +30,7 @@ SERVER_LAYERS = {
     "services": ["attend_call", "attend_reactors", "attend_stream", "attention_service", "control_calls",
                  "export_reactor", "import_reactor", "kv_reactors"],
     "messages": ["attend_reply", "attend_validation", "call", "call_trace", "policy_options",
-                 "validation", "wire"],
+                 "profile_validation", "validation", "wire"],
     "outside": ["admin_page", "metrics", "option_checks", "option_table", "options",
                 "preflight"],
     "engine": ["engine"],
@@ -39,7 +39,7 @@ SERVER_LAYERS = {
     "batcher": ["batcher"],
     "cache": ["attention_task", "kv_cache", "session_table"],
     "session": ["session"],
-    "pages": ["attend_options", "page_allocator", "session_id"],
+    "pages": ["attend_options", "model_profile", "page_allocator", "session_id"],
     "leaves": ["admission", "clock", "head_sums", "histogram", "http_server", "live_page", "log",
               "metric_registry", "metric_table", "openmetrics", "policy_file", "process_stats", "trace"],
 }

@@ -17,6 +17,7 @@ from adaattn.types import (
     ModelShape,
     PageFormat,
     Policy,
+    Profile,
     SequenceResult,
     SessionGrant,
     StageTimes,
@@ -25,5 +26,5 @@ from adaattn.types import (
 __all__ = [
     "AttendOptions", "AttendResult", "AttendStream", "Client", "Decision", "Detail", "DType", "Error",
     "Fallback", "HeadDecision", "LayerOptions", "LocalServer", "Mode", "ModelShape", "PageFormat", "Policy",
-    "RetryOptions", "SequenceResult", "Session", "SessionGrant", "StageTimes", "Step",
+    "Profile", "RetryOptions", "SequenceResult", "Session", "SessionGrant", "StageTimes", "Step",
 ]

@@ -19,7 +19,7 @@ from adaattn.stream import AttendStream
 from adaattn.tensors import from_tensor, to_tensor
 from adaattn.types import (
     AttendOptions, AttendResult, Decision, DType, Error, LayerOptions, ModelShape, PageFormat,
-    SequenceResult, SessionGrant, StageTimes, status_code)
+    Profile, SequenceResult, SessionGrant, StageTimes, status_code)
 from adaattn.v1 import attention_pb2 as pb
 from adaattn.v1 import attention_pb2_grpc
 
@@ -95,6 +95,25 @@ class Client:
             token = page.next_page_token
             if not token:
                 return sessions
+
+    def upload_profile(self, name: str, model: ModelShape, *, basis_mean: Optional[np.ndarray] = None,
+                       basis: Optional[np.ndarray] = None, key_scales: Sequence[float] = (),
+                       value_scales: Sequence[float] = (), policy_json: str = "",
+                       error_factors: Sequence[float] | np.ndarray = (), extends: str = "") -> int:
+        """Stores what is known of a model for later sessions (open_session(profile=name)); bytes of host memory.
+
+        basis_mean [num_layers, num_kv_heads, head_dim], basis [num_layers, num_kv_heads, head_dim, head_dim] FP32;
+        scales and error_factors [num_layers, num_kv_heads], flat or not. extends: a profile that gives what is left out.
+        """
+        request = pb.UploadProfileRequest(
+            name=name, model=pb.ModelShape(**dataclasses.asdict(model)), policy_json=policy_json, extends=extends,
+            key_scales=np.ravel(key_scales), value_scales=np.ravel(value_scales), error_factors=np.ravel(error_factors),
+            **{field: to_tensor(array) for field, array in (("basis_mean", basis_mean), ("basis", basis))
+               if array is not None})
+        return self.call("UploadProfile", request).bytes
+
+    def get_profile(self, name: str) -> Profile:
+        return Profile.from_proto(self.call("GetProfile", pb.GetProfileRequest(name=name)))
 
     def open_session(self, model: ModelShape, *, page_format: PageFormat = PageFormat.DEFAULT,
                      element_type: DType = DType.DEFAULT, options: AttendOptions = AttendOptions(), layers: Sequence[LayerOptions] = (),

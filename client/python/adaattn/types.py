@@ -137,6 +137,32 @@ class SessionGrant:
 
 
 @dataclasses.dataclass(frozen=True)
+class Profile:
+    """What a server holds of a model, and what audits say of the errors that it predicts.
+
+    error_factors, audits, audited_error_factors [num_layers, num_kv_heads]: what predictions are multiplied by, the
+    audited steps of the profile's sessions under a budget, and what to upload as error_factors next.
+    """
+
+    model: ModelShape
+    bytes: int
+    has_basis: bool
+    has_policy: bool
+    error_factors: np.ndarray
+    audits: np.ndarray
+    audited_error_factors: np.ndarray
+
+    @classmethod
+    def from_proto(cls, message: pb.GetProfileResponse) -> "Profile":
+        model = ModelShape(**{field.name: getattr(message.model, field.name)
+                              for field in dataclasses.fields(ModelShape)})
+        by_layer = lambda values, dtype: np.array(values, dtype).reshape(model.num_layers, model.num_kv_heads)
+        return cls(model, message.bytes, message.has_basis, message.has_policy,
+                   by_layer(message.error_factors, np.float32), by_layer(message.audits, np.int64),
+                   by_layer(message.audited_error_factors, np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
 class HeadDecision:
     kv_head: int
     key_pages: dict[tuple[int, int], int]  # (bits, rank) -> pages

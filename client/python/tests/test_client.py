@@ -75,6 +75,26 @@ def test_a_progressive_session_says_what_it_read(client):
     assert decision.fallback is adaattn.Fallback.NONE
 
 
+def test_a_profile_says_what_it_holds(client):
+    factors = np.array([[1, 2], [0.5, 4]], np.float32)
+    basis = np.broadcast_to(np.eye(64, dtype=np.float32), (2, 2, 64, 64))
+    size = client.upload_profile("said", SHAPE, basis_mean=np.zeros((2, 2, 64), np.float32), basis=basis,
+                                 error_factors=factors)
+    profile = client.get_profile("said")
+    assert (profile.model, profile.bytes) == (SHAPE, size)
+    assert profile.has_basis and not profile.has_policy
+    np.testing.assert_array_equal(profile.error_factors, factors)
+    np.testing.assert_array_equal(profile.audited_error_factors, factors)  # no audits, no news
+    assert not profile.audits.any() and profile.audits.shape == (2, 2)
+    assert client.upload_profile("more", SHAPE, error_factors=2 * factors, extends="said") == size
+    assert client.get_profile("more").has_basis
+    np.testing.assert_array_equal(client.get_profile("more").error_factors, 2 * factors)
+    with pytest.raises(adaattn.Error, match="not uploaded"):
+        client.get_profile("unsaid")
+    with pytest.raises(adaattn.Error, match="error_factors: 3 factors"):
+        client.upload_profile("said", SHAPE, error_factors=[1, 1, 1])
+
+
 def test_one_message_holds_many_sessions_and_one_bad_one_fails_alone(client):
     k, q = rows(1, 8, 2), rows(2, 2, 4)
     sessions = [client.open_session(SHAPE, page_format=adaattn.PageFormat.FP32) for _ in range(3)]

@@ -1,11 +1,12 @@
 """The parts of the harness that need no model."""
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from quality import arms, audit, dense, ladder, statistics, tasks, text
+from quality import arms, audit, calibrate, dense, ladder, statistics, tasks, text
 from quality.model import Prefill, attend_rows
 from quality.served import Lane, segments
 
@@ -51,6 +52,18 @@ def test_segments_cover_every_row_once_in_whole_pages():
         assert lanes[-1].end == rows and len(lanes) <= count
         assert all(lane.entry == 3 and lane.begin % 64 == 0 for lane in lanes)
     assert segments(0, 130, 2) == [Lane(0, 0, 128), Lane(0, 128, 130)]
+
+
+def test_error_factors_come_back_from_their_file(tmp_path):
+    path = tmp_path / "deep" / "factors.json"
+    factors = np.array([[0.5, 2], [1, 1.2345]], np.float32)
+    calibrate.save(path, "model", [0.05, 0.1], factors, np.full((2, 2), 7))
+    np.testing.assert_allclose(calibrate.load(path), factors, rtol=1e-4)
+    assert json.loads(path.read_text())["audits"] == [[7, 7], [7, 7]]
+    for content in ('{"format": "adaattn-error-factors", "version": 2}', "[]"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="version 1"):
+            calibrate.load(path)
 
 
 @pytest.mark.parametrize("name", ["nonsense", "theta=x", "static=8", "int5"])

@@ -11,9 +11,10 @@ from safetensors import safe_open
 import adaattn
 from adaattn.v1 import attention_pb2 as pb
 from conftest import ROOT, SERVER
-from quality.arms import Arm, parse
+from quality import calibrate
+from quality.arms import AUDITED_PROFILE, Arm, parse
 from quality.ablation import SHARED
-from quality.audit import Audited, result_of
+from quality.audit import Audited, errors, result_of
 from quality.ladder import LadderOverPrefill
 from quality.mixture import Mixture
 from quality.model import Prefill, Shape, attend_rows
@@ -103,6 +104,27 @@ def test_errors_of_heads_are_those_of_the_servers_audits(layer):
     assert result.head_steps == 3 * rows
     assert 0.25 * arm.target < result.error < arm.target
     assert result.error == pytest.approx(audits, rel=1e-3)
+
+
+def test_audits_become_error_factors_that_the_budget_follows(layer):
+    prefill, q, k, v, scale = layer
+    budget, audited = parse("budget=.05", 64), parse("audited=.05", 64)
+    flags = ["--backend=cpu", "--threads=1", "--max-seal-backlog-pages=0", "--seal-pages-per-slice=4096",
+             "--audit-share=1"]
+    with adaattn.LocalServer(SERVER, *flags) as server, adaattn.Client(server.unix) as client:
+        calibrate.upload(client, SHAPE, None)
+        asking = calibrate.arm_of(budget.target)
+        serve(client, [asking], [segments(0, ROWS, 2)], layer)
+        profile = client.get_profile("audited.0")
+        np.testing.assert_array_equal(profile.audits, [[ROWS] * 3])
+        factors = profile.audited_error_factors
+        # Far enough from 1 to tell, on either side.
+        factors[0, 0], factors[0, 1] = max(factors[0, 0], 2.0), min(factors[0, 1], 0.5)
+        calibrate.upload(client, SHAPE, factors)
+        _, o = serve(client, [budget, audited], [segments(i, ROWS, 2) for i in range(2)], layer)
+    exact = attend_rows(q, *(torch.cat([old[0], new], 2) for old, new in ((prefill.k, k), (prefill.v, v))), scale)
+    before, after = (errors(one, exact[0], 3)[0].mean(1) for one in o)
+    assert after[0] < 0.9 * before[0] and after[1] > 1.1 * before[1]
 
 
 def audited_errors(address, count, seconds=30.0):
