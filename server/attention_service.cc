@@ -75,7 +75,7 @@ void FillModel(const AttentionShape& shape, int32_t num_layers, v1::ModelShape* 
   model->set_head_dim(shape.head_dim);
 }
 
-void FillProfile(const ModelProfile& profile, v1::GetProfileResponse* response) {
+void FillProfileInfo(const ModelProfile& profile, v1::GetProfileResponse* response) {
   FillModel(profile.shape, profile.num_layers, response->mutable_model());
   response->set_bytes(profile.bytes());
   response->set_has_basis(!profile.basis.empty());
@@ -328,7 +328,7 @@ grpc::ServerUnaryReactor* AttentionService::GetProfile(grpc::CallbackServerConte
   if (!caller.ok()) return call.Finish(caller.status());
   const auto profile = service_.profiles->Get(caller->tenant, request->name());
   if (profile == nullptr) return call.Finish(NoProfile("name", request->name()));
-  FillProfile(*profile, response);
+  FillProfileInfo(*profile, response);
   return call.Finish(absl::OkStatus());
 }
 

@@ -77,7 +77,7 @@ void PayloadReader::ReadFp8(int64_t rows, std::byte* target) {
   assert(head_dim_ <= static_cast<int32_t>(codes.size()));
   for (int64_t row = 0; row < rows; ++row) {
     for (int32_t head = 0; head < num_heads_; ++head) {
-      const float scale = tensor_->scales.empty() ? 1.0f : tensor_->scales[head];
+      const float scale = HeadFactor(tensor_->scales, head);
       ReadBytes(head_dim_, codes.data());
       for (int32_t c = 0; c < head_dim_; ++c) {
         WriteElement(target, DType::kF16, c, values[static_cast<uint8_t>(codes[c])] * scale);

@@ -20,7 +20,7 @@ bool AppendToken(const AttendBatch& batch, const std::byte* in, int64_t page_off
   bool finite = true;
   for (int32_t head = 0; head < shape.num_kv_heads; ++head) {
     finite &= ToFloats(batch.in_type, in + head * in_bytes, shape.head_dim, row, most);
-    const float factor = type == DType::kF8E4m3 && !scales.empty() ? 1.0f / scales[head] : 1.0f;
+    const float factor = type == DType::kF8E4m3 ? 1.0f / HeadFactor(scales, head) : 1.0f;
     std::byte* slot_at =
         page + page_offset + head * DenseHeadBytes(shape.head_dim, type) + slot * out_bytes;
     FromFloats(type, row, factor, shape.head_dim, slot_at);

@@ -1,7 +1,8 @@
 #ifndef ADAATTN_KERNELS_POLICY_ERROR_FACTOR_H_
 #define ADAATTN_KERNELS_POLICY_ERROR_FACTOR_H_
 
-// What audits say of a kv head's predictions, as a factor that the next ones are made with.
+// What audits say of a kv head's predictions, as a factor that the next ones are made with. Host
+// code.
 //
 // Of a head's steps under a budget the logarithm x of actual over predicted error is near normal.
 // The budget aims a prediction at kBudgetMargin of the target, so a step exceeds its target where
@@ -33,7 +34,7 @@ struct PredictionAudits {
   double sum = 0;     // of log(actual / predicted)
   double square = 0;  // of its square
 
-  // Steps of which either figure is 0 or no number say nothing and are left out.
+  // The relative errors of a step. Where either is 0 or no number it says nothing and is left out.
   void Add(float actual, float predicted) {
     if (!(actual > 0) || !(predicted > 0)) return;
     const double x = std::log(static_cast<double>(actual) / static_cast<double>(predicted));

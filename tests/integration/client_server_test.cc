@@ -32,6 +32,7 @@ class ClientServerTest : public ClientRows {
     options.engine.seal.min_tokens = 0;  // whatever the device's tuning
     options.device.pool_bytes = int64_t{256} << 20;
     options.device.num_threads = 2;
+    options.engine.audit_share = 1;
     auto server = Server::Start(options);
     ASSERT_TRUE(server.ok()) << server.status();
     server_ = *std::move(server);
@@ -54,6 +55,30 @@ class ClientServerTest : public ClientRows {
     server_.reset();
     (void)unlink(absl::StrCat(directory_, "/socket").c_str());
     (void)rmdir(directory_.c_str());
+  }
+
+  // One step under a budget, of a session with the profile.
+  void AttendAudited(const std::string& profile) {
+    constexpr int64_t kTokens = 1536;
+    SessionOptions options;
+    options.model = {1, kQHeads, kKvHeads, kHeadDim, 0};
+    options.profile = profile;
+    options.default_options.policy = Policy::kBudget;
+    options.default_options.target_relative_error = 0.3f;
+    auto session = client_->OpenSession(options);
+    ASSERT_TRUE(session.ok()) << session.status();
+    const std::vector<float> k = Random(kTokens * kRowElements), q = Random(kQHeads * kHeadDim);
+    ImportInput input;
+    input.k = input.v = Rows(k, kKvHeads);
+    const absl::Status imported = (*session)->Import(input);
+    ASSERT_TRUE(imported.ok()) << imported;
+    server_->engine()->Quiesce();
+    Step step;
+    step.q_len = 1;
+    step.q = Rows(q, kQHeads);
+    const auto output = (*session)->Attend(step);
+    ASSERT_TRUE(output.ok()) << output.status();
+    server_->engine()->Quiesce();
   }
 
   std::string directory_;
@@ -107,9 +132,16 @@ TEST_F(ClientServerTest, TheCommandAppliesWhatAuditsSay) {
   };
   EXPECT_EQ(*run({"model"}), kExitOk);
   EXPECT_NE(printed_.find("2.00 to 2.00   2.00 to 2.00"), std::string::npos) << printed_;
+
+  ASSERT_NO_FATAL_FAILURE(AttendAudited("model"));
+  const auto audited = client_->GetProfile("model");
+  EXPECT_EQ(audited->audits, std::vector<int64_t>(kKvHeads, 1));
+  ASSERT_NE(audited->audited_error_factors, profile.error_factors);
   EXPECT_EQ(*run({"model", "--apply-audits", "--json"}), kExitOk);
   EXPECT_NE(printed_.find("\"audited_error_factors\""), std::string::npos) << printed_;
-  EXPECT_EQ(client_->GetProfile("model")->error_factors, profile.error_factors) << "no audits";
+  const auto applied = client_->GetProfile("model");
+  EXPECT_EQ(applied->error_factors, audited->audited_error_factors);
+  EXPECT_EQ(applied->audits, std::vector<int64_t>(kKvHeads));
   EXPECT_EQ(*run({}), kExitUsage);
   EXPECT_TRUE(absl::IsNotFound(run({"nobody"}).status()));
 }

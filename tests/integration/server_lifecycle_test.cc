@@ -132,7 +132,9 @@ TEST_F(LifecycleTest, ProfilesGiveSessionsTheirBasis) {
   v1::UploadProfileResponse uploaded;
   const grpc::Status status = stub_->UploadProfile(&context, profile, &uploaded);
   ASSERT_TRUE(status.ok()) << status.error_message();
-  EXPECT_GE(uploaded.bytes(), 4 * (kLayers * kKvRow + kLayers * kKvRow * kDim));
+  EXPECT_EQ(uploaded.bytes(),
+            4 * (kLayers * kKvRow + kLayers * kKvRow * kDim) +
+                static_cast<int64_t>(kLayers * kKvHeads * sizeof(PredictionAudits)));
 
   v1::OpenSessionRequest open = OpenRequest(v1::PAGE_FORMAT_PROGRESSIVE);
   open.set_profile("model-a");

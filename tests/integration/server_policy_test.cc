@@ -151,6 +151,19 @@ TEST_F(PolicyServerTest, AProfileBringsItsOwnPolicy) {
     EXPECT_EQ(TryOpen(open, &session).error_code(), grpc::StatusCode::UNIMPLEMENTED);
   }
 
+  // One that extends it has it, too.
+  v1::UploadProfileRequest more;
+  more.set_name("more");
+  more.set_extends("tuned");
+  *more.mutable_model() = open.model();
+  v1::GetProfileRequest get;
+  get.set_name("more");
+  v1::GetProfileResponse found;
+  grpc::ClientContext extending, getting;
+  ASSERT_TRUE(stub_->UploadProfile(&extending, more, &uploaded).ok());
+  ASSERT_TRUE(stub_->GetProfile(&getting, get, &found).ok());
+  EXPECT_TRUE(found.has_policy());
+
   profile.set_policy_json(ConstantPolicy(-9, /*version=*/2));
   grpc::ClientContext again;
   const grpc::Status refused = stub_->UploadProfile(&again, profile, &uploaded);

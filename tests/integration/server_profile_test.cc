@@ -89,14 +89,14 @@ class ProfileServerTest : public ServerFixture {
 
   // A query of layer 0 that appends nothing.
   v1::Decision Decide(const v1::SessionRef& session, v1::Policy policy, uint32_t seed,
-                      Floats* o = nullptr) {
+                      Floats* o = nullptr, float target = 0.3f) {
     v1::AttendRequest request;
     AddSequence(session, kTokens, 0, 1, 0, &request);
     *request.mutable_q() = F32Tensor(RandomFloats(kQRow, seed), {1, kQHeads, kDim});
     v1::AttendOptions* options = request.mutable_options();
     options->set_policy(policy);
     if (policy == v1::POLICY_THRESHOLD) options->set_theta(0.02f);
-    if (policy == v1::POLICY_BUDGET) options->set_target_relative_error(0.3f);
+    if (policy == v1::POLICY_BUDGET) options->set_target_relative_error(target);
     options->set_detail(v1::DECISION_DETAIL_PER_HEAD);
     v1::AttendResponse response;
     const grpc::Status status = Attend(request, &response);
@@ -129,6 +129,9 @@ TEST_F(ProfileServerTest, AuditsOfItsSessionsGiveErrorFactors) {
 
   // Other policies' predictions are no budget's, nor are those of sessions without the profile.
   for (int i = 0; i < kSteps; ++i) Decide(session, v1::POLICY_THRESHOLD, 10 + i);
+  // Nor is a budget that nothing meets.
+  EXPECT_EQ(Decide(session, v1::POLICY_BUDGET, 10, nullptr, 0.01f).fallback(),
+            v1::FALLBACK_REASON_BUDGET);
   ASSERT_NO_FATAL_FAILURE(Upload(Profile("other")));
   Decide(OpenSealed("other"), v1::POLICY_BUDGET, 10);
   server_->engine()->Quiesce();
