@@ -5,26 +5,41 @@
 // planes, a group of its values multiplied from their planes.
 //   x_b(code) r = (sum_i m_i 4^-i / 2 + 2^-b - 1) r         m_i: 2-bit plane i, most significant
 //   first
-// Values enter the MMA transposed: channels are its M, tokens its K, columns its N; 2-bit fields
-// enter in place as FP16 subnormals, and the powers of 4 that their places add are taken out of B
-// (fields of token + 8) and of the sums (channels + 8).
+// Values enter the MMA transposed: channels are its M, tokens its K, columns its N; fields enter in
+// place as FP16 subnormals, and the powers of 4 that their places add are taken out of B (fields of
+// token + 8) and of the sums (channels + 8).
 
 #include "kernels/cuda/progressive_scores.cuh"
 
 namespace adaattn {
 
-// What a quarter of a page's words, of tokens 16t..16t + 15, is as the A of an MMA: the fields of
-// two planes as 4 high + low.
-__device__ __forceinline__ void UnpackFields(uint32_t high, uint32_t low, uint32_t (&a)[4]) {
-  const uint32_t shifted = high << 2;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t mask = 0x00030003u << 2 * i;
-    a[i] = (shifted & mask << 2) | (low & mask);
-  }
+// The bits of `low` where a byte has 0x33, those of `high` elsewhere. The compiler takes two
+// instructions.
+__device__ __forceinline__ uint32_t MixFields(uint32_t high, uint32_t low) {
+  uint32_t mixed;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(mixed) : "r"(0x33333333u), "r"(low), "r"(high));
+  return mixed;
 }
 
-// The same of one plane, a quarter as large.
+// Words of two planes as nibbles, 4 high + low: of a byte's four fields 0 and 2, and 1 and 3.
+struct PairedFields {
+  uint32_t even, odd;
+  __device__ __forceinline__ PairedFields(uint32_t high, uint32_t low)
+      : even(MixFields(high << 2, low)), odd(MixFields(high, low >> 2)) {}
+
+  // The A of an MMA, of tokens 16t..16t + 15, from the halves' bytes at bit `shift`: fields 0 and 1
+  // are its rows g and g + 8, 2 and 3 the same of the second eight columns, 16 times larger.
+  __device__ __forceinline__ void Take(int shift, uint32_t (&a)[4]) const {
+    const uint32_t x = even >> shift, y = odd >> shift;
+    a[0] = x & 0x000f000fu;
+    a[1] = y & 0x000f000fu;
+    a[2] = x & 0x00f000f0u;
+    a[3] = y & 0x00f000f0u;
+  }
+};
+
+// The same of one plane, without a shift of its own: a quarter as large, but rows g + 8 as they
+// are.
 __device__ __forceinline__ void TakeFields(uint32_t word, uint32_t (&a)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) a[i] = word & 0x00030003u << 2 * i;
@@ -41,36 +56,52 @@ __device__ __forceinline__ void RefineScores(const std::byte* fine, const __half
                                              int begin, int lane, uint32_t (&delta)[2 * kCount]) {
   const uint32_t kOnes[4] = {kOneHalves, kOneHalves, 0x4c004c00u, 0x4c004c00u};  // 1, 1, 16, 16
   float sums[kCount][4] = {}, ones[4] = {};
-#pragma unroll 2
-  for (int k = 0; k < tiles; ++k) {
+  // Adds tile k; `add(word, i, shift, b0, b1)` score tile i, whose fields stand at bit `shift` of
+  // the lane's first or second word.
+  const auto multiply = [&](int k, const auto& add) {
     const uint2 q = query[k * 32 + lane];
     const uint2 range = reinterpret_cast<const uint2*>(ranges)[k * 4 + lane % 4];
     const uint32_t b0 = MultiplyHalves(q.x, range.x);
     const uint32_t b1 = MultiplyHalves(MultiplyHalves(q.y, range.y), 0x2c002c00u);  // 1/16
     Mma16x8x16<__half>(ones, kOnes, b0, b1);
-    const uint2 high = reinterpret_cast<const uint2*>(fine)[k * 32 + lane];
-    uint2 low = make_uint2(0, 0);
-    if (planes == 2) {
-      low = reinterpret_cast<const uint2*>(fine + tiles * kPlaneTileBytes)[k * 32 + lane];
-    }
+    const auto* words = reinterpret_cast<const uint32_t*>(fine) + (k * 32 + lane) * 2 + begin / 2;
+    if constexpr (kCount == 1) {
+      add(words, 0, begin % 2 * 8, b0, b1);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int t = begin + i;
-      uint32_t a[4];
-      UnpackFields((t < 2 ? high.x : high.y) >> t % 2 * 8, (t < 2 ? low.x : low.y) >> t % 2 * 8, a);
-      Mma16x8x16<__half>(sums[i], a, b0, b1);
+      for (int i = 0; i < kCount; ++i) add(words + i / 2, i, i % 2 * 8, b0, b1);
+    }
+  };
+  if (planes == 2) {
+    const int low = tiles * kPlaneTileBytes / 4;
+#pragma unroll 2
+    for (int k = 0; k < tiles; ++k) {
+      multiply(k, [&](const uint32_t* word, int i, int shift, uint32_t b0, uint32_t b1) {
+        uint32_t a[4];
+        PairedFields(word[0], word[low]).Take(shift, a);
+        Mma16x8x16<__half>(sums[i], a, b0, b1);
+      });
+    }
+  } else {
+#pragma unroll 2
+    for (int k = 0; k < tiles; ++k) {
+      multiply(k, [&](const uint32_t* word, int i, int shift, uint32_t b0, uint32_t b1) {
+        uint32_t a[4];
+        TakeFields(word[0] >> shift, a);
+        Mma16x8x16<__half>(sums[i], a, b0, b1);
+      });
     }
   }
   const float offset = -scale * (planes == 2 ? 1.5f / 32 + 1.5f / 128 : 1.5f / 32);
+  // 2^24 / 128, of rows 0..7 and 8..15.
+  const float unit[2] = {scale * (planes == 2 ? 131072.0f : 524288.0f), scale * 131072.0f};
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // 2^24 / 128, and / 4 for rows 8..15.
-      const float unit = scale * (half == 0 ? 131072.0f : 32768.0f);
       delta[2 * i + half] =
-          Transpose8x8(PackPair<__half>(fmaf(sums[i][2 * half], unit, offset * ones[0]),
-                                        fmaf(sums[i][2 * half + 1], unit, offset * ones[1])));
+          Transpose8x8(PackPair<__half>(fmaf(sums[i][2 * half], unit[half], offset * ones[0]),
+                                        fmaf(sums[i][2 * half + 1], unit[half], offset * ones[1])));
     }
   }
 }
@@ -147,6 +178,11 @@ __device__ __forceinline__ void AddValues(const std::byte* planes, int num_plane
     const auto* words = reinterpret_cast<const uint2*>(planes + plane * Traits::kPlaneBytes) + lane;
     if (plane + 1 == num_planes) {  // alone, as most are: a quarter as large as in a pair
 #pragma unroll
+      for (int i = 0; i < Traits::kTilesPerGroup; ++i) {  // but for channels + 8
+        sums[i][2] *= 4;
+        sums[i][3] *= 4;
+      }
+#pragma unroll
       for (int t = 0; t < 4; ++t) {
         tokens.b[t][0] = MultiplyHalves(tokens.b[t][0], 0x44004400u);  // 4
         tokens.b[t][1] = MultiplyHalves(tokens.b[t][1], 0x44004400u);
@@ -167,12 +203,11 @@ __device__ __forceinline__ void AddValues(const std::byte* planes, int num_plane
 #pragma unroll
     for (int i = 0; i < Traits::kTilesPerGroup; ++i) {
       const uint2 x = words[i * 32], y = words[i * 32 + Traits::kPlaneBytes / 8];
-      const uint32_t high[4] = {x.x, x.x >> 8, x.y, x.y >> 8};
-      const uint32_t low[4] = {y.x, y.x >> 8, y.y, y.y >> 8};
+      const PairedFields pairs[2] = {PairedFields(x.x, y.x), PairedFields(x.y, y.y)};
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
         uint32_t a[4];
-        UnpackFields(high[t], low[t], a);
+        pairs[t / 2].Take(t % 2 * 8, a);
         Mma16x8x16<__half>(sums[i], a, tokens.b[t][0], tokens.b[t][1]);
       }
     }
@@ -183,12 +218,14 @@ __device__ __forceinline__ void AddValues(const std::byte* planes, int num_plane
     }
   }
   const float offset = 1.0f / static_cast<float>(1 << 2 * num_planes) - 1.0f;
+  // 2^24 / 8, of channels and channels + 8.
+  const float unit[2] = {2097152.0f, num_planes % 2 == 0 ? 2097152.0f : 524288.0f};
 #pragma unroll
   for (int i = 0; i < Traits::kTilesPerGroup; ++i) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float unit = e < 2 ? 2097152.0f : 524288.0f;  // 2^24 / 8, and / 4 for channels + 8
-      out[i][e] = fmaf(weight[e % 2], fmaf(sums[i][e], unit, offset * ones[e % 2]), out[i][e]);
+      out[i][e] =
+          fmaf(weight[e % 2], fmaf(sums[i][e], unit[e / 2], offset * ones[e % 2]), out[i][e]);
     }
   }
 }
