@@ -190,8 +190,11 @@ absl::StatusOr<bool> BenchCase(const ProgressiveBenchOptions& options, int runs,
                                const DeviceBuffer& flush, TracePool* pool, RowJudge* judge,
                                const CaseSize& size, nlohmann::json* report) {
   DecisionParams decision = MakeDecision(options, size.shape.head_dim);
+  CudaTuning tuning;
+  tuning.conclude_pages = options.conclude_pages;
   ADAATTN_ASSIGN_OR_RETURN(
-      auto test, ProgressiveCase::Create(pool, {size.num_sequences, size.kv_len, decision}));
+      auto test,
+      ProgressiveCase::Create(pool, {size.num_sequences, size.kv_len, decision, tuning}));
   const Sample sample = TakeSample(*test, judge, options.sample);
   const bool search = (decision.policy == Policy::kBudget ? options.target : options.theta) <= 0;
   if (search) ADAATTN_RETURN_IF_ERROR(Search(test.get(), sample, &decision));
@@ -287,6 +290,9 @@ bool ParseProgressiveFlag(absl::string_view flag, ProgressiveBenchOptions* optio
   if (absl::ConsumePrefix(&flag, "--stored-bits=")) {
     return absl::SimpleAtoi(flag, &options->stored_bits) &&
            (options->stored_bits == 4 || options->stored_bits == 6 || options->stored_bits == 8);
+  }
+  if (absl::ConsumePrefix(&flag, "--conclude-pages=")) {
+    return absl::SimpleAtoi(flag, &options->conclude_pages) && options->conclude_pages >= 0;
   }
   if (flag == "--two-stage") return options->two_stage = true;
   if (flag == "--policy=budget") {

@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "kernels/cuda/device_buffer.h"
+#include "kernels/cuda/tuning.h"
 #include "kernels/policy/decision.h"
 #include "kernels/shape.h"
 
@@ -30,6 +31,7 @@ struct ProgressiveBenchOptions {
   double target = 0;       // kBudget: target_relative_error; 0: searched
   bool two_stage = false;  // half of the rank first
   double coarse_z = 2;
+  int32_t conclude_pages = CudaTuning().conclude_pages;
   int32_t sample = 128;  // rows of q heads whose error is taken; float64 on the host
 };
 
@@ -37,6 +39,7 @@ struct ProgressiveBenchOptions {
 //
 //   --trace=FILE|joined:FILE|random:HEAD_DIM --cases=BATCHxTOKENS,... --heads=Q/KV
 //   --stored-bits=4|6|8 --policy=threshold|budget --theta=X --target=X --two-stage --z=X --sample=N
+//   --conclude-pages=N
 bool ParseProgressiveFlag(absl::string_view flag, ProgressiveBenchOptions* options);
 
 // The heads of cases: those of `options`, else 32 over 8, or 16 over 4 at head_dim 256.

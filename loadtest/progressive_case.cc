@@ -81,9 +81,7 @@ absl::Status ProgressiveCase::MakePlan(const AttendBatch& batch) {
   ADAATTN_RETURN_IF_CUDA_ERROR(
       cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
   ADAATTN_ASSIGN_OR_RETURN(const PlanKey key, MakePlanKey(batch));
-  CudaTuning tuning;
-  tuning.progressive_cta_percent = options_.cta_percent;
-  plan_ = std::make_unique<CudaPlan>(key, num_sms, tuning);
+  plan_ = std::make_unique<CudaPlan>(key, num_sms, options_.tuning);
   return scratch_.Grow(plan_->Needs(batch), stream_.get());
 }
 

@@ -13,6 +13,7 @@
 #include "kernels/cuda/plan.h"
 #include "kernels/cuda/scratch.h"
 #include "kernels/cuda/stream.h"
+#include "kernels/cuda/tuning.h"
 #include "kernels/policy/decision.h"
 #include "loadtest/row_judge.h"
 #include "loadtest/trace_pool.h"
@@ -23,7 +24,7 @@ struct ProgressiveCaseOptions {
   int32_t num_sequences = 1;
   int32_t kv_len = 0;  // of each
   DecisionParams decision;
-  int32_t cta_percent = 100;  // CudaTuning::progressive_cta_percent
+  CudaTuning tuning;
 };
 
 // What one run of a case gave.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
 #include "kernels/cuda/decode_schedule.h"
 #include "kernels/cuda/status.h"
 #include "kernels/cuda/tuning.h"
@@ -31,6 +32,9 @@ struct Step {
   int32_t kv_len = 0;
 };
 constexpr Step kTunedSteps[] = {{1, 32768}, {8, 32768}, {32, 8192}};
+// For what is done about few heads.
+constexpr Step kSmallSteps[] = {{1, 8192}, {1, 32768}, {2, 32768},
+                                {4, 8192}, {4, 16384}, {8, 8192}};
 
 class Tuner {
  public:
@@ -42,6 +46,7 @@ class Tuner {
   absl::Status Measure(CudaTuning* tuning) {
     ADAATTN_RETURN_IF_ERROR(TuneExact(tuning));
     ADAATTN_RETURN_IF_ERROR(TuneProgressive(tuning));
+    ADAATTN_RETURN_IF_ERROR(TuneConclude(tuning));
     for (const int32_t count : {1, 2, 4, 8, 16, 32, 64}) {
       ADAATTN_RETURN_IF_ERROR(FindCrossover(count, tuning));
     }
@@ -51,14 +56,16 @@ class Tuner {
  private:
   // Median microseconds of one step.
   absl::StatusOr<double> Exact(DType type, const Step& step, int32_t ctas_per_sm) const;
-  absl::StatusOr<double> Progressive(const Step& step, int32_t cta_percent) const;
+  absl::StatusOr<double> Progressive(const Step& step, const CudaTuning& tuning) const;
 
   // The candidate whose steps take the least time (geometric mean), or the default.
   template <class Time>
-  absl::Status Choose(const char* name, const std::vector<int32_t>& candidates, const Time& time,
+  absl::Status Choose(const char* name, absl::Span<const Step> steps,
+                      const std::vector<int32_t>& candidates, const Time& time,
                       int32_t* value) const;
   absl::Status TuneExact(CudaTuning* tuning) const;
   absl::Status TuneProgressive(CudaTuning* tuning) const;
+  absl::Status TuneConclude(CudaTuning* tuning) const;
   absl::Status FindCrossover(int32_t num_sequences, CudaTuning* tuning) const;
 
   const ProgressiveBenchOptions& options_;
@@ -81,11 +88,11 @@ absl::StatusOr<double> Tuner::Exact(DType type, const Step& step, int32_t ctas_p
   return times[times.size() / 2];
 }
 
-absl::StatusOr<double> Tuner::Progressive(const Step& step, int32_t cta_percent) const {
+absl::StatusOr<double> Tuner::Progressive(const Step& step, const CudaTuning& tuning) const {
   ProgressiveCaseOptions options;
   options.num_sequences = step.num_sequences;
   options.kv_len = step.kv_len;
-  options.cta_percent = cta_percent;
+  options.tuning = tuning;
   if (options_.theta > 0) options.decision.theta = static_cast<float>(options_.theta);
   if (options_.two_stage) options.decision.coarse_rank = pool_->shape().head_dim / 2;
   options.decision.coarse_z = static_cast<float>(options_.coarse_z);
@@ -95,15 +102,16 @@ absl::StatusOr<double> Tuner::Progressive(const Step& step, int32_t cta_percent)
 }
 
 template <class Time>
-absl::Status Tuner::Choose(const char* name, const std::vector<int32_t>& candidates,
-                           const Time& time, int32_t* value) const {
+absl::Status Tuner::Choose(const char* name, absl::Span<const Step> steps,
+                           const std::vector<int32_t>& candidates, const Time& time,
+                           int32_t* value) const {
   const int32_t usual = *value;
   std::vector<double> logs(candidates.size());
   double usual_log = 0;
   for (size_t i = 0; i < candidates.size(); ++i) {
-    for (const Step& step : kTunedSteps) {
+    for (const Step& step : steps) {
       ADAATTN_ASSIGN_OR_RETURN(const double log_time, time(step, candidates[i]));
-      logs[i] += log_time / static_cast<double>(std::size(kTunedSteps));
+      logs[i] += log_time / static_cast<double>(steps.size());
     }
     std::printf("%s %d: %.2f us (geometric mean)\n", name, candidates[i], std::exp(logs[i]));
     if (candidates[i] == usual) usual_log = logs[i];
@@ -115,7 +123,7 @@ absl::Status Tuner::Choose(const char* name, const std::vector<int32_t>& candida
 
 absl::Status Tuner::TuneExact(CudaTuning* tuning) const {
   return Choose(
-      "exact_ctas_per_sm", {1, 2, 3, 4},
+      "exact_ctas_per_sm", kTunedSteps, {1, 2, 3, 4},
       [this](const Step& step, int32_t ctas) -> absl::StatusOr<double> {
         ADAATTN_ASSIGN_OR_RETURN(const double bf16, Exact(DType::kBf16, step, ctas));
         ADAATTN_ASSIGN_OR_RETURN(const double fp8, Exact(DType::kF8E4m3, step, ctas));
@@ -126,12 +134,26 @@ absl::Status Tuner::TuneExact(CudaTuning* tuning) const {
 
 absl::Status Tuner::TuneProgressive(CudaTuning* tuning) const {
   return Choose(
-      "progressive_cta_percent", {50, 75, 100, 125, 150, 200},
-      [this](const Step& step, int32_t percent) -> absl::StatusOr<double> {
-        ADAATTN_ASSIGN_OR_RETURN(const double time, Progressive(step, percent));
+      "progressive_cta_percent", kTunedSteps, {50, 75, 100, 125, 150, 200},
+      [this, tuning](const Step& step, int32_t percent) -> absl::StatusOr<double> {
+        CudaTuning tried = *tuning;
+        tried.progressive_cta_percent = percent;
+        ADAATTN_ASSIGN_OR_RETURN(const double time, Progressive(step, tried));
         return std::log(time);
       },
       &tuning->progressive_cta_percent);
+}
+
+absl::Status Tuner::TuneConclude(CudaTuning* tuning) const {
+  return Choose(
+      "conclude_pages", kSmallSteps, {0, 8, 16, 32, 64},
+      [this, tuning](const Step& step, int32_t pages) -> absl::StatusOr<double> {
+        CudaTuning tried = *tuning;
+        tried.conclude_pages = pages;
+        ADAATTN_ASSIGN_OR_RETURN(const double time, Progressive(step, tried));
+        return std::log(time);
+      },
+      &tuning->conclude_pages);
 }
 
 // From the longest down, as long as progressive decode is faster than something.
@@ -145,8 +167,7 @@ absl::Status Tuner::FindCrossover(int32_t num_sequences, CudaTuning* tuning) con
     const int32_t ctas = tuning->exact_ctas_per_sm;
     ADAATTN_ASSIGN_OR_RETURN(const double bf16, Exact(DType::kBf16, step, ctas));
     ADAATTN_ASSIGN_OR_RETURN(const double fp8, Exact(DType::kF8E4m3, step, ctas));
-    ADAATTN_ASSIGN_OR_RETURN(const double progressive,
-                             Progressive(step, tuning->progressive_cta_percent));
+    ADAATTN_ASSIGN_OR_RETURN(const double progressive, Progressive(step, *tuning));
     std::printf("%2d x %5d: BF16 %8.2f us  FP8 %8.2f  progressive %8.2f\n", num_sequences, kv_len,
                 bf16, fp8, progressive);
     beats_bf16 &= progressive <= bf16;

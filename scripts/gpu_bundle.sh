@@ -90,11 +90,13 @@ cat >"$bundle/run-tests" <<'EOF'
 #
 #   run-tests                     all of them
 #   run-tests bench               and the timings too, into $OUT/decode.json
-#   run-tests SUITE...            these: host, decode, backend, server, client_server, process,
+#   run-tests SUITE...            these: host, decode, backend (twice: few heads' steps end with one
+#                                 launch, then they do not), server, client_server, process,
 #                                 estimators (their cost, bias and spread on the device)
 #   run-tests sanitize [WHAT]...  small shapes under compute-sanitizer; WHAT: tools (memcheck,
 #                                 racecheck, synccheck; all if none) and parts (dense, pages,
-#                                 progressive, progressive_d256, bounded, estimators; all if none)
+#                                 progressive, progressive_d256, launches, bounded, estimators;
+#                                 all if none)
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=$(cd "${OUT:-.}" && pwd)
@@ -140,6 +142,8 @@ if [ "${1:-}" = sanitize ]; then
     # Every policy where two warps share a page of attend, and four; head_dim 64 over several bases.
     [progressive]='*/ProgressiveShapeTest.*/d128_g6:ProgressiveTest.MatchesTheReferenceOverSeveralBases'
     [progressive_d256]='*/ProgressiveShapeTest.*/d256_g3'
+    # The same where no step ends with one launch.
+    [launches]='*/ProgressiveShapeTest.*/d128_g6:*/ProgressiveShapeTest.*/d256_g3'
     [bounded]='BoundTest.OriginalsMakeItHold'
     [estimators]='*/EstimatorTest.RanksOfPages*/device:*/EstimatorTest.Finds*/device:*/EstimatorTest.Degenerate*/device:*/EstimatorTest.Entropies*/device'
   )
@@ -157,16 +161,18 @@ if [ "${1:-}" = sanitize ]; then
     esac
   done
   [ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck synccheck)
-  [ ${#parts[@]} -gt 0 ] || parts=(dense pages progressive progressive_d256 bounded estimators)
+  [ ${#parts[@]} -gt 0 ] || parts=(dense pages progressive progressive_d256 launches bounded estimators)
   for tool in "${tools[@]}"; do
     options=(--tool "$tool" --error-exitcode 9)
     # The tools track as many mbarriers of a CTA as the compiler counts initialisations, which is one
-    # for a whole array of them; what is beyond they take for no synchronisation. Attend has 64.
-    [ "$tool" = memcheck ] || options+=(--num-cuda-barriers 256)
+    # for a whole array of them; what is beyond they take for no synchronisation. Attend has 64 a CTA.
+    [ "$tool" = memcheck ] || options+=(--num-cuda-barriers 8192)
     for part in "${parts[@]}"; do
       binary=adaattn_backend_tests
       [ "$part" != estimators ] || binary=adaattn_cuda_host_tests
-      run "$tool $part" "$sanitizer" "${options[@]}" \
+      conclude=()
+      [ "$part" != launches ] || conclude=(env ADAATTN_TEST_CONCLUDE_PAGES=0)
+      run "$tool $part" ${conclude[@]+"${conclude[@]}"} "$sanitizer" "${options[@]}" \
         "$here/bin/$binary" --gtest_brief=1 --gtest_filter="${filters[$part]}"
     done
   done
@@ -187,6 +193,10 @@ fi
 for name in "$@"; do
   case "$name" in
     host) run host "$here/bin/adaattn_cuda_host_tests" --gtest_brief=1 ;;
+    backend)
+      run backend "$here/bin/adaattn_backend_tests" --gtest_brief=1
+      ADAATTN_TEST_CONCLUDE_PAGES=0 \
+        run "backend, launch by launch" "$here/bin/adaattn_backend_tests" --gtest_brief=1 ;;
     decode) run decode "$here/bin/adaattn_decode_bench" --check ;;
     estimators)
       run estimators "$here/bin/adaattn_control_bench" --backend=cuda --estimators \

@@ -103,6 +103,7 @@ absl::StatusOr<PlanKey> MakePlanKey(const AttendBatch& batch) {
 CudaPlan::CudaPlan(const PlanKey& key, int32_t num_sms, const CudaTuning& tuning)
     : key_(key),
       num_sms_(std::max(num_sms * tuning.progressive_cta_percent / 100, 1)),
+      conclude_pages_(tuning.conclude_pages),
       num_ctas_(std::min(num_sms * tuning.exact_ctas_per_sm, kMaxDecodeCtas)) {
   if (key.exact_row_tiles > 0) {
     exact_ = FindDecodeKernel(DenseDType(key.format), key.shape.head_dim);
@@ -184,6 +185,7 @@ ProgressiveParams CudaPlan::GroupParams(int32_t group) const {
   params.softcap = key_.sealed[group].softcap;
   params.in_type = key_.in_type;
   params.out_type = key_.out_type;
+  params.conclude_pages = conclude_pages_;
   PlanProgressive(num_sms_, &params);
   return params;
 }
@@ -230,6 +232,7 @@ ScratchNeeds CudaPlan::ShapeNeeds() const {
   for (int32_t i = 0; i < kNumSealedGroups; ++i) {
     if (key_.sealed[i].num_sequences == 0) continue;
     needs.workspace = std::max(needs.workspace, ProgressiveWorkspaceBytes(GroupParams(i)));
+    needs.rotated = sizeof(int32_t);
   }
   if (key_.bounded.num_sequences > 0) {
     needs.workspace = std::max(needs.workspace, BoundedWorkspaceBytes(BoundedShapes()));

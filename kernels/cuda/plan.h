@@ -109,7 +109,7 @@ struct BlockLayout {
 // Bytes of scratch that a step needs.
 struct ScratchNeeds {
   int64_t block = 0, q = 0, out = 0, lse = 0, decisions = 0, flags = 0, arrivals = 0, stamps = 0;
-  int64_t partial_out = 0, partial_state = 0, counters = 0, workspace = 0;
+  int64_t partial_out = 0, partial_state = 0, counters = 0, rotated = 0, workspace = 0;
 };
 
 // Steps in flight at most. Each has a block of its own in pinned memory, which its graph knows.
@@ -155,7 +155,8 @@ class CudaPlan final : public AttendPlan {
   ScratchNeeds ShapeNeeds() const;
 
   const PlanKey key_;
-  const int32_t num_sms_;   // that progressive launches count on
+  const int32_t num_sms_;  // that progressive launches count on
+  const int32_t conclude_pages_;
   const int32_t num_ctas_;  // of exact decode
   const DecodeKernel* exact_ = nullptr;
   int32_t max_groups_ = 0;

@@ -11,7 +11,12 @@ void PlanProgressive(int32_t num_sms, ProgressiveParams* params) {
   params->num_sms = num_sms;
   const int32_t head_groups = CeilDiv(params->shape.num_kv_heads, kScanWarps);
   const int32_t tiles = CeilDiv(params->shape.group_size() * params->max_q_len, kTileColumns);
-  const int32_t ctas = ScanCtasPerSm(params->shape.head_dim) * num_sms;
+  // A tail's CTA leaves room for one of the scan's less, which would begin when the others end.
+  // With many tails it is the tails that would be late, behind all that the scan reads.
+  const int32_t tails = params->num_sequences * params->shape.num_kv_heads * tiles;
+  params->early_scan = 4 * tails <= num_sms;
+  const int32_t ctas =
+      ScanCtasPerSm(params->shape.head_dim) * num_sms - (params->early_scan ? tails : 0);
   params->scan_ctas = std::max(ctas / (head_groups * tiles), 1);
 }
 

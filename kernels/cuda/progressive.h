@@ -48,13 +48,15 @@ struct ProgressiveParams {
   int32_t stored_bits = 8;
   int32_t num_sequences = 0;
   int32_t max_q_len = 1;
-  int32_t max_sealed = 0;  // pages of the longest sequence
-  bool two_stage = false;  // some sequence scans in two stages
-  bool softcap = false;    // some sequence has a soft cap
-  bool theta = false;      // some sequence's policy chooses theta
-  bool budget = false;     // and is kBudget
+  int32_t max_sealed = 0;      // pages of the longest sequence
+  bool two_stage = false;      // some sequence scans in two stages
+  bool softcap = false;        // some sequence has a soft cap
+  bool theta = false;          // some sequence's policy chooses theta
+  bool budget = false;         // and is kBudget
+  int32_t conclude_pages = 0;  // CudaTuning
   int32_t num_sms = 0;
-  int32_t scan_ctas = 0;  // that a head group and tile of columns may count on
+  int32_t scan_ctas = 0;    // that a head group and tile of columns may count on
+  bool early_scan = false;  // the scan waits for rotated queries only, not for the dense tails
   DType in_type = DType::kBf16;
   DType out_type = DType::kBf16;
   DType page_type = DType::kBf16;  // of the dense pages: kBf16 or kF16
@@ -68,10 +70,12 @@ struct ProgressiveParams {
   float* lse = nullptr;                // [rows, num_q_heads]
   HeadDecision* decisions = nullptr;   // [num_sequences, num_kv_heads]
   std::byte* workspace = nullptr;
+  int32_t* rotated = nullptr;  // counts rotated queries; 0 before and after every step
   uint64_t* stamps = nullptr;  // [kNumGroupStamps] of stage_stamps.h
 };
 
-// Fills num_sms and scan_ctas for a device with `num_sms` multiprocessors: one wave.
+// Fills num_sms, scan_ctas and early_scan for a device with `num_sms` multiprocessors: one wave,
+// beside the dense tails where the scan is early.
 void PlanProgressive(int32_t num_sms, ProgressiveParams* params);
 
 // Short runs that a scan CTA takes, on average, after its long one.

@@ -28,24 +28,36 @@ __device__ __forceinline__ void SyncSlot(int slot) {
   }
 }
 
-template <class Traits>
+// A warp's part of a slot's pages. `Rings`: an AttendRings.
+template <class Traits, class Rings>
 struct PageAttender {
   static constexpr int kGroups = Traits::kValueGroups;
   static constexpr int kCount = 4 / kGroups;  // score tiles that a warp refines
-  static_assert(AttendShared<Traits>::kWarps % kGroups == 0, "the same warps for each group");
+  static_assert(Rings::kWarps % kGroups == 0, "the same warps for each group");
   const ProgressiveArgs& p;
-  AttendShared<Traits>& shared;
+  Rings& shared;
   int tile, lane, warp, slot, group;
-  PageStreamer<Traits> streamer;     // of the slot; its last warp fills the ring
-  int head_index = -1, columns = 0;  // columns: of the tile
-  int query_run = -1;                // basis of the query in shared memory
-  float unit = 0;                    // of that query
+  PageStreamer<Traits, Rings> streamer;  // of the slot; its last warp fills the ring
+  int head_index = -1, columns = 0;      // columns: of the tile
+  int query_run = -1;                    // basis of the query in shared memory
+  float unit = 0;                        // of that query
   float softcap = 0;
   float lse = 0;  // L of column lane / 4
   float out[Traits::kTilesPerGroup][4] = {};
   float mass = 0;                      // of column lane / 4; of the first group's warps
   float reference = -INFINITY;         // log2 of what mass and out are relative to, beside L
   int key_bytes = 0, value_bytes = 0;  // likewise
+
+  __device__ __forceinline__ PageAttender(const ProgressiveArgs& args, Rings& rings,
+                                          int column_tile)
+      : p(args),
+        shared(rings),
+        tile(column_tile),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        slot(warp / kGroups),
+        group(warp % kGroups),
+        streamer(args, rings, column_tile, lane, slot) {}
 
   __device__ __forceinline__ bool Fetches() const { return group == kGroups - 1; }
 
@@ -57,6 +69,10 @@ struct PageAttender {
     if constexpr (Traits::kSoftCap) {
       softcap = p.sequences[head_index / p.shape.num_kv_heads].softcap;
     }
+  }
+
+  // L of the head's columns, as select left it.
+  __device__ __forceinline__ void LoadLse() {
     lse = reinterpret_cast<const float*>(
         p.workspace +
         p.work.global_lse)[int64_t{head_index} * p.work.columns + tile * kTileColumns + lane / 4];
@@ -133,19 +149,15 @@ struct PageAttender {
     }
     LoadTokenScales<Traits>(data + layout.value_scales(), group, lane, codes);
     if (fine) {  // the largest is another now, and anywhere
-      float high = -INFINITY;
+      uint32_t pair = scores[0];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 y = UnpackPair<__half>(scores[j]);
-        high = fmaxf(high, fmaxf(y.x, y.y));
-      }
-      high = QuadMax(high);
+      for (int j = 1; j < 8; ++j) pair = MaxHalves(pair, scores[j]);
+      const float2 halves = UnpackPair<__half>(pair);
+      const float high = QuadMax(fmaxf(halves.x, halves.y));
       const float shift = high == -INFINITY ? 0.0f : high;
+      const uint32_t down = PackPair<__half>(-shift, -shift);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 y = UnpackPair<__half>(scores[j]);
-        scores[j] = PackPair<__half>(y.x - shift, y.y - shift);
-      }
+      for (int j = 0; j < 8; ++j) scores[j] = FmaHalves(kOneHalves, scores[j], down);
       max += high;
     }
     float2 probability[8];
@@ -181,10 +193,17 @@ struct PageAttender {
     ++streamer.ring.done;
   }
 
-  // The slot's number among those of all CTAs.
-  __device__ __forceinline__ int Place() const {
-    return blockIdx.x * AttendShared<Traits>::kSlots + slot;
+  // What was read, to the head's decision.
+  __device__ __forceinline__ void CountBytes() const {
+    if (tile == 0 && lane == 0 && value_bytes > 0) {
+      HeadDecision& decision = p.decisions[head_index];
+      if (key_bytes > 0) AddBytes(&decision.key_bytes, key_bytes);
+      AddBytes(&decision.value_bytes, value_bytes);
+    }
   }
+
+  // The slot's number among those of all CTAs.
+  __device__ __forceinline__ int Place() const { return blockIdx.x * Rings::kSlots + slot; }
 
   // The slot's sums to its part of the head; they start again from 0.
   __device__ __forceinline__ void Flush() {
@@ -206,11 +225,7 @@ struct PageAttender {
       reinterpret_cast<float*>(p.workspace + p.work.mass)[first + lane / 4] = mass;
       reinterpret_cast<float*>(p.workspace + p.work.reference)[first + lane / 4] = reference;
     }
-    if (tile == 0 && lane == 0 && value_bytes > 0) {
-      HeadDecision& decision = p.decisions[head_index];
-      if (key_bytes > 0) AddBytes(&decision.key_bytes, key_bytes);
-      AddBytes(&decision.value_bytes, value_bytes);
-    }
+    CountBytes();
     mass = 0;
     reference = -INFINITY;
     key_bytes = value_bytes = 0;
@@ -240,6 +255,7 @@ struct PageAttender {
       if (page.head_index != head_index) {
         if (head_index >= 0) Flush();
         Enter(page);
+        LoadLse();
       }
       if (Fetches()) streamer.Fill(end);
       MarkSpan(i, all);
@@ -255,26 +271,14 @@ __global__ void __launch_bounds__(AttendShared<Traits>::kThreads, 1)
   extern __shared__ __align__(16) std::byte shared_bytes[];
   auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int cta = blockIdx.x, tile = blockIdx.y;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x < Shared::kSlots * kRingDepth) {
-    InitBarrier(SharedAddress(&shared.full[0][threadIdx.x]), 1);
-    FenceBarrierInit();
-  }
-  const int slot = warp / Traits::kValueGroups;
-  PageAttender<Traits> attender{p,
-                                shared,
-                                tile,
-                                lane,
-                                warp,
-                                slot,
-                                warp % Traits::kValueGroups,
-                                PageStreamer<Traits>(p, shared, tile, lane, slot)};
+  shared.InitBarriers();
+  PageAttender<Traits, Shared> attender(p, shared, tile);
   WaitForDependencies();
   NoteTime(p.stamps, kAttendStamp);
   LaunchDependents();
   const SliceFinder<Shared::kThreads, Shared::kSlots> finder(p, shared.slice);
   finder.FindParts(cta);
-  const Slice slice = finder.All(), part = finder.PartOf(slot);
+  const Slice slice = finder.All(), part = finder.PartOf(attender.slot);
   const auto* lists = reinterpret_cast<const uint4*>(p.workspace + p.work.lists);
   for (int first = slice.begin; first < slice.end; first += kAttendPages) {
     const int last = min(first + kAttendPages, slice.end);

@@ -5,7 +5,7 @@
 
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/budget_parts.h"
-#include "kernels/cuda/progressive_select.cuh"
+#include "kernels/cuda/progressive_chunk.cuh"
 #include "kernels/cuda/row_cluster.cuh"
 #include "kernels/policy/budget.h"
 

@@ -76,6 +76,26 @@ __device__ __forceinline__ int Here(int x) {
   return x;
 }
 
+// --- Progress of an earlier kernel that may still be running: all CTAs of it have begun before
+// this one could. What the CTA has stored so far is there for who sees the count.
+// By all of its threads.
+__device__ __forceinline__ void CountProgress(int32_t* counter) {
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  __threadfence();
+  atomicAdd(counter, 1);
+}
+// Waits until it is `count`. By a warp.
+__device__ __forceinline__ void AwaitProgress(const int32_t* counter, int32_t count) {
+  if (threadIdx.x % 32 == 0) {
+    int32_t now;
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    } while (now != count);
+  }
+  __syncwarp();
+}
+
 __device__ __forceinline__ void PrefetchL1(const void* global) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(global));
 }
@@ -304,6 +324,11 @@ __device__ __forceinline__ uint32_t FmaHalves(uint32_t a, uint32_t b, uint32_t c
       __hfma2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b),
               *reinterpret_cast<const __half2*>(&c));
   return *reinterpret_cast<const uint32_t*>(&d);
+}
+__device__ __forceinline__ uint32_t MaxHalves(uint32_t a, uint32_t b) {
+  const __half2 c =
+      __hmax2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&c);
 }
 // The sum of x over this lane and those before it.
 __device__ __forceinline__ int WarpPrefix(int x, int lane) {

@@ -6,10 +6,11 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "kernels/cuda/progressive_conclude.cuh"
 #include "kernels/cuda/progressive_inst.h"
-#include "kernels/cuda/progressive_merge.cuh"
 #include "kernels/cuda/progressive_prepare.cuh"
 #include "kernels/cuda/progressive_refine.cuh"
+#include "kernels/cuda/progressive_select.cuh"
 #include "kernels/cuda/progressive_theta.cuh"
 #include "kernels/cuda/status.h"
 
@@ -80,6 +81,48 @@ absl::Status RunTheta(const ProgressiveArgs& p, cudaStream_t stream) {
   return LaunchTheta<ThetaTraits<kHeadDim, kColumns, kBudgetWarps>>(p, stream);
 }
 
+// What the device holds of a kernel's clusters, at `threads` and `shared_bytes` a CTA.
+template <typename Kernel>
+absl::StatusOr<ConcludeClusters> CountClusters(Kernel kernel, int threads, size_t shared_bytes) {
+  ConcludeClusters clusters{};
+  for (int32_t ctas = kMinConcludeCtas; ctas <= kMaxConcludeCtas; ++ctas) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(ctas);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(ctas));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    ADAATTN_RETURN_IF_ERROR(
+        FromCuda(cudaOccupancyMaxActiveClusters(&clusters[ctas], kernel, &config),
+                 "cudaOccupancyMaxActiveClusters"));
+  }
+  return clusters;
+}
+
+// Ends the step with one launch, if its shapes are such. Returns whether it did.
+template <class Traits, class TileTraits>
+absl::StatusOr<bool> LaunchConclude(const ProgressiveArgs& p, cudaStream_t stream) {
+  constexpr auto kKernel = ProgressiveConcludeKernel<Traits, TileTraits>;
+  constexpr int kThreads = AttendShared<Traits>::kThreads;
+  constexpr size_t kShared = sizeof(ConcludeShared<Traits, TileTraits>);
+  static const auto clusters = []() -> absl::StatusOr<ConcludeClusters> {
+    ADAATTN_RETURN_IF_ERROR(AllowShared(kKernel, kShared));
+    return CountClusters(kKernel, kThreads, kShared);
+  }();
+  ADAATTN_RETURN_IF_ERROR(clusters.status());
+  const auto ctas = static_cast<unsigned>(ConcludeCtas(p, *clusters));
+  if (ctas == 0) return false;
+  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(kKernel,
+                                            dim3(ctas, static_cast<unsigned>(p.shape.num_kv_heads),
+                                                 static_cast<unsigned>(p.num_sequences)),
+                                            kThreads, kShared, true, p, stream, "conclude", ctas));
+  return true;
+}
+
 // `TileTraits`: of the kernels that are leaner where columns are few.
 template <class Traits, class TileTraits>
 absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
@@ -108,12 +151,15 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
       kQueryThreads, kPrepareShared, false, p, stream, "prepare"));
   const auto head_groups = static_cast<unsigned>(CeilDiv(p.shape.num_kv_heads, kScanWarps));
   const unsigned runs = static_cast<unsigned>(p.work.scan_runs) * head_groups;
-  const unsigned scan_ctas = static_cast<unsigned>(ScanCtasPerSm(Traits::kHeadDim)) * sms;
+  // A run has pages, as many at once as there are places.
+  const auto most_runs =
+      sequences * static_cast<unsigned>(CeilDiv(p.max_sealed, ScanPlaces(p.shape.num_kv_heads)));
+  const unsigned scan_ctas = std::min(static_cast<unsigned>(p.scan_ctas), most_runs) * head_groups;
   ProgressiveArgs scan = p;
   scan.rehearse_scan = 2 * heads * sequences * tiles <= sms;  // or it would begin too late for that
   ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveScanKernel<TileTraits>,
-                                            dim3(std::min(scan_ctas, runs * tiles)), kScanThreads,
-                                            kScanShared, true, scan, stream, "scan"));
+                                            dim3(scan_ctas * tiles), kScanThreads, kScanShared,
+                                            true, scan, stream, "scan"));
   if (p.two_stage) {
     ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveRefineKernel<Traits>, dim3(runs),
                                               kScanWarps * 32, kRefineShared, true, p, stream,
@@ -121,6 +167,12 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   }
   if (p.theta) {
     ADAATTN_RETURN_IF_ERROR((RunTheta<Traits::kHeadDim, TileTraits::kColumns>(p, stream)));
+  }
+  if constexpr (Concludes(Traits::kHeadDim, TileTraits::kColumns)) {
+    if (p.shape.group_size() * p.max_q_len <= TileTraits::kColumns) {
+      ADAATTN_ASSIGN_OR_RETURN(const bool done, (LaunchConclude<Traits, TileTraits>(p, stream)));
+      if (done) return absl::OkStatus();
+    }
   }
   ADAATTN_RETURN_IF_ERROR(
       LaunchProgressive(ProgressiveSelectKernel<TileTraits>,

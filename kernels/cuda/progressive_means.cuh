@@ -88,8 +88,9 @@ struct MeanSums {
     }
   }
 
-  // To target [column][kNumChunkVectors][D], at the 16 channels; for `columns` of the tile.
-  __device__ __forceinline__ void Store(int columns, float* target) const {
+  // To target [kNumChunkVectors][D], at the 16 channels, of each of `columns` columns of the tile,
+  // `stride` floats from one to the next. With `add` they are added to what is there.
+  __device__ __forceinline__ void Store(int columns, int stride, float* target, bool add) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
@@ -98,28 +99,31 @@ struct MeanSums {
       // Column j of an accumulator is channel 2 j (+ 1): the lane has four in a row.
       const float4 upper = make_float4(even[i][0], odd[i][0], even[i][1], odd[i][1]);
       const float4 lower = make_float4(even[i][2], odd[i][2], even[i][3], odd[i][3]);
-      float* rows = target + n * (kNumChunkVectors * Traits::kHeadDim) + 4 * t;
-      const auto row = [rows](ChunkVector x) {
-        return reinterpret_cast<float4*>(rows + x * Traits::kHeadDim);
+      float* rows = target + n * stride + 4 * t;
+      const auto store = [rows, add](ChunkVector x, float4 sum) {
+        auto* row = reinterpret_cast<float4*>(rows + x * Traits::kHeadDim);
+        if (add) AddScaled(*row, 1, &sum);
+        *row = sum;
       };
       if (pair == 0) {
-        *row(kSkipped) =
-            make_float4(upper.x + lower.x, upper.y + lower.y, upper.z + lower.z, upper.w + lower.w);
+        store(kSkipped, make_float4(upper.x + lower.x, upper.y + lower.y, upper.z + lower.z,
+                                    upper.w + lower.w));
       } else {
-        *row(kWeightedMean) = upper;
-        *row(kAttended) = lower;
+        store(kWeightedMean, upper);
+        store(kAttended, lower);
       }
     }
   }
 };
 
 // The sums over the chunk's first `pages` means and, with `sink`, the first token's value, for
-// `columns` columns of the tile, to target [8][kNumChunkVectors][D]. By kWarps warps.
+// `columns` columns of the tile, as MeanSums::Store. By kWarps warps, `warp` of them.
 template <class Traits, int kWarps>
 __device__ __forceinline__ void AddMeans(const ChunkMeans<Traits>& means, int pages, bool sink,
-                                         int columns, float* target) {
+                                         int columns, int warp, int stride, float* target,
+                                         bool add = false) {
   const int lane = threadIdx.x % 32;
-  for (int tile = threadIdx.x / 32; tile < Traits::kTiles; tile += kWarps) {
+  for (int tile = warp; tile < Traits::kTiles; tile += kWarps) {
     MeanSums<Traits> sums;
     const auto load = [&](int row, uint32_t(&bytes)[4]) {
       LoadMatrices<true>(bytes, means.summaries[row] + sizeof(ValueSummary) + tile * 16);
@@ -136,7 +140,7 @@ __device__ __forceinline__ void AddMeans(const ChunkMeans<Traits>& means, int pa
       load(kFirstToken + lane % kMeanStep, bytes);
       sums.Add(bytes[0], kFirstToken, means);
     }
-    sums.Store(columns, target + tile * 16);
+    sums.Store(columns, stride, target + tile * 16, add);
   }
 }
 

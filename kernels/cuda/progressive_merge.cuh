@@ -12,7 +12,7 @@
 
 #include "kernels/cuda/hadamard.cuh"
 #include "kernels/cuda/progressive_attend.cuh"
-#include "kernels/cuda/progressive_select.cuh"
+#include "kernels/cuda/progressive_chunk.cuh"
 
 namespace adaattn {
 
@@ -30,26 +30,6 @@ struct MergePart {
   float unused;
 };
 
-// A column's vectors in one warp's registers: channel lane + 32 j in element j.
-template <class Traits>
-struct ColumnVectors {
-  static constexpr int kD = Traits::kHeadDim;
-  static constexpr int kEach = (kD + 31) / 32;
-  float x[kNumChunkVectors][kEach];
-
-  // Skipped pages times `skipped`, plus partial outputs times `attended`; the others as they are.
-  __device__ __forceinline__ ColumnVectors(const MergePart<Traits>& sums, float skipped,
-                                           float attended, int lane) {
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const int at = lane + 32 * j;
-#pragma unroll
-      for (int i = 0; i < kNumChunkVectors; ++i) x[i][j] = at < kD ? sums.vectors[i][at] : 0.0f;
-      if (at < kD) x[kSkipped][j] = fmaf(sums.partial[at], attended, x[kSkipped][j] * skipped);
-    }
-  }
-};
-
 // What the column's partial results are relative to, beside L: the largest of their references,
 // -inf without any. The same in every lane.
 __device__ __forceinline__ float LargestReference(const float* references, int stride,
@@ -59,11 +39,7 @@ __device__ __forceinline__ float LargestReference(const float* references, int s
   for (int slot = slots.begin + lane; slot < slots.end; slot += 32) {
     top = fmaxf(top, references[int64_t{slot} * stride]);
   }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
-  }
-  return top;
+  return WarpMax(top);
 }
 
 // A warp's part of what select summed up: every `warps`-th chunk, a lane a few channels.
@@ -190,7 +166,7 @@ __device__ __forceinline__ void StoreElement(void* tensor, int64_t at, DType typ
 // The dense tail's part of a column.
 template <class Traits>
 struct DensePart {
-  static constexpr int kEach = ColumnVectors<Traits>::kEach;
+  static constexpr int kEach = (Traits::kHeadDim + 31) / 32;
   float lse, score, out[kEach];  // channel lane + 32 j
 
   __device__ __forceinline__ DensePart(const ProgressiveArgs& p, int64_t column, int lane) {
@@ -205,57 +181,99 @@ struct DensePart {
   }
 };
 
-// Finishes a column from the warps' sums: out, lse and its figures. By one warp.
+// A vector of a column in one warp's registers, as one row of RotateHadamard: channel lane + 32 j
+// in element j.
 template <class Traits>
-__device__ __forceinline__ void FinishColumn(const ProgressiveArgs& p, int64_t row, float lse,
-                                             const DensePart<Traits>& dense, float reference,
-                                             int lane, const MergePart<Traits>& sums,
-                                             float2* figures) {
+struct ColumnVector {
+  static constexpr int kEach = DensePart<Traits>::kEach;
+  float x[1][kEach];
+
+  __device__ __forceinline__ ColumnVector(const float* from, float factor, int lane) {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int at = lane + 32 * j;
+      x[0][j] = at < Traits::kHeadDim ? from[at] * factor : 0.0f;
+    }
+  }
+  __device__ __forceinline__ void Add(const float* from, float factor, int lane) {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int at = lane + 32 * j;
+      if (at < Traits::kHeadDim) x[0][j] = fmaf(from[at], factor, x[0][j]);
+    }
+  }
+};
+
+// Stores out and lse of a column from its sums. By a warp.
+template <class Traits>
+__device__ __forceinline__ void StoreColumn(const ProgressiveArgs& p, int64_t row, float lse,
+                                            const DensePart<Traits>& dense, float reference,
+                                            int lane, const MergePart<Traits>& sums) {
+  constexpr int kD = Traits::kHeadDim;
+  const float skipped_mass = sums.state.mass;
+  // The largest part is what the output's sums are relative to.
+  float top = fmaxf(reference, skipped_mass > 0 ? Log2(skipped_mass) : -INFINITY);
+  if (dense.lse != -INFINITY) top = fmaxf(top, dense.lse - lse);
+  if (top == -INFINITY) top = 0;
+  const float skipped = skipped_mass > 0 ? Exp2(-top) : 0.0f;
+  const float attended = reference == -INFINITY ? 0.0f : Exp2(reference - top);
+  const float tail = dense.lse == -INFINITY ? 0.0f : Exp2(dense.lse - lse - top);
+  ColumnVector<Traits> out(sums.vectors[kSkipped], skipped, lane);
+  out.Add(sums.partial, attended, lane);
+  RotateHadamard<kD>(out.x, lane);
+  const float mass = fmaf(skipped_mass, skipped, fmaf(sums.mass, attended, tail));
+  const float inverse = mass > 0 ? 1.0f / mass : 0.0f;
+#pragma unroll
+  for (int j = 0; j < ColumnVector<Traits>::kEach; ++j) {
+    if (lane + 32 * j >= kD) continue;
+    StoreElement(p.out, row * kD + lane + 32 * j, p.out_type,
+                 fmaf(tail, dense.out[j], out.x[0][j]) * inverse);
+  }
+  if (lane == 0) p.lse[row] = mass > 0 ? (lse + top + Log2(mass)) * kLn2 : -INFINITY;
+}
+
+// What a column adds to the head's decision: its predicted square relative error and its entropy.
+// By a warp.
+template <class Traits>
+__device__ __forceinline__ float2 ColumnFigures(float lse, const DensePart<Traits>& dense, int lane,
+                                                const MergePart<Traits>& sums) {
   constexpr int kD = Traits::kHeadDim;
   const ChunkState& state = sums.state;
   const float dense_mass = dense.lse == -INFINITY ? 0.0f : Exp2(dense.lse - lse);
-  // The largest part is what the output's sums are relative to.
-  float top = fmaxf(reference, state.mass > 0 ? Log2(state.mass) : -INFINITY);
-  if (dense.lse != -INFINITY) top = fmaxf(top, dense.lse - lse);
-  if (top == -INFINITY) top = 0;
-  const float skipped = state.mass > 0 ? Exp2(-top) : 0.0f;
-  const float attended = reference == -INFINITY ? 0.0f : Exp2(reference - top);
-  const float tail = dense.lse == -INFINITY ? 0.0f : Exp2(dense.lse - lse - top);
-  ColumnVectors<Traits> vectors(sums, skipped, attended, lane);
-  RotateHadamard<kD>(vectors.x, lane);
-  const float mass = fmaf(state.mass, skipped, fmaf(sums.mass, attended, tail));
-  const float inverse = mass > 0 ? 1.0f / mass : 0.0f;
+  ColumnVector<Traits> mean(sums.vectors[kAttended], 1, lane);
+  ColumnVector<Traits> weighted(sums.vectors[kWeightedMean], 1, lane);
+  RotateHadamard<kD>(mean.x, lane);
+  RotateHadamard<kD>(weighted.x, lane);
   float norm = 0, cross = 0;
 #pragma unroll
-  for (int j = 0; j < ColumnVectors<Traits>::kEach; ++j) {
-    const float part = dense_mass * dense.out[j];
-    if (lane + 32 * j < kD) {
-      StoreElement(p.out, row * kD + lane + 32 * j, p.out_type,
-                   fmaf(tail, dense.out[j], vectors.x[kSkipped][j]) * inverse);
-    }
-    const float estimate = vectors.x[kAttended][j] + part;
+  for (int j = 0; j < ColumnVector<Traits>::kEach; ++j) {
+    const float estimate = fmaf(dense_mass, dense.out[j], mean.x[0][j]);
     norm = fmaf(estimate, estimate, norm);
-    cross = fmaf(estimate, vectors.x[kWeightedMean][j], cross);
+    cross = fmaf(estimate, weighted.x[0][j], cross);
   }
   norm = WarpSum(norm);
   cross = WarpSum(cross);
-  if (lane != 0) return;
-  p.lse[row] = mass > 0 ? (lse + top + Log2(mass)) * kLn2 : -INFINITY;
   ErrorTerms terms;
   terms.square = fmaxf(state.mean_squares - 2 * cross + norm * state.weight + state.rest, 0.0f);
   terms.amplitude = state.amplitude;
   // Every dense token is an item of its own: -sum p log p.
   const float dense_entropy = dense_mass > 0 ? kLn2 * dense_mass * (lse - dense.score) : 0.0f;
-  *figures = make_float2(RelativeErrorSquare(terms, norm), state.entropy + dense_entropy);
+  return make_float2(RelativeErrorSquare(terms, norm), state.entropy + dense_entropy);
 }
 
-// The head's decision from the figures of all of its columns, in their order.
+// Leaves the counter of rotated queries to the next step. By the kernel that ends a step.
+__device__ __forceinline__ void ClearProgress(const ProgressiveArgs& p) {
+  if ((threadIdx.x | blockIdx.x | blockIdx.y | blockIdx.z) == 0) *p.rotated = 0;
+}
+
+// The head's decision from the figures of all of its columns, in their order: figures(i) of one.
+template <typename Figures>
 __device__ __forceinline__ void StoreFigures(const ProgressiveArgs& p, const ProgressiveSequence& s,
                                              int64_t head_index, int columns,
-                                             const float2* figures) {
+                                             const Figures& figures) {
   float error = 0, entropy = 0;
   for (int i = 0; i < columns; ++i) {
-    const float2 x = __ldcg(&figures[i]);  // other CTAs wrote them
+    const float2 x = figures(i);
     error += x.x;
     entropy += x.y;
   }
@@ -269,6 +287,14 @@ __device__ __forceinline__ void StoreFigures(const ProgressiveArgs& p, const Pro
                          ? reinterpret_cast<const float*>(p.workspace + p.work.theta)[head_index]
                          : s.decision.theta;
   }
+}
+
+// Of an output column: its row of q heads in the results.
+__device__ __forceinline__ int64_t OutputRow(const ProgressiveArgs& p, const ProgressiveSequence& s,
+                                             int head, int column) {
+  const int group_size = p.shape.group_size();
+  return static_cast<int64_t>(s.q_begin + column / group_size) * p.shape.num_q_heads +
+         head * group_size + column % group_size;
 }
 
 // Warps of a CTA: few columns are each summed by many.
@@ -285,15 +311,15 @@ __global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim > 128 ? 
   const int column = blockIdx.x, head = blockIdx.y, sequence = blockIdx.z;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const ProgressiveSequence& s = p.sequences[sequence];
-  const int group_size = p.shape.group_size(), columns = group_size * s.q_len;
+  const int columns = p.shape.group_size() * s.q_len;
   const int chunks = CeilDiv(s.num_sealed, kChunkPages);
-  const int64_t row = static_cast<int64_t>(s.q_begin + column / group_size) * p.shape.num_q_heads +
-                      head * group_size + column % group_size;
+  const int64_t row = OutputRow(p, s, head, column);
   if (column >= columns) return;
   const int head_index = sequence * p.shape.num_kv_heads + head;
   const int64_t at = int64_t{head_index} * w.columns + column;
   WaitForDependencies();
   NoteTime(p.stamps, kMergeStamp);
+  ClearProgress(p);
   const DensePart<Traits> dense(p, at, lane);
   const float lse = reinterpret_cast<const float*>(p.workspace + w.global_lse)[at];
   const int2 span = reinterpret_cast<const int2*>(p.workspace + w.spans)[head_index];
@@ -305,16 +331,18 @@ __global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim > 128 ? 
   __syncthreads();
   SumMergeParts(parts, warps);
   __syncthreads();
-  if (warp > 0) return;
+  if (warp == 0) StoreColumn<Traits>(p, row, lse, dense, reference, lane, parts[0]);
+  if (warp != 1) return;
   auto* figures =
       reinterpret_cast<float2*>(p.workspace + w.figures) + int64_t{head_index} * w.columns;
-  FinishColumn<Traits>(p, row, lse, dense, reference, lane, parts[0], figures + column);
-  if (lane != 0) return;
+  const float2 own = ColumnFigures<Traits>(lse, dense, lane, parts[0]);
+  if (lane > 0) return;
+  figures[column] = own;
   __threadfence();
   auto* done = reinterpret_cast<int32_t*>(p.workspace + w.merged) + head_index;
   if (atomicAdd(done, 1) == columns - 1) {
-    __threadfence();
-    StoreFigures(p, s, head_index, columns, figures);
+    __threadfence();  // other CTAs wrote them
+    StoreFigures(p, s, head_index, columns, [figures](int i) { return __ldcg(&figures[i]); });
   }
 }
 

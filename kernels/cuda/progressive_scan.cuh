@@ -37,7 +37,8 @@ struct ScanShared {
   float mean[kScanWarps][kTileColumns];  // q.mu
   float unit[kScanWarps];                // of the query
   alignas(8) uint64_t full[kScanStages], empty[kScanStages];
-  uint64_t begun;  // the scanning warps have what they need of the first item
+  uint64_t rotated;  // queries are, where the scan is early
+  uint64_t begun;    // the scanning warps have what they need of the first item
   StageWork work[kScanStages];
 };
 
@@ -186,7 +187,7 @@ struct PageFetcher {
       if (!begun) {
         // More at once would only stand in the way of what the kernel before still has to write and
         // of what the other warps load first.
-        WaitForDependencies();
+        AwaitQueries();
         WaitBarrier(SharedAddress(&shared.begun), 0);
         begun = true;
       }
@@ -195,6 +196,17 @@ struct PageFetcher {
     if (at.tile == 0 && lane < group.heads) {
       AddBytes(&p.decisions[run.sequence * p.shape.num_kv_heads + group.begin + lane].key_bytes,
                pages * KeyReadBytes(kD, kScanBits, chunk_end));
+    }
+  }
+
+  // For the other warps, too, where the scan is early: one of a CTA looks.
+  __device__ __forceinline__ void AwaitQueries() const {
+    if (p.early_scan) {
+      const int tiles = p.work.columns / kTileColumns;
+      AwaitProgress(p.rotated, p.num_sequences * p.shape.num_kv_heads * tiles);
+      if (lane == 0) Arrive(SharedAddress(&shared.rotated));
+    } else {
+      WaitForDependencies();
     }
   }
 
@@ -211,6 +223,7 @@ struct PageFetcher {
       shared.work[stage].item = -1;
       ArriveExpectBytes(SharedAddress(&shared.full[stage]), 0);
     }
+    if (p.early_scan) WaitForDependencies();  // so that who waits for this kernel has the tails
   }
 };
 
@@ -257,7 +270,7 @@ struct PageScanner {
 
   // The rest.
   __device__ __forceinline__ void LoadFilter() {
-    filter.Load(p, head_index, column, num_columns);
+    filter.Load(p, head_index, column, num_columns, !p.early_scan);
     filter.Bound(mass.high, bound);
   }
 
@@ -367,8 +380,9 @@ struct PageScanner {
   __device__ __forceinline__ void BeginFirst() {
     const ScanRun run = p.scan_runs[ScanItem(p, blockIdx.x).run];
     if (run.sequence >= 0) Begin(static_cast<int>(blockIdx.x), run.sequence);
-    WaitForDependencies();
+    if (!p.early_scan) WaitForDependencies();
     LaunchDependents();
+    if (p.early_scan && run.sequence >= 0) WaitBarrier(SharedAddress(&shared.rotated), 0);
     if (run.sequence >= 0 && member < heads) {
       LoadFilter();
       if (run.page_begin + place < run.page_end) LoadQuery(run.page_begin + place);
@@ -434,6 +448,7 @@ __global__ void __launch_bounds__(kScanThreads,
       InitBarrier(SharedAddress(&shared.full[i]), 1);
       InitBarrier(SharedAddress(&shared.empty[i]), kScanWarps);
     }
+    InitBarrier(SharedAddress(&shared.rotated), 1);
     InitBarrier(SharedAddress(&shared.begun), kScanWarps);
     FenceBarrierInit();
   }

@@ -343,13 +343,15 @@ struct ScoreFilter {
       threshold = Log2(decision.theta) - 0.02f;
     }
   }
-  // What of it prepare found. `column`: the lane's first.
+  // What of it prepare found, if the tails are attended. `column`: the lane's first.
   __device__ __forceinline__ void Load(const ProgressiveArgs& p, int64_t head_index, int column,
-                                       int columns) {
+                                       int columns, bool tails) {
     const float* lse = reinterpret_cast<const float*>(p.workspace + p.work.dense_lse) +
                        head_index * p.work.columns + column;
 #pragma unroll
-    for (int c = 0; c < kN; ++c) lower[c] = column + c < columns ? lse[c] : INFINITY;
+    for (int c = 0; c < kN; ++c) {
+      lower[c] = column + c >= columns ? INFINITY : tails ? lse[c] : -INFINITY;
+    }
   }
 
   // What L is known to be at least, of the lane's columns; inf: no column. `mass`: log mass of

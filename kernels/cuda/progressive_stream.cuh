@@ -55,32 +55,44 @@ struct AttendLayout {
   }
 };
 
-template <class Traits>
-struct AttendShared {
+// What the slots of a CTA share: kRoom bytes of rings for at most kPages pages.
+template <class Traits, int kRoom, int kPages>
+struct AttendRings {
   static constexpr int kWarps = AttendWarps(Traits::kHeadDim);
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kSlots = AttendSlots(Traits::kHeadDim);
-  static constexpr int kRingBytes = kAttendRoom / kSlots / 128 * 128;
+  static constexpr int kRingBytes = kRoom / kSlots / 128 * 128;
   alignas(128) std::byte room[kSlots][kRingBytes];
   alignas(16) uint2 query[kSlots][Traits::kTiles * 32];  // of the slot's head and a basis
   alignas(16) __half ranges[kWarps][Traits::kHeadDim];   // spread for the MMA
-  alignas(16) ListedPage page[kAttendPages + 2];         // and their neighbours
+  alignas(16) ListedPage page[kPages];
   RingPage ring[kSlots][kRingDepth];
   alignas(8) uint64_t full[kSlots][kRingDepth];
-  SliceShared<kThreads, kSlots> slice;
-  int place[kAttendPages + 2];  // in the lists
   static_assert(3 * kTileColumns * 16 + 2 * 512 + Traits::kValueScaleBytes +
                         6 * Traits::kPlaneBytes + Traits::kHeadDim <=
                     kRingBytes,
                 "at least one page");
+
+  __device__ __forceinline__ void InitBarriers() {
+    if (threadIdx.x >= kSlots * kRingDepth) return;
+    InitBarrier(SharedAddress(&full[0][threadIdx.x]), 1);
+    FenceBarrierInit();
+  }
 };
 
-// Brings the pages of a slot, by one of its warps.
+// Of the attend kernel, whose pages have neighbours.
 template <class Traits>
+struct AttendShared : AttendRings<Traits, kAttendRoom, kAttendPages + 2> {
+  SliceShared<AttendShared::kThreads, AttendShared::kSlots> slice;
+  int place[kAttendPages + 2];  // in the lists
+};
+
+// Brings the pages of a slot, by one of its warps. `Rings`: an AttendRings.
+template <class Traits, class Rings>
 struct PageStreamer {
-  static constexpr int kRingBytes = AttendShared<Traits>::kRingBytes;
+  static constexpr int kRingBytes = Rings::kRingBytes;
   const ProgressiveArgs& p;
-  AttendShared<Traits>& shared;
+  Rings& shared;
   int tile, lane, slot;
   PageRing ring;
   int next = 0;  // page of shared.page
@@ -88,8 +100,8 @@ struct PageStreamer {
   const std::byte* source = nullptr;
   int64_t stride = 0;  // from head to head; for what is in the workspace, from page to page
 
-  __device__ __forceinline__ PageStreamer(const ProgressiveArgs& args, AttendShared<Traits>& room,
-                                          int column_tile, int of_lane, int of_slot)
+  __device__ __forceinline__ PageStreamer(const ProgressiveArgs& args, Rings& room, int column_tile,
+                                          int of_lane, int of_slot)
       : p(args), shared(room), tile(column_tile), lane(of_lane), slot(of_slot) {
     const PageLayout& layout = p.layout;
     int64_t from = 0;

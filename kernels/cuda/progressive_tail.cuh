@@ -126,9 +126,7 @@ struct TailAttender {
       score[i] = token < tokens ? shared.score[warp][token] : -INFINITY;
       high = fmaxf(high, score[i]);
     }
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, i));
-    const float next = fmaxf(max, high), base = next == -INFINITY ? 0.0f : next;
+    const float next = fmaxf(max, WarpMax(high)), base = next == -INFINITY ? 0.0f : next;
     float weights = 0, scores = 0;
 #pragma unroll
     for (int i = 0; i < Shared::kEach; ++i) {

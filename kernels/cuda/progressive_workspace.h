@@ -22,8 +22,9 @@ inline constexpr int32_t kScanWarps = 8;    // and one that fetches
 inline constexpr int32_t kChunkPages = 64;  // of one select CTA; four threads decide each
 // Warps of an attend CTA, one a multiprocessor: a quarter of that holds four warps of 128
 // registers, which each take a group of values. As many as there are groups share a slot.
+inline constexpr int32_t kMaxAttendWarps = 16;
 ADAATTN_HD constexpr int32_t AttendWarps(int32_t head_dim) {
-  return head_dim / ValueGroups(head_dim) > 64 ? 8 : 16;
+  return head_dim / ValueGroups(head_dim) > 64 ? 8 : kMaxAttendWarps;
 }
 ADAATTN_HD constexpr int32_t AttendSlots(int32_t head_dim) {
   return AttendWarps(head_dim) / ValueGroups(head_dim);

@@ -5,6 +5,8 @@
 
 #include <cooperative_groups.h>
 
+#include <cstdint>
+
 namespace adaattn {
 
 // The CTAs of one row of the grid: a thread block cluster, or a lone CTA. Barriers are for all
@@ -19,6 +21,17 @@ struct RowCluster {
   template <typename T>
   __device__ __forceinline__ T* At(T* shared, int of) const {
     return of == rank ? shared : cooperative_groups::this_cluster().map_shared_rank(shared, of);
+  }
+
+  // What stands there.
+  __device__ __forceinline__ float Load(const float* shared, int of) const {
+    uint32_t address;
+    float x;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(address)
+        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(of));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address));
+    return x;
   }
 
   // A barrier in two halves, for work that waits for nobody in between.

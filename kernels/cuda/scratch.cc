@@ -18,6 +18,7 @@ const Scratch::Part Scratch::kParts[] = {
     {&Scratch::partial_out_, &ScratchNeeds::partial_out, false},
     {&Scratch::partial_state_, &ScratchNeeds::partial_state, false},
     {&Scratch::counters_, &ScratchNeeds::counters, true},
+    {&Scratch::rotated_, &ScratchNeeds::rotated, true},
     {&Scratch::workspace_, &ScratchNeeds::workspace, false},
 };
 

@@ -32,6 +32,7 @@ class Scratch {
   float* partial_out() const { return reinterpret_cast<float*>(partial_out_.data()); }
   float2* partial_state() const { return reinterpret_cast<float2*>(partial_state_.data()); }
   int32_t* counters() const { return reinterpret_cast<int32_t*>(counters_.data()); }
+  int32_t* rotated() const { return reinterpret_cast<int32_t*>(rotated_.data()); }
   std::byte* workspace() const { return workspace_.data(); }
 
  private:
@@ -45,7 +46,7 @@ class Scratch {
 
   int64_t generation_ = 0;
   DeviceBuffer block_, q_, out_, lse_, decisions_, flags_, arrivals_, stamps_;
-  DeviceBuffer partial_out_, partial_state_, counters_, workspace_;
+  DeviceBuffer partial_out_, partial_state_, counters_, rotated_, workspace_;
 };
 
 }  // namespace adaattn

@@ -330,6 +330,7 @@ ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std
   params.decisions =
       scratch.decisions() + int64_t{key.max_sequences + first} * key.shape.num_kv_heads;
   params.workspace = scratch.workspace();
+  params.rotated = scratch.rotated();
   params.stamps = scratch.stamps() + kFirstGroupStamp + group * kNumGroupStamps;
   params.page_type = DenseDType(key.format);
   return params;

@@ -51,6 +51,11 @@ class Fields {
     *value = found->get<int32_t>();
   }
 
+  // The same of a field that need not be there: files of earlier versions lack it.
+  void OptionalInt(const char* name, int64_t least, int64_t most, int32_t* value) {
+    if (status_.ok() && object_.contains(name)) Int(name, least, most, value);
+  }
+
   // A length, or null for never.
   void Length(const char* name, int32_t* value) {
     const auto at = object_.find(name);
@@ -109,6 +114,7 @@ absl::StatusOr<CudaTuning> ReadDevice(const Json& object, const std::string& whe
   }
   fields.Int("exact_ctas_per_sm", 1, 8, &tuning.exact_ctas_per_sm);
   fields.Int("progressive_cta_percent", 25, 400, &tuning.progressive_cta_percent);
+  fields.OptionalInt("conclude_pages", 0, 128, &tuning.conclude_pages);
   if (const Json* list = fields.Find("crossovers"); list != nullptr) {
     fields.Fail(ReadCrossovers(*list, fields.At("crossovers"), &tuning));
   }
@@ -126,11 +132,16 @@ absl::StatusOr<CudaTuning> ReadDevice(const Json& object, const std::string& whe
 // Of the PCIe card nothing was measured: it seals at any length.
 const std::vector<CudaTuning>& KnownDevices() {
   static const auto* const known = new std::vector<CudaTuning>{
-      {"NVIDIA H100 80GB HBM3", 2, 100, {{8, 32768, 131072}, {512, 2048, Crossover::kNeverFaster}}},
-      {"NVIDIA H100 PCIe", 2, 100, {}},
+      {"NVIDIA H100 80GB HBM3",
+       2,
+       100,
+       32,
+       {{8, 32768, 131072}, {512, 2048, Crossover::kNeverFaster}}},
+      {"NVIDIA H100 PCIe", 2, 100, 32, {}},
       {"NVIDIA H200",
        2,
        100,
+       32,
        {{8, 32768, 65536},
         {16, 16384, 32768},
         {32, 8192, 16384},
@@ -179,6 +190,7 @@ std::string FormatTuning(const CudaTuning& tuning, absl::string_view provenance)
       {"device", tuning.device},
       {"exact_ctas_per_sm", tuning.exact_ctas_per_sm},
       {"progressive_cta_percent", tuning.progressive_cta_percent},
+      {"conclude_pages", tuning.conclude_pages},
       {"crossovers", crossovers},
       {"provenance", Json::parse(provenance.begin(), provenance.end(), nullptr, false)}};
   return Json{{"version", kTuningVersion}, {"devices", Json::array({device})}}.dump(2) + "\n";

@@ -9,6 +9,7 @@
 //    "devices": [{"device": "NVIDIA H100 80GB HBM3",
 //                 "exact_ctas_per_sm": 2,
 //                 "progressive_cta_percent": 100,
+//                 "conclude_pages": 32,
 //                 "crossovers": [{"kv_heads": 8, "over_bf16": 4096, "over_fp8": null}],
 //                 "provenance": {...}}]}                         any; for people
 
@@ -38,7 +39,10 @@ struct CudaTuning {
   std::string device;                     // as the runtime names it; "" for one nobody measured
   int32_t exact_ctas_per_sm = 2;          // 1 to 8
   int32_t progressive_cta_percent = 100;  // 25 to 400: multiprocessors that a plan counts on
-  std::vector<Crossover> crossovers;      // by kv_heads, ascending; empty: not measured
+  // 0 to 128: the pages of a CTA up to which few heads' steps end with one launch, for each CTA of
+  // a head (MaxConcludePages); 0: none does. A file need not say.
+  int32_t conclude_pages = 32;
+  std::vector<Crossover> crossovers;  // by kv_heads, ascending; empty: not measured
 };
 
 // Reads the text of a tuning file. Errors: kInvalidArgument, naming the field, what it holds and

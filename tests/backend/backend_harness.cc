@@ -37,6 +37,14 @@ std::unique_ptr<Backend> MakeTestBackend(int64_t pool_bytes, int32_t num_threads
   std::string note;
   absl::StatusOr<std::unique_ptr<Backend>> backend = CreateBackend(TestBackend(), options, &note);
   EXPECT_TRUE(backend.ok()) << backend.status();
+  static const std::string* const tuning =
+      new std::string(backend.ok() ? TestTuningFile((*backend)->info().device) : "");
+  if (backend.ok() && !tuning->empty() && (*backend)->info().name == "cuda") {
+    options.tuning_file = *tuning;
+    backend->reset();  // its memory first
+    backend = CreateBackend(TestBackend(), options, &note);
+    EXPECT_TRUE(backend.ok()) << backend.status();
+  }
   return backend.ok() ? *std::move(backend) : nullptr;
 }
 

@@ -245,6 +245,16 @@ TEST(RunProgressiveTest, RefusesAWorkspaceBeyondItsIndices) {
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
 }
 
+TEST(PlanProgressiveTest, AnEarlyScanLeavesRoomForTheTails) {
+  const Scan one({510}), four({510, 510, 510, 510}), five({510, 510, 510, 510, 510});
+  EXPECT_TRUE(one.params.early_scan);
+  EXPECT_EQ(one.params.scan_ctas, 2 * kNumSms - 8);
+  EXPECT_TRUE(four.params.early_scan);
+  EXPECT_EQ(four.params.scan_ctas, 2 * kNumSms - 32);
+  EXPECT_FALSE(five.params.early_scan) << "the tails would come behind the scan's reads";
+  EXPECT_EQ(five.params.scan_ctas, 2 * kNumSms);
+}
+
 TEST(ScheduleScanTest, CoversEveryPageOnce) {
   for (const std::vector<int32_t>& sealed :
        std::vector<std::vector<int32_t>>{{1}, {510}, {126, 126, 126}, {510, 1, 30, 7}}) {

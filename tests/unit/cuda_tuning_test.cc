@@ -16,6 +16,7 @@ CudaTuning Measured() {
   tuning.device = "Some GPU 80GB";
   tuning.exact_ctas_per_sm = 3;
   tuning.progressive_cta_percent = 150;
+  tuning.conclude_pages = 16;
   tuning.crossovers = {{8, 4096, 8192}, {64, 1024, Crossover::kNeverFaster}};
   return tuning;
 }
@@ -32,11 +33,20 @@ TEST(CudaTuningTest, ReadsWhatItWrites) {
   EXPECT_EQ(tuning.device, "Some GPU 80GB");
   EXPECT_EQ(tuning.exact_ctas_per_sm, 3);
   EXPECT_EQ(tuning.progressive_cta_percent, 150);
+  EXPECT_EQ(tuning.conclude_pages, 16);
   ASSERT_EQ(tuning.crossovers.size(), 2u);
   EXPECT_EQ(tuning.crossovers[0].over_fp8, 8192);
   EXPECT_EQ(tuning.crossovers[1].kv_heads, 64);
   EXPECT_EQ(tuning.crossovers[1].over_bf16, 1024);
   EXPECT_EQ(tuning.crossovers[1].over_fp8, Crossover::kNeverFaster);
+}
+
+TEST(CudaTuningTest, ReadsFilesThatDoNotSayWhenToConclude) {
+  const auto read = ParseTuning(
+      Device(R"("exact_ctas_per_sm": 2, "progressive_cta_percent": 100, "crossovers": [],
+                "provenance": {})"));
+  ASSERT_TRUE(read.ok()) << read.status();
+  EXPECT_EQ(read->front().conclude_pages, CudaTuning().conclude_pages);
 }
 
 TEST(CudaTuningTest, SessionsSealFromTheCrossoverOver16BitPages) {
@@ -87,6 +97,8 @@ TEST(CudaTuningTest, RefusesWhatItDoesNotUnderstandAndSaysWhy) {
       {Device(absl::StrCat(R"("exact_ctas_per_sm": 2.5, )", rest)), "is 2.5"},
       {Device(absl::StrCat(R"("exact_ctas_per_sm": 1e300, )", rest)), "from 1 to 8"},
       {Device(absl::StrCat(R"("exact_ctas_per_sm": 2, "x": 1, )", rest)), "further fields"},
+      {Device(absl::StrCat(R"("exact_ctas_per_sm": 2, "conclude_pages": 129, )", rest)),
+       "conclude_pages is 129; must be an integer from 0 to 128"},
       {Device(head + R"("crossovers": 3, "provenance": {})"), "crossovers is 3"},
       {Device(head + R"("crossovers": [{"kv_heads": 8, "over_bf16": -1, "over_fp8": 0}],
                         "provenance": {})"),

@@ -1,0 +1,358 @@
+#ifndef ADAATTN_KERNELS_CUDA_PROGRESSIVE_CONCLUDE_CUH_
+#define ADAATTN_KERNELS_CUDA_PROGRESSIVE_CONCLUDE_CUH_
+
+// Conclude: select, attend and merge in one launch, for steps of few heads, whose launches would
+// each take some microseconds for little work.
+// The CTAs of a cluster take every so manieth sealed page of a (sequence, kv head) each, from the
+// decision to the sums of values: where pages of much weight lie together they all have some. What
+// the launches leave for one another stays in shared memory, and the cluster meets once: each CTA
+// then adds up all CTAs' sums of its columns.
+// grid (ConcludeCtas, num_kv_heads, num_sequences), a cluster a head
+
+#include <cstddef>
+
+#include "kernels/cuda/conclude_parts.h"
+#include "kernels/cuda/progressive_merge.cuh"
+#include "kernels/cuda/row_cluster.cuh"
+
+namespace adaattn {
+
+inline constexpr int kConcludeBarrier = 9;  // of the threads that select; slots have those before
+
+// Bytes of rings: what the rest of ConcludeShared leaves of what a CTA may have.
+template <class Traits, class TileTraits>
+constexpr int ConcludeRoom() {
+  if (Traits::kHeadDim > 128) return 112 * 1024;
+  return TileTraits::kColumns == kFewColumns ? 148 * 1024 : 120 * 1024;
+}
+
+// `TileTraits`: of select, which is leaner where columns are few.
+template <class Traits, class TileTraits>
+struct ConcludeShared : AttendRings<Traits, ConcludeRoom<Traits, TileTraits>(), kConcludePages> {
+  using Rings = AttendRings<Traits, ConcludeRoom<Traits, TileTraits>(), kConcludePages>;
+  static constexpr int kColumns = TileTraits::kColumns;
+  // A slot's sums of values; in the room of its ring once all slots are through. Rows are 4 banks
+  // apart, for the lanes that store a channel of different columns.
+  struct SlotSums {
+    float out[kColumns][Traits::kHeadDim + 4];
+  };
+  static_assert(sizeof(SlotSums) <= ConcludeShared::kRingBytes, "in the room of the ring");
+  SelectShared<TileTraits> select;
+  alignas(16) MergePart<Traits> part[kColumns];  // of the CTA
+  alignas(16) MergePart<Traits> total;           // of the head, of one column
+  float reference[kTileColumns];                 // of the CTA's partial outputs, as attend's
+  float slot_reference[ConcludeShared::kSlots][kTileColumns];
+  float slot_mass[ConcludeShared::kSlots][kTileColumns];
+  float lse[kTileColumns];
+  int columns;                   // of the sequence
+  float2 figures[kTileColumns];  // of the head's columns, in the first CTA
+
+  __device__ __forceinline__ SlotSums& SumsOf(int slot) {
+    return *reinterpret_cast<SlotSums*>(this->room[slot]);
+  }
+};
+
+// What one CTA does of a head.
+template <class Traits, class TileTraits>
+struct HeadConcluder {
+  using Shared = ConcludeShared<Traits, TileTraits>;
+  using Attender = PageAttender<Traits, typename Shared::Rings>;
+  using Decider = PageDecider<TileTraits>;
+  using Part = MergePart<Traits>;
+  static constexpr int kD = Traits::kHeadDim, kColumns = TileTraits::kColumns;
+  static constexpr int kThreads = Shared::kThreads, kPartFloats = sizeof(Part) / sizeof(float);
+  const ProgressiveArgs& p;
+  Shared& shared;
+  const ProgressiveSequence& from;
+  int listed = 0;  // of the CTA's pages, attended
+
+  __device__ __forceinline__ HeadConcluder(const ProgressiveArgs& args, Shared& room)
+      : p(args), shared(room), from(args.sequences[blockIdx.z]) {
+    if (threadIdx.x == 0) shared.columns = args.shape.group_size() * from.q_len;
+  }
+
+  // Not members, which would take registers.
+  __device__ __forceinline__ int sequence() const { return blockIdx.z; }
+  __device__ __forceinline__ int head() const { return blockIdx.y; }
+  __device__ __forceinline__ int head_index() const {
+    return sequence() * p.shape.num_kv_heads + head();
+  }
+  __device__ __forceinline__ RowCluster cluster() const { return RowCluster(); }
+  __device__ __forceinline__ int columns() const { return shared.columns; }  // after a barrier
+
+  __device__ __forceinline__ bool Selects() const { return threadIdx.x < kSelectThreads; }
+  // The CTA has pages rank, rank + ctas, ...: so many.
+  __device__ __forceinline__ int pages() const {
+    return max(CeilDiv(from.num_sealed - cluster().rank, cluster().ctas), 0);
+  }
+  // Those from number `begin` of them on.
+  __device__ __forceinline__ ChunkPages Chunk(int begin) const {
+    return ChunkPages{cluster().rank + begin * cluster().ctas, cluster().ctas,
+                      min(pages() - begin, kChunkPages)};
+  }
+  // The first page that a slot has of the list.
+  __device__ __forceinline__ int Bound(int slot) const { return listed * slot / Shared::kSlots; }
+
+  __device__ __forceinline__ void Wait() const {
+    WaitForDependencies();
+    NoteTime(p.stamps, kSelectStamp);
+    ClearProgress(p);
+  }
+
+  // Decides a chunk's pages, by the threads that select. `lse`, `theta`: known after the first
+  // chunk.
+  __device__ __forceinline__ void Decide(ChunkSelector<TileTraits>& selector, bool first,
+                                         float (&lse)[Decider::kEach], float* theta) {
+    MassPart<kSelectWarps, kColumns> masses(p, from, sequence(), head(), 0);
+    // Where theta is chosen, the launch before is the one that does (progressive_select.cuh).
+    const bool chosen = ChoosesTheta(from.decision.policy);
+    if (first) {
+      if (!chosen) Wait();
+      masses.Load();
+    }
+    selector.decider.Load();
+    selector.Fetch(head());
+    __syncwarp();  // loads first
+    ListDepths<TileTraits>(p, from.decision, shared.select);
+    if (first) {
+      FindLse<TileTraits, kConcludeBarrier>(selector.decider, sequence(), head(), masses,
+                                            shared.select, lse);
+      if (chosen) Wait();
+      *theta = chosen ? reinterpret_cast<const float*>(p.workspace + p.work.theta)[head_index()]
+                      : from.decision.theta;
+      if (threadIdx.x < 4) {
+#pragma unroll
+        for (int i = 0; i < Decider::kEach; ++i) shared.lse[selector.decider.column(i)] = lse[i];
+      }
+    } else {
+      SyncSelect<kConcludeBarrier>();
+    }
+    selector.Decide(lse, *theta);
+  }
+
+  // Decides the CTA's pages, lists those that are attended and has the slots' first ones fetched;
+  // while they come, adds up the means of the others and all pages' figures.
+  __device__ __forceinline__ void Select(Attender& attender) {
+    const SequenceView s(from);
+    float theta = 0, lse[Decider::kEach];
+    for (int begin = 0;; begin += kChunkPages) {
+      // Threads that do not select have no page in it.
+      ChunkSelector<TileTraits> selector(p, from, s, sequence(), head(), 0, Chunk(begin),
+                                         shared.select);
+      if (Selects()) {
+        Decide(selector, begin == 0, lse, &theta);
+      } else if (begin == 0) {
+        WaitForDependencies();
+      }
+      __syncthreads();
+      if (Selects()) {
+        selector.decider.List(s, shared.select, reinterpret_cast<uint4*>(shared.page + listed));
+      }
+      listed += ListLength<TileTraits>(shared.select).pages;
+      __syncthreads();
+      const bool last = begin + kChunkPages >= pages();
+      if (last) Fetch(attender);
+      if (Selects()) {
+        if (threadIdx.x < 32) CountPages<TileTraits>(p.decisions + head_index(), shared.select);
+        selector.Summarise();
+        SyncSelect<kConcludeBarrier>();
+        selector.decider.Weigh(shared.select);
+      }
+      __syncthreads();
+      SumChunk(begin);
+      if (last) return;
+      __syncthreads();
+    }
+  }
+
+  // Adds up the figures of a chunk's pages and the means of those that are not attended.
+  __device__ __forceinline__ void SumChunk(int begin) {
+    if (Selects()) {
+      StoreStates<TileTraits>(shared.select, kPartFloats,
+                              reinterpret_cast<float*>(&shared.part[0].state), begin > 0);
+    } else {
+      const ChunkPages chunk = Chunk(begin);
+      AddMeans<TileTraits, Shared::kWarps - kSelectWarps>(
+          shared.select.means, chunk.count, chunk.HasSink(), columns(),
+          static_cast<int>(threadIdx.x) / 32 - kSelectWarps, kPartFloats,
+          reinterpret_cast<float*>(shared.part), begin > 0);
+    }
+  }
+
+  // Starts to bring the slot's first pages.
+  __device__ __forceinline__ void Fetch(Attender& attender) const {
+    NoteTime(p.stamps, kAttendStamp);
+    attender.streamer.next = Bound(attender.slot);
+    if (attender.Fetches()) attender.streamer.Fill(Bound(attender.slot + 1));
+  }
+
+  // The slot's pages; then the CTA's sums of all slots, in their order.
+  __device__ __forceinline__ void Attend(Attender& attender) {
+    const int begin = Bound(attender.slot), end = Bound(attender.slot + 1);
+    if (begin < end) attender.Enter(shared.page[begin]);
+    attender.lse = shared.lse[attender.lane / 4];
+    for (int i = begin; i < end; ++i) {
+      if (attender.Fetches()) attender.streamer.Fill(Here(end));
+      attender.Attend(shared.page[i]);
+    }
+    if (attender.group == 0) attender.CountBytes();
+    __syncthreads();
+    NoteTime(p.stamps, kMergeStamp);
+    StoreSlot(attender, begin < end);
+    __syncthreads();
+    SumSlots();
+  }
+
+  __device__ __forceinline__ void StoreSlot(const Attender& attender, bool any) {
+    const int lane = attender.lane, slot = attender.slot;
+    if (attender.group == 0 && lane % 4 == 0) {
+      shared.slot_reference[slot][lane / 4] = attender.reference;
+      shared.slot_mass[slot][lane / 4] = attender.mass;
+    }
+    if (!any) return;
+    const int first = attender.group * Traits::kTilesPerGroup * kTileChannels + lane / 4;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int column = lane % 4 * 2 + e % 2;
+      if (column >= kColumns) continue;
+      float* row = shared.SumsOf(slot).out[column] + first + e / 2 * 8;
+#pragma unroll
+      for (int i = 0; i < Traits::kTilesPerGroup; ++i) {
+        row[i * kTileChannels] = attender.out[i][e];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void SumSlots() {
+    for (int at = threadIdx.x; at < columns() * kD; at += kThreads) {
+      const int column = at / kD, channel = at % kD;
+      float top = -INFINITY;
+#pragma unroll
+      for (int slot = 0; slot < Shared::kSlots; ++slot) {
+        top = fmaxf(top, shared.slot_reference[slot][column]);
+      }
+      float sum = 0, mass = 0;
+#pragma unroll
+      for (int slot = 0; slot < Shared::kSlots; ++slot) {
+        const float reference = shared.slot_reference[slot][column];
+        if (reference == -INFINITY) continue;  // it had no page
+        const float factor = Exp2(reference - top);
+        sum = fmaf(shared.SumsOf(slot).out[column][channel], factor, sum);
+        mass = fmaf(shared.slot_mass[slot][column], factor, mass);
+      }
+      Part& part = shared.part[column];
+      part.partial[channel] = sum;
+      part.vectors[kAttended][channel] += part.vectors[kSkipped][channel];
+      if (channel > 0) continue;
+      part.mass = mass;
+      part.unused = 0;
+      shared.reference[column] = top;
+    }
+  }
+
+  // Adds up all CTAs' parts of a column. Returns what partial outputs are relative to.
+  __device__ __forceinline__ float Gather(int column) {
+    constexpr int kPartial = offsetof(Part, partial) / sizeof(float);
+    constexpr int kMass = offsetof(Part, mass) / sizeof(float);
+    constexpr int kRounds = (kPartFloats + kThreads - 1) / kThreads;
+    constexpr int kAtOnce = kRounds > 2 ? 2 : 8;  // loads of a float on their way
+    const int lane = threadIdx.x % 32, ctas = cluster().ctas;
+    const auto* part = reinterpret_cast<const float*>(&shared.part[column]);
+    float x[kRounds][kAtOnce];
+    const auto load = [&](int first) {
+#pragma unroll
+      for (int round = 0; round < kRounds; ++round) {
+        const int at = threadIdx.x + round * kThreads;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          x[round][i] = 0;
+          if (at < kPartFloats && first + i < ctas) {
+            x[round][i] = cluster().Load(part + at, first + i);
+          }
+        }
+      }
+    };
+    load(0);
+    // Lane i has CTA i's.
+    const float reference =
+        lane < ctas ? cluster().Load(&shared.reference[column], lane) : -INFINITY;
+    const float top = WarpMax(reference);
+    const float factor = Exp2(reference - (top == -INFINITY ? 0.0f : top));
+    float sums[kRounds] = {};
+    for (int first = 0;;) {
+#pragma unroll
+      for (int round = 0; round < kRounds; ++round) {
+        const int at = threadIdx.x + round * kThreads;
+        const bool relative = (at >= kPartial && at < kPartial + kD) || at == kMass;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const float own = __shfl_sync(0xffffffffu, factor, first + i);
+          sums[round] = fmaf(x[round][i], relative ? own : 1.0f, sums[round]);
+        }
+      }
+      first += kAtOnce;
+      if (first >= ctas) break;
+      load(first);
+    }
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int at = threadIdx.x + round * kThreads;
+      if (at < kPartFloats) reinterpret_cast<float*>(&shared.total)[at] = sums[round];
+    }
+    return top;
+  }
+
+  // The dense tail's part of a column, which may not exist.
+  __device__ __forceinline__ DensePart<Traits> Dense(int column) const {
+    return DensePart<Traits>(p, int64_t{head_index()} * p.work.columns + min(column, columns() - 1),
+                             threadIdx.x % 32);
+  }
+
+  // Once all CTAs have their sums: the CTA's columns of the head, then the head's decision.
+  // `dense`: of its first column.
+  __device__ __forceinline__ void Finish(DensePart<Traits> dense) {
+    for (int column = cluster().rank; column < columns(); column += cluster().ctas) {
+      const float reference = Gather(column);
+      __syncthreads();
+      const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+      const float lse = shared.lse[column];
+      if (warp == 0) {
+        StoreColumn<Traits>(p, OutputRow(p, from, head(), column), lse, dense, reference, lane,
+                            shared.total);
+      } else if (warp == 1) {
+        const float2 own = ColumnFigures<Traits>(lse, dense, lane, shared.total);
+        if (lane == 0) cluster().At(shared.figures, 0)[column] = own;
+      }
+      if (column + cluster().ctas >= columns()) break;
+      dense = Dense(column + cluster().ctas);
+      __syncthreads();
+    }
+    cluster().Sync();  // figures are there, and sums are nobody's any more
+    if (cluster().rank > 0 || threadIdx.x > 0) return;
+    StoreFigures(p, from, head_index(), columns(), [this](int i) { return shared.figures[i]; });
+  }
+
+  __device__ __forceinline__ void Run() {
+    Attender attender(p, shared, 0);
+    Select(attender);
+    Attend(attender);
+    const DensePart<Traits> dense = Dense(cluster().rank);
+    cluster().Sync();
+    Finish(dense);
+  }
+};
+
+template <class Traits, class TileTraits>
+__global__ void __launch_bounds__(AttendShared<Traits>::kThreads, 1)
+    ProgressiveConcludeKernel(const __grid_constant__ ProgressiveArgs p) {
+  using Shared = ConcludeShared<Traits, TileTraits>;
+  extern __shared__ __align__(16) std::byte shared_bytes[];
+  auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  static_assert(sizeof(Shared) <= size_t{227} << 10, "what a CTA may have");
+  shared.InitBarriers();
+  HeadConcluder<Traits, TileTraits>(p, shared).Run();
+}
+
+}  // namespace adaattn
+
+#endif  // ADAATTN_KERNELS_CUDA_PROGRESSIVE_CONCLUDE_CUH_
