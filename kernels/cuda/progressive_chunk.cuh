@@ -6,8 +6,8 @@
 //   skipped pages   sum of share * mean
 //   error terms     policy/error_model.h, with o left open
 // By kSelectThreads threads, four a page, which then add the means by an MMA over pages. What needs
-// no other page stands before a barrier, what does behind it: one for L, one for the sums. Sums keep
-// an order of their own: they do not depend on timing.
+// no other page stands before a barrier, what does behind it: one for L, one for the sums. Sums
+// keep an order of their own: they do not depend on timing.
 
 #include "kernels/cuda/progressive_depths.cuh"
 #include "kernels/cuda/progressive_first_token.cuh"
@@ -46,13 +46,6 @@ struct ChunkPages {
   __device__ __forceinline__ int At(int i) const { return first + i * step; }
   __device__ __forceinline__ bool HasSink() const { return first == 0 && count > 0; }
 };
-
-// The kSelectThreads threads that decide a chunk meet, at barrier kBarrier where the CTA has
-// others.
-template <int kBarrier>
-__device__ __forceinline__ void SyncSelect() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kSelectThreads) : "memory");
-}
 
 // Works out all depths, by the last warp.
 template <class Traits>
@@ -302,9 +295,23 @@ __device__ __forceinline__ void CountPages(HeadDecision* decision,
   AddBytes(&decision->value_bytes, int64_t{pages} * SelectShared<Traits>::kSummaryBytes);
 }
 
-// L of the thread's columns, and where there is more than one tile that of all to shared.lse.
+// L of the thread's columns of a tile, from the warps' parts.
+template <class Traits>
+__device__ __forceinline__ void JoinLse(const SelectShared<Traits>& shared, int tile,
+                                        float (&lse)[PageDecider<Traits>::kEach]) {
+  constexpr int kColumns = Traits::kColumns;
+  lse[0] = JoinMassParts<kSelectWarps, kColumns>(shared.lse_parts[tile][0]);
+  if constexpr (kColumns == kTileColumns) {  // so far of column lane % 8
+    const float other = __shfl_xor_sync(0xffffffffu, lse[0], 4);
+    const bool upper = (threadIdx.x & 4) != 0;
+    lse[1] = upper ? lse[0] : other;
+    lse[0] = upper ? other : lse[0];
+  }
+}
+
+// The same by a whole CTA, and where there is more than one tile that of all to shared.lse.
 // `masses`: of the tile, on their way.
-template <class Traits, int kBarrier = 0>
+template <class Traits>
 __device__ __forceinline__ void FindLse(const PageDecider<Traits>& decider, int sequence, int head,
                                         MassPart<kSelectWarps, Traits::kColumns>& masses,
                                         SelectShared<Traits>& shared,
@@ -320,20 +327,14 @@ __device__ __forceinline__ void FindLse(const PageDecider<Traits>& decider, int 
     other.Load();
     other.Store(shared.lse_parts[i][warp]);
   }
-  SyncSelect<kBarrier>();
-  lse[0] = JoinMassParts<kSelectWarps, kColumns>(shared.lse_parts[tile][0]);
-  if constexpr (kColumns == kTileColumns) {  // so far of column lane % 8
-    const float other = __shfl_xor_sync(0xffffffffu, lse[0], 4);
-    const bool upper = (threadIdx.x & 4) != 0;
-    lse[1] = upper ? lse[0] : other;
-    lse[0] = upper ? other : lse[0];
-  }
+  __syncthreads();
+  JoinLse<Traits>(shared, tile, lse);
   if (tiles == 1) return;
   for (int i = warp; i < tiles; i += kSelectWarps) {
     const float sum = JoinMassParts<kSelectWarps, kColumns>(shared.lse_parts[i][0]);
     if (threadIdx.x % 32 < kColumns) shared.lse[i * kTileColumns + threadIdx.x % 32] = sum;
   }
-  SyncSelect<kBarrier>();
+  __syncthreads();
 }
 
 // Decides a chunk of a head's pages for one tile of columns, by kSelectThreads threads.

@@ -17,8 +17,6 @@
 
 namespace adaattn {
 
-inline constexpr int kConcludeBarrier = 9;  // of the threads that select; slots have those before
-
 // Bytes of rings: what the rest of ConcludeShared leaves of what a CTA may have.
 template <class Traits, class TileTraits>
 constexpr int ConcludeRoom() {
@@ -99,12 +97,11 @@ struct HeadConcluder {
     ClearProgress(p);
   }
 
-  // Decides a chunk's pages, by the threads that select. `lse`, `theta`: known after the first
-  // chunk.
-  __device__ __forceinline__ void Decide(ChunkSelector<TileTraits>& selector, bool first,
-                                         float (&lse)[Decider::kEach], float* theta) {
+  // Brings what a chunk's pages are decided by, and the first time the warp's part of L. By the
+  // threads that select, who do it before they wait where theta is chosen: the launch before is the
+  // one that chooses it (progressive_select.cuh).
+  __device__ __forceinline__ void Load(ChunkSelector<TileTraits>& selector, bool first) {
     MassPart<kSelectWarps, kColumns> masses(p, from, sequence(), head(), 0);
-    // Where theta is chosen, the launch before is the one that does (progressive_select.cuh).
     const bool chosen = ChoosesTheta(from.decision.policy);
     if (first) {
       if (!chosen) Wait();
@@ -114,24 +111,31 @@ struct HeadConcluder {
     selector.Fetch(head());
     __syncwarp();  // loads first
     ListDepths<TileTraits>(p, from.decision, shared.select);
+    if (!first) return;
+    masses.Store(shared.select.lse_parts[0][threadIdx.x / 32]);
+    if (chosen) Wait();
+  }
+
+  // Decides a chunk's pages, by the threads that select. `lse`, `theta`: known after the first
+  // chunk.
+  __device__ __forceinline__ void Decide(ChunkSelector<TileTraits>& selector, bool first,
+                                         float (&lse)[Decider::kEach], float* theta) {
     if (first) {
-      FindLse<TileTraits, kConcludeBarrier>(selector.decider, sequence(), head(), masses,
-                                            shared.select, lse);
-      if (chosen) Wait();
-      *theta = chosen ? reinterpret_cast<const float*>(p.workspace + p.work.theta)[head_index()]
-                      : from.decision.theta;
+      *theta = ChoosesTheta(from.decision.policy)
+                   ? reinterpret_cast<const float*>(p.workspace + p.work.theta)[head_index()]
+                   : from.decision.theta;
+      JoinLse<TileTraits>(shared.select, 0, lse);
       if (threadIdx.x < 4) {
 #pragma unroll
         for (int i = 0; i < Decider::kEach; ++i) shared.lse[selector.decider.column(i)] = lse[i];
       }
-    } else {
-      SyncSelect<kConcludeBarrier>();
     }
     selector.Decide(lse, *theta);
   }
 
   // Decides the CTA's pages, lists those that are attended and has the slots' first ones fetched;
-  // while they come, adds up the means of the others and all pages' figures.
+  // while they come, adds up the means of the others and all pages' figures. All threads meet at
+  // the same barriers: racecheck takes one of some of them for none.
   __device__ __forceinline__ void Select(Attender& attender) {
     const SequenceView s(from);
     float theta = 0, lse[Decider::kEach];
@@ -140,10 +144,12 @@ struct HeadConcluder {
       ChunkSelector<TileTraits> selector(p, from, s, sequence(), head(), 0, Chunk(begin),
                                          shared.select);
       if (Selects()) {
-        Decide(selector, begin == 0, lse, &theta);
+        Load(selector, begin == 0);
       } else if (begin == 0) {
         WaitForDependencies();
       }
+      __syncthreads();
+      if (Selects()) Decide(selector, begin == 0, lse, &theta);
       __syncthreads();
       if (Selects()) {
         selector.decider.List(s, shared.select, reinterpret_cast<uint4*>(shared.page + listed));
@@ -155,9 +161,9 @@ struct HeadConcluder {
       if (Selects()) {
         if (threadIdx.x < 32) CountPages<TileTraits>(p.decisions + head_index(), shared.select);
         selector.Summarise();
-        SyncSelect<kConcludeBarrier>();
-        selector.decider.Weigh(shared.select);
       }
+      __syncthreads();
+      if (Selects()) selector.decider.Weigh(shared.select);
       __syncthreads();
       SumChunk(begin);
       if (last) return;
@@ -198,18 +204,18 @@ struct HeadConcluder {
     if (attender.group == 0) attender.CountBytes();
     __syncthreads();
     NoteTime(p.stamps, kMergeStamp);
-    StoreSlot(attender, begin < end);
+    StoreSlot(attender);
     __syncthreads();
     SumSlots();
   }
 
-  __device__ __forceinline__ void StoreSlot(const Attender& attender, bool any) {
+  __device__ __forceinline__ void StoreSlot(const Attender& attender) {
     const int lane = attender.lane, slot = attender.slot;
     if (attender.group == 0 && lane % 4 == 0) {
       shared.slot_reference[slot][lane / 4] = attender.reference;
       shared.slot_mass[slot][lane / 4] = attender.mass;
     }
-    if (!any) return;
+    if (attender.head_index < 0) return;  // it had no page
     const int first = attender.group * Traits::kTilesPerGroup * kTileChannels + lane / 4;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
