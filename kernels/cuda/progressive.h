@@ -11,6 +11,8 @@
 //   attend   finer key planes and value planes of what is listed, shared out evenly
 //   merge    partial results -> out, lse, decision
 //
+// or, where heads are few (conclude_parts.h), with `conclude` for the last three.
+//
 // Each is one launch with a grid that depends on shapes only, so a captured graph stays valid while
 // lengths grow inside the planned table size.
 

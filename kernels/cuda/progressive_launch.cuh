@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "absl/status/statusor.h"
 #include "kernels/cuda/progressive_conclude.cuh"
 #include "kernels/cuda/progressive_inst.h"
+#include "kernels/cuda/progressive_merge.cuh"
 #include "kernels/cuda/progressive_prepare.cuh"
 #include "kernels/cuda/progressive_refine.cuh"
 #include "kernels/cuda/progressive_select.cuh"
