@@ -3,7 +3,7 @@
 
 // Conclude: select, attend and merge in one launch, for steps of few heads, whose launches would
 // each take some microseconds for little work.
-// The CTAs of a cluster take every so manieth sealed page of a (sequence, kv head) each, from the
+// Each of the n CTAs of a cluster takes every n-th sealed page of a (sequence, kv head), from the
 // decision to the sums of values: where pages of much weight lie together they all have some. What
 // the launches leave for one another stays in shared memory, and the cluster meets once: each CTA
 // then adds up all CTAs' sums of its columns.
@@ -27,7 +27,6 @@ constexpr int ConcludeRoom() {
 // `TileTraits`: of select, which is leaner where columns are few.
 template <class Traits, class TileTraits>
 struct ConcludeShared : AttendRings<Traits, ConcludeRoom<Traits, TileTraits>(), kConcludePages> {
-  using Rings = AttendRings<Traits, ConcludeRoom<Traits, TileTraits>(), kConcludePages>;
   static constexpr int kColumns = TileTraits::kColumns;
   // A slot's sums of values; in the room of its ring once all slots are through. Rows are 4 banks
   // apart, for the lanes that store a channel of different columns.
@@ -54,7 +53,7 @@ struct ConcludeShared : AttendRings<Traits, ConcludeRoom<Traits, TileTraits>(), 
 template <class Traits, class TileTraits>
 struct HeadConcluder {
   using Shared = ConcludeShared<Traits, TileTraits>;
-  using Attender = PageAttender<Traits, typename Shared::Rings>;
+  using Attender = PageAttender<Traits, Shared>;
   using Decider = PageDecider<TileTraits>;
   using Part = MergePart<Traits>;
   static constexpr int kD = Traits::kHeadDim, kColumns = TileTraits::kColumns;
@@ -91,6 +90,7 @@ struct HeadConcluder {
   // The first page that a slot has of the list.
   __device__ __forceinline__ int Bound(int slot) const { return listed * slot / Shared::kSlots; }
 
+  // For the launch before. By the threads that select.
   __device__ __forceinline__ void Wait() const {
     WaitForDependencies();
     NoteTime(p.stamps, kSelectStamp);
@@ -349,7 +349,7 @@ struct HeadConcluder {
 };
 
 template <class Traits, class TileTraits>
-__global__ void __launch_bounds__(AttendShared<Traits>::kThreads, 1)
+__global__ void __launch_bounds__(ConcludeShared<Traits, TileTraits>::kThreads, 1)
     ProgressiveConcludeKernel(const __grid_constant__ ProgressiveArgs p) {
   using Shared = ConcludeShared<Traits, TileTraits>;
   extern __shared__ __align__(16) std::byte shared_bytes[];

@@ -109,7 +109,7 @@ absl::StatusOr<ConcludeClusters> CountClusters(Kernel kernel, int threads, size_
 template <class Traits, class TileTraits>
 absl::StatusOr<bool> LaunchConclude(const ProgressiveArgs& p, cudaStream_t stream) {
   constexpr auto kKernel = ProgressiveConcludeKernel<Traits, TileTraits>;
-  constexpr int kThreads = AttendShared<Traits>::kThreads;
+  constexpr int kThreads = ConcludeShared<Traits, TileTraits>::kThreads;
   constexpr size_t kShared = sizeof(ConcludeShared<Traits, TileTraits>);
   static const auto clusters = []() -> absl::StatusOr<ConcludeClusters> {
     ADAATTN_RETURN_IF_ERROR(AllowShared(kKernel, kShared));

@@ -7,10 +7,10 @@
 // A CTA takes runs of a sequence's pages, the first by its number, the next from a counter, until
 // none is left. One warp fetches: a page's nibbles of neighbouring heads are one long read, so bulk
 // copies fill a ring of stages, each kScanWarps (page, kv head) pairs; the other warps take a pair
-// each. Scores are written where the page may be read on: L is at least what the dense tail and the
-// pages so far hold, so most fail theta already. Items of work are runs x head groups x column
-// tiles; further column tiles find the page in L2 and count no bytes. grid: as many CTAs as the
-// device holds
+// each. Scores are written where the page may be read on: L is at least what the pages so
+// far hold and, unless the scan is early, the dense tail, so most fail theta already. Items of work
+// are runs x head groups x column tiles; further column tiles find the page in L2 and count no
+// bytes. grid: as many CTAs as the device holds
 
 #include "kernels/cuda/progressive_scores.cuh"
 #include "kernels/policy/error_model.h"

@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <fstream>
 #include <limits>
+#include <string>
 #include <utility>
 
 #include "kernels/format/float_types.h"
@@ -24,6 +27,20 @@ void WriteTensor(DType type, const std::vector<float>& values, int64_t first, st
   for (size_t i = 0; i < values.size(); ++i) {
     WriteElement(out, type, first + static_cast<int64_t>(i), values[i]);
   }
+}
+
+// A tuning file for `device` where the environment's ADAATTN_TEST_CONCLUDE_PAGES says another
+// CudaTuning::conclude_pages than the default (0: no step ends with one launch, however few its
+// heads), else "". Written here, since builds without CUDA have no FormatTuning.
+std::string TestTuningFile(const std::string& device) {
+  const char* pages = std::getenv("ADAATTN_TEST_CONCLUDE_PAGES");
+  if (pages == nullptr) return "";
+  std::string path = ::testing::TempDir() + "/adaattn_test_tuning.json";
+  std::ofstream(path) << R"({"version": 1, "devices": [{"device": ")" << device
+                      << R"(", "exact_ctas_per_sm": 2, "progressive_cta_percent": 100,)"
+                      << R"("conclude_pages": )" << pages
+                      << R"(, "crossovers": [], "provenance": {}}]})";
+  return path;
 }
 
 }  // namespace
