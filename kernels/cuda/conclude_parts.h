@@ -30,6 +30,17 @@ constexpr bool Concludes(int32_t head_dim, int32_t columns) {
          columns <= (head_dim > 128 ? kFewColumns : kTileColumns);
 }
 
+// Sums of columns that a CTA gets from its cluster, its own among them, at most: each of its
+// columns from each CTA.
+constexpr int32_t ConcludeParts(int32_t columns) {
+  int32_t most = 0;
+  for (int32_t ctas = kMinConcludeCtas; ctas <= kMaxConcludeCtas; ++ctas) {
+    const int32_t parts = (columns + ctas - 1) / ctas * ctas;
+    if (parts > most) most = parts;
+  }
+  return most;
+}
+
 // Element i: clusters of i CTAs, each with a multiprocessor to itself, that the device holds at
 // once.
 using ConcludeClusters = std::array<int32_t, kMaxConcludeCtas + 1>;

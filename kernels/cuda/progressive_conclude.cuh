@@ -5,8 +5,8 @@
 // each take some microseconds for little work.
 // Each of the n CTAs of a cluster takes every n-th sealed page of a (sequence, kv head), from the
 // decision to the sums of values: where pages of much weight lie together they all have some. What
-// the launches leave for one another stays in shared memory, and the cluster meets once: each CTA
-// then adds up all CTAs' sums of its columns.
+// the launches leave for one another stays in shared memory. Each CTA sends its sums of a column to
+// the one that will add them up, and the cluster meets once.
 // grid (ConcludeCtas, num_kv_heads, num_sequences), a cluster a head
 
 #include <cstddef>
@@ -24,6 +24,15 @@ constexpr int ConcludeRoom() {
   return TileTraits::kColumns == kFewColumns ? 148 * 1024 : 120 * 1024;
 }
 
+// What pages add up to in a column.
+template <int kD>
+struct alignas(16) ConcludePart {
+  // In place of kSkipped in the end all of the output's values.
+  float vectors[kNumChunkVectors][kD];
+  ChunkState state;
+  float mass, top;  // of those values; both are relative to 2^top beside L
+};
+
 // `TileTraits`: of select, which is leaner where columns are few.
 template <class Traits, class TileTraits>
 struct ConcludeShared : AttendRings<Traits, ConcludeRoom<Traits, TileTraits>(), kConcludePages> {
@@ -35,14 +44,16 @@ struct ConcludeShared : AttendRings<Traits, ConcludeRoom<Traits, TileTraits>(), 
   };
   static_assert(sizeof(SlotSums) <= ConcludeShared::kRingBytes, "in the room of the ring");
   SelectShared<TileTraits> select;
-  alignas(16) MergePart<Traits> part[kColumns];  // of the CTA
-  alignas(16) MergePart<Traits> total;           // of the head, of one column
-  float reference[kTileColumns];                 // of the CTA's partial outputs, as attend's
+  ConcludePart<Traits::kHeadDim> part[kColumns];  // of the CTA's pages
+  // Those of the CTA's own columns that each CTA of the cluster has sent, column after column.
+  ConcludePart<Traits::kHeadDim> sent[ConcludeParts(kColumns)];
+  ConcludePart<Traits::kHeadDim> total;  // of the head's pages, of one column
   float slot_reference[ConcludeShared::kSlots][kTileColumns];
   float slot_mass[ConcludeShared::kSlots][kTileColumns];
   float lse[kTileColumns];
   int columns;                   // of the sequence
   float2 figures[kTileColumns];  // of the head's columns, in the first CTA
+  alignas(8) uint64_t figured;   // an arrival for each of them
 
   __device__ __forceinline__ SlotSums& SumsOf(int slot) {
     return *reinterpret_cast<SlotSums*>(this->room[slot]);
@@ -55,7 +66,7 @@ struct HeadConcluder {
   using Shared = ConcludeShared<Traits, TileTraits>;
   using Attender = PageAttender<Traits, Shared>;
   using Decider = PageDecider<TileTraits>;
-  using Part = MergePart<Traits>;
+  using Part = ConcludePart<Traits::kHeadDim>;
   static constexpr int kD = Traits::kHeadDim, kColumns = TileTraits::kColumns;
   static constexpr int kThreads = Shared::kThreads, kPartFloats = sizeof(Part) / sizeof(float);
   const ProgressiveArgs& p;
@@ -65,7 +76,10 @@ struct HeadConcluder {
 
   __device__ __forceinline__ HeadConcluder(const ProgressiveArgs& args, Shared& room)
       : p(args), shared(room), from(args.sequences[blockIdx.z]) {
-    if (threadIdx.x == 0) shared.columns = args.shape.group_size() * from.q_len;
+    if (threadIdx.x > 0) return;
+    shared.columns = args.shape.group_size() * from.q_len;
+    InitBarrier(SharedAddress(&shared.figured), shared.columns);
+    FenceBarrierInit();
   }
 
   // Not members, which would take registers.
@@ -192,7 +206,7 @@ struct HeadConcluder {
     if (attender.Fetches()) attender.streamer.Fill(Bound(attender.slot + 1));
   }
 
-  // The slot's pages; then the CTA's sums of all slots, in their order.
+  // The slot's pages; then the CTA's sums of all slots, in their order, to who needs them.
   __device__ __forceinline__ void Attend(Attender& attender) {
     const int begin = Bound(attender.slot), end = Bound(attender.slot + 1);
     if (begin < end) attender.Enter(shared.page[begin]);
@@ -206,7 +220,7 @@ struct HeadConcluder {
     NoteTime(p.stamps, kMergeStamp);
     StoreSlot(attender);
     __syncthreads();
-    SumSlots();
+    SendSums();
   }
 
   __device__ __forceinline__ void StoreSlot(const Attender& attender) {
@@ -229,112 +243,111 @@ struct HeadConcluder {
     }
   }
 
-  __device__ __forceinline__ void SumSlots() {
+  // Where a column's sums of CTA `rank` are, in the CTA that adds them up.
+  __device__ __forceinline__ Part& SentBy(int rank, int column) const {
+    return shared.sent[column / cluster().ctas * cluster().ctas + rank];
+  }
+
+  __device__ __forceinline__ void SendSums() {
+    constexpr int kFigures = sizeof(ChunkState) / sizeof(float);
     for (int at = threadIdx.x; at < columns() * kD; at += kThreads) {
       const int column = at / kD, channel = at % kD;
-      float top = -INFINITY;
+      float reference = -INFINITY;
 #pragma unroll
       for (int slot = 0; slot < Shared::kSlots; ++slot) {
-        top = fmaxf(top, shared.slot_reference[slot][column]);
+        reference = fmaxf(reference, shared.slot_reference[slot][column]);
       }
-      float sum = 0, mass = 0;
+      const Part& part = shared.part[column];
+      const SumScale scale(part.state.mass, reference);
+      const float skipped = part.vectors[kSkipped][channel];
+      float sum = skipped * scale.skipped, mass = part.state.mass * scale.skipped;
 #pragma unroll
       for (int slot = 0; slot < Shared::kSlots; ++slot) {
-        const float reference = shared.slot_reference[slot][column];
-        if (reference == -INFINITY) continue;  // it had no page
-        const float factor = Exp2(reference - top);
+        const float own = shared.slot_reference[slot][column];
+        if (own == -INFINITY) continue;  // it had no page
+        const float factor = Exp2(own - scale.top);
         sum = fmaf(shared.SumsOf(slot).out[column][channel], factor, sum);
         mass = fmaf(shared.slot_mass[slot][column], factor, mass);
       }
-      Part& part = shared.part[column];
-      part.partial[channel] = sum;
-      part.vectors[kAttended][channel] += part.vectors[kSkipped][channel];
+      Part& target = SentBy(cluster().rank, column);
+      const auto send = [&](float* place, float x) {
+        cluster().Store(place, column % cluster().ctas, x);
+      };
+      send(&target.vectors[kSkipped][channel], sum);
+      send(&target.vectors[kWeightedMean][channel], part.vectors[kWeightedMean][channel]);
+      send(&target.vectors[kAttended][channel], part.vectors[kAttended][channel] + skipped);
+      if (channel < kFigures) {
+        send(reinterpret_cast<float*>(&target.state) + channel,
+             reinterpret_cast<const float*>(&part.state)[channel]);
+      }
       if (channel > 0) continue;
-      part.mass = mass;
-      part.unused = 0;
-      shared.reference[column] = top;
+      send(&target.mass, mass);
+      send(&target.top, scale.top);
     }
   }
 
-  // Adds up all CTAs' parts of a column. Returns what partial outputs are relative to.
+  // Adds up all CTAs' parts of a column. Returns what its values are relative to.
   __device__ __forceinline__ float Gather(int column) {
-    constexpr int kPartial = offsetof(Part, partial) / sizeof(float);
     constexpr int kMass = offsetof(Part, mass) / sizeof(float);
-    constexpr int kRounds = (kPartFloats + kThreads - 1) / kThreads;
-    constexpr int kAtOnce = kRounds > 2 ? 2 : 8;  // loads of a float on their way
     const int lane = threadIdx.x % 32, ctas = cluster().ctas;
-    const auto* part = reinterpret_cast<const float*>(&shared.part[column]);
-    float x[kRounds][kAtOnce];
-    const auto load = [&](int first) {
-#pragma unroll
-      for (int round = 0; round < kRounds; ++round) {
-        const int at = threadIdx.x + round * kThreads;
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          x[round][i] = 0;
-          if (at < kPartFloats && first + i < ctas) {
-            x[round][i] = cluster().Load(part + at, first + i);
-          }
-        }
-      }
-    };
-    load(0);
     // Lane i has CTA i's.
-    const float reference =
-        lane < ctas ? cluster().Load(&shared.reference[column], lane) : -INFINITY;
-    const float top = WarpMax(reference);
-    const float factor = Exp2(reference - (top == -INFINITY ? 0.0f : top));
-    float sums[kRounds] = {};
-    for (int first = 0;;) {
+    const float own = lane < ctas ? SentBy(lane, column).top : -INFINITY;
+    const float top = WarpMax(own);
+    const float factor = own == -INFINITY ? 0.0f : Exp2(own - top);
+    for (int at = threadIdx.x; at / 32 * 32 < kPartFloats; at += kThreads) {
+      const bool relative = at < kD || at == kMass;  // kSkipped is the first
+      float sum = 0;
 #pragma unroll
-      for (int round = 0; round < kRounds; ++round) {
-        const int at = threadIdx.x + round * kThreads;
-        const bool relative = (at >= kPartial && at < kPartial + kD) || at == kMass;
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const float own = __shfl_sync(0xffffffffu, factor, first + i);
-          sums[round] = fmaf(x[round][i], relative ? own : 1.0f, sums[round]);
-        }
+      for (int i = 0; i < kMaxConcludeCtas; ++i) {
+        const float of = __shfl_sync(0xffffffffu, factor, i);
+        if (i >= ctas || at >= kPartFloats) continue;
+        const float x = reinterpret_cast<const float*>(&SentBy(i, column))[at];
+        sum = fmaf(x, relative ? of : 1.0f, sum);
       }
-      first += kAtOnce;
-      if (first >= ctas) break;
-      load(first);
-    }
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      const int at = threadIdx.x + round * kThreads;
-      if (at < kPartFloats) reinterpret_cast<float*>(&shared.total)[at] = sums[round];
+      if (at < kPartFloats) reinterpret_cast<float*>(&shared.total)[at] = sum;
     }
     return top;
   }
 
-  // The dense tail's part of a column, which may not exist.
+  // The dense tail's part of a column, which may not exist; as Finish wants it.
   __device__ __forceinline__ DensePart<Traits> Dense(int column) const {
-    return DensePart<Traits>(p, int64_t{head_index()} * p.work.columns + min(column, columns() - 1),
-                             threadIdx.x % 32);
+    const int lane = threadIdx.x % 32;
+    DensePart<Traits> dense(p, int64_t{head_index()} * p.work.columns + min(column, columns() - 1),
+                            lane);
+    if (threadIdx.x / 32 == 1) dense.Rotate(lane);
+    return dense;
   }
 
-  // Once all CTAs have their sums: the CTA's columns of the head, then the head's decision.
-  // `dense`: of its first column.
+  // Once all CTAs have sent their sums: the CTA's columns of the head, then in the first one the
+  // head's decision. Nobody reads what another CTA has any more. `dense`: of the first column; in
+  // the second warp in the Hadamard frame.
   __device__ __forceinline__ void Finish(DensePart<Traits> dense) {
-    for (int column = cluster().rank; column < columns(); column += cluster().ctas) {
-      const float reference = Gather(column);
+    for (int column = cluster().rank; column < columns();) {
+      const float top = Gather(column);
       __syncthreads();
       const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
       const float lse = shared.lse[column];
+      const Part& total = shared.total;
       if (warp == 0) {
-        StoreColumn<Traits>(p, OutputRow(p, from, head(), column), lse, dense, reference, lane,
-                            shared.total);
+        ColumnVector<Traits> out(total.vectors[kSkipped], 1, lane);
+        StoreColumn<Traits>(p, OutputRow(p, from, head(), column), lse, dense, out, total.mass, top,
+                            lane);
       } else if (warp == 1) {
-        const float2 own = ColumnFigures<Traits>(lse, dense, lane, shared.total);
-        if (lane == 0) cluster().At(shared.figures, 0)[column] = own;
+        const float2 own = ColumnFigures<Traits>(lse, dense, lane, total.vectors[kWeightedMean],
+                                                 total.vectors[kAttended], total.state);
+        if (lane == 0) {
+          cluster().Store(&shared.figures[column].x, 0, own.x);
+          cluster().Store(&shared.figures[column].y, 0, own.y);
+          cluster().ArriveAt(&shared.figured, 0);
+        }
       }
-      if (column + cluster().ctas >= columns()) break;
-      dense = Dense(column + cluster().ctas);
+      column += cluster().ctas;
+      if (column >= columns()) break;
+      dense = Dense(column);
       __syncthreads();
     }
-    cluster().Sync();  // figures are there, and sums are nobody's any more
     if (cluster().rank > 0 || threadIdx.x > 0) return;
+    RowCluster::WaitForArrivals(&shared.figured);
     StoreFigures(p, from, head_index(), columns(), [this](int i) { return shared.figures[i]; });
   }
 

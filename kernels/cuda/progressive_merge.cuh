@@ -167,7 +167,7 @@ __device__ __forceinline__ void StoreElement(void* tensor, int64_t at, DType typ
 template <class Traits>
 struct DensePart {
   static constexpr int kEach = (Traits::kHeadDim + 31) / 32;
-  float lse, score, out[kEach];  // channel lane + 32 j
+  float lse, score, out[1][kEach];  // channel lane + 32 j
 
   __device__ __forceinline__ DensePart(const ProgressiveArgs& p, int64_t column, int lane) {
     const auto at = [&p](int64_t of) { return reinterpret_cast<const float*>(p.workspace + of); };
@@ -176,9 +176,12 @@ struct DensePart {
     const float* row = at(p.work.dense_out) + column * Traits::kHeadDim;
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
-      out[j] = lane + 32 * j < Traits::kHeadDim ? row[lane + 32 * j] : 0.0f;
+      out[0][j] = lane + 32 * j < Traits::kHeadDim ? row[lane + 32 * j] : 0.0f;
     }
   }
+
+  // To the Hadamard frame, in which page means are.
+  __device__ __forceinline__ void Rotate(int lane) { RotateHadamard<Traits::kHeadDim>(out, lane); }
 };
 
 // A vector of a column in one warp's registers, as one row of RotateHadamard: channel lane + 32 j
@@ -204,52 +207,58 @@ struct ColumnVector {
   }
 };
 
-// Stores out and lse of a column from its sums. By a warp.
+// How skipped and attended pages' values come to one sum, relative to 2^top beside L.
+struct SumScale {
+  float top, skipped, attended;  // -inf and 0 where there is nothing
+
+  // `reference`: of what was attended.
+  __device__ __forceinline__ SumScale(float skipped_mass, float reference) {
+    top = fmaxf(reference, skipped_mass > 0 ? Log2(skipped_mass) : -INFINITY);
+    skipped = skipped_mass > 0 ? Exp2(-top) : 0.0f;
+    attended = reference == -INFINITY ? 0.0f : Exp2(reference - top);
+  }
+};
+
+// Stores out and lse of a column from `out`, the sum of the sealed pages' values, in the Hadamard
+// frame, and its mass, both relative to 2^top beside L. By a warp.
 template <class Traits>
 __device__ __forceinline__ void StoreColumn(const ProgressiveArgs& p, int64_t row, float lse,
-                                            const DensePart<Traits>& dense, float reference,
-                                            int lane, const MergePart<Traits>& sums) {
+                                            const DensePart<Traits>& dense,
+                                            ColumnVector<Traits>& out, float mass, float top,
+                                            int lane) {
   constexpr int kD = Traits::kHeadDim;
-  const float skipped_mass = sums.state.mass;
-  // The largest part is what the output's sums are relative to.
-  float top = fmaxf(reference, skipped_mass > 0 ? Log2(skipped_mass) : -INFINITY);
-  if (dense.lse != -INFINITY) top = fmaxf(top, dense.lse - lse);
-  if (top == -INFINITY) top = 0;
-  const float skipped = skipped_mass > 0 ? Exp2(-top) : 0.0f;
-  const float attended = reference == -INFINITY ? 0.0f : Exp2(reference - top);
-  const float tail = dense.lse == -INFINITY ? 0.0f : Exp2(dense.lse - lse - top);
-  ColumnVector<Traits> out(sums.vectors[kSkipped], skipped, lane);
-  out.Add(sums.partial, attended, lane);
+  // The largest part is what the sums are relative to.
+  float base = top;
+  if (dense.lse != -INFINITY) base = fmaxf(base, dense.lse - lse);
+  if (base == -INFINITY) base = 0;
+  const float sealed = Exp2(top - base);
+  const float tail = dense.lse == -INFINITY ? 0.0f : Exp2(dense.lse - lse - base);
   RotateHadamard<kD>(out.x, lane);
-  const float mass = fmaf(skipped_mass, skipped, fmaf(sums.mass, attended, tail));
-  const float inverse = mass > 0 ? 1.0f / mass : 0.0f;
+  const float sum = fmaf(mass, sealed, tail), inverse = sum > 0 ? 1.0f / sum : 0.0f;
 #pragma unroll
   for (int j = 0; j < ColumnVector<Traits>::kEach; ++j) {
     if (lane + 32 * j >= kD) continue;
     StoreElement(p.out, row * kD + lane + 32 * j, p.out_type,
-                 fmaf(tail, dense.out[j], out.x[0][j]) * inverse);
+                 fmaf(tail, dense.out[0][j], sealed * out.x[0][j]) * inverse);
   }
-  if (lane == 0) p.lse[row] = mass > 0 ? (lse + top + Log2(mass)) * kLn2 : -INFINITY;
+  if (lane == 0) p.lse[row] = sum > 0 ? (lse + base + Log2(sum)) * kLn2 : -INFINITY;
 }
 
-// What a column adds to the head's decision: its predicted square relative error and its entropy.
-// By a warp.
+// What a column adds to the head's decision, its predicted square relative error and its entropy,
+// from the sum of all pages' weighted means, of their means as part of the estimated o, and of
+// their figures. `dense`: in the Hadamard frame, as the means. By a warp.
 template <class Traits>
 __device__ __forceinline__ float2 ColumnFigures(float lse, const DensePart<Traits>& dense, int lane,
-                                                const MergePart<Traits>& sums) {
-  constexpr int kD = Traits::kHeadDim;
-  const ChunkState& state = sums.state;
+                                                const float* weighted, const float* means,
+                                                const ChunkState& state) {
   const float dense_mass = dense.lse == -INFINITY ? 0.0f : Exp2(dense.lse - lse);
-  ColumnVector<Traits> mean(sums.vectors[kAttended], 1, lane);
-  ColumnVector<Traits> weighted(sums.vectors[kWeightedMean], 1, lane);
-  RotateHadamard<kD>(mean.x, lane);
-  RotateHadamard<kD>(weighted.x, lane);
+  const ColumnVector<Traits> mean(means, 1, lane), weights(weighted, 1, lane);
   float norm = 0, cross = 0;
 #pragma unroll
   for (int j = 0; j < ColumnVector<Traits>::kEach; ++j) {
-    const float estimate = fmaf(dense_mass, dense.out[j], mean.x[0][j]);
+    const float estimate = fmaf(dense_mass, dense.out[0][j], mean.x[0][j]);
     norm = fmaf(estimate, estimate, norm);
-    cross = fmaf(estimate, weighted.x[0][j], cross);
+    cross = fmaf(estimate, weights.x[0][j], cross);
   }
   norm = WarpSum(norm);
   cross = WarpSum(cross);
@@ -320,7 +329,7 @@ __global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim > 128 ? 
   WaitForDependencies();
   NoteTime(p.stamps, kMergeStamp);
   ClearProgress(p);
-  const DensePart<Traits> dense(p, at, lane);
+  DensePart<Traits> dense(p, at, lane);
   const float lse = reinterpret_cast<const float*>(p.workspace + w.global_lse)[at];
   const int2 span = reinterpret_cast<const int2*>(p.workspace + w.spans)[head_index];
   const Slice slots{span.x, span.y};
@@ -328,14 +337,24 @@ __global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim > 128 ? 
   SumChunks<Traits>(p, head_index, column, chunks, lane, warp, warps, parts + warp);
   const float reference = LargestReference(references, w.columns, slots, lane);
   SumSlots<Traits>(p, at, slots, references, reference, lane, warp, warps, parts + warp);
+  if (warp == 1) dense.Rotate(lane);
   __syncthreads();
   SumMergeParts(parts, warps);
   __syncthreads();
-  if (warp == 0) StoreColumn<Traits>(p, row, lse, dense, reference, lane, parts[0]);
+  const MergePart<Traits>& sums = parts[0];
+  if (warp == 0) {
+    const SumScale scale(sums.state.mass, reference);
+    ColumnVector<Traits> out(sums.vectors[kSkipped], scale.skipped, lane);
+    out.Add(sums.partial, scale.attended, lane);
+    StoreColumn<Traits>(p, row, lse, dense, out,
+                        fmaf(sums.state.mass, scale.skipped, sums.mass * scale.attended), scale.top,
+                        lane);
+  }
   if (warp != 1) return;
   auto* figures =
       reinterpret_cast<float2*>(p.workspace + w.figures) + int64_t{head_index} * w.columns;
-  const float2 own = ColumnFigures<Traits>(lse, dense, lane, parts[0]);
+  const float2 own = ColumnFigures<Traits>(lse, dense, lane, sums.vectors[kWeightedMean],
+                                           sums.vectors[kAttended], sums.state);
   if (lane > 0) return;
   figures[column] = own;
   __threadfence();

@@ -30,6 +30,7 @@ template <class Traits>
 __device__ __forceinline__ void FetchBasis(const std::byte* query_basis,
                                            RotateShared<Traits>& shared) {
   constexpr int kD = Traits::kHeadDim, kPieces = kD / 8;
+#pragma unroll 2
   for (int i = threadIdx.x; i < kD * kPieces; i += kQueryThreads) {
     CopyAsync16(shared.basis.At(i / kPieces, i % kPieces * 8), query_basis + i * 16);
   }

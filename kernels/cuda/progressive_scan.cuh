@@ -53,17 +53,20 @@ struct HeadGroup {
 
 // One item of work.
 struct ScanItem {
-  int run, group, tile;
-  __device__ __forceinline__ ScanItem(const ProgressiveArgs& p, int item) {
+  int run, group = 0, tile = 0;
+
+  __device__ __forceinline__ ScanItem(const ProgressiveArgs& p, int item) : run(item) {
     const int tiles = p.work.columns / kTileColumns;
     const int groups = CeilDiv(p.shape.num_kv_heads, kScanWarps);
-    run = item;
-    group = tile = 0;
-    if (tiles * groups == 1) return;  // as usual, without divisions
-    item = Here(item);
-    tile = item % tiles;
-    group = item / tiles % groups;
-    run = item / tiles / groups;
+    if (tiles * groups == 1) return;
+    const int4 parts = Divide(item, tiles, groups);
+    run = parts.x;
+    group = parts.y;
+    tile = parts.z;
+  }
+  // By a call: divisions are long and rare, and would stand in several places.
+  static __device__ __noinline__ int4 Divide(int item, int tiles, int groups) {
+    return make_int4(item / tiles / groups, item / tiles % groups, item % tiles, 0);
   }
 };
 

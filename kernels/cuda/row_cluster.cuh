@@ -23,15 +23,30 @@ struct RowCluster {
     return of == rank ? shared : cooperative_groups::this_cluster().map_shared_rank(shared, of);
   }
 
-  // What stands there.
-  __device__ __forceinline__ float Load(const float* shared, int of) const {
-    uint32_t address;
-    float x;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;"
-        : "=r"(address)
-        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(of));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address));
-    return x;
+  // Stores to it.
+  __device__ __forceinline__ void Store(float* shared, int of, float x) const {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(Address(shared, of)), "f"(x) : "memory");
+  }
+
+  // Arrives at an mbarrier there; what the thread has stored is seen by who waits for it
+  // (WaitForArrivals).
+  __device__ __forceinline__ void ArriveAt(uint64_t* barrier, int of) const {
+    asm volatile(
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(Address(barrier, of))
+        : "memory");
+  }
+  // For all arrivals at an mbarrier of the CTA's own that is used once.
+  static __device__ __forceinline__ void WaitForArrivals(uint64_t* barrier) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "WAIT:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+        "@done bra DONE;\n"
+        "bra WAIT;\n"
+        "DONE:\n"
+        "}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier)))
+        : "memory");
   }
 
   // A barrier in two halves, for work that waits for nobody in between.
@@ -48,6 +63,15 @@ struct RowCluster {
   __device__ __forceinline__ void Sync() const {
     Arrive();
     Wait();
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t Address(const void* shared, int of) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(address)
+        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(of));
+    return address;
   }
 };
 
