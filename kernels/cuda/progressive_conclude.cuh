@@ -6,7 +6,7 @@
 // Each of the n CTAs of a cluster takes every n-th sealed page of a (sequence, kv head), from the
 // decision to the sums of values: where pages of much weight lie together they all have some. What
 // the launches leave for one another stays in shared memory. Each CTA sends its sums of a column to
-// the one that will add them up, and the cluster meets once.
+// the one that adds them up, which waits for nothing else.
 // grid (ConcludeCtas, num_kv_heads, num_sequences), a cluster a head
 
 #include <cstddef>
@@ -53,7 +53,9 @@ struct ConcludeShared : AttendRings<Traits, ConcludeRoom<Traits, TileTraits>(), 
   float lse[kTileColumns];
   int columns;                   // of the sequence
   float2 figures[kTileColumns];  // of the head's columns, in the first CTA
-  alignas(8) uint64_t figured;   // an arrival for each of them
+  // Barriers of what is sent: to `sent`, to `figures`.
+  alignas(8) uint64_t sums_sent;
+  uint64_t figures_sent;
 
   __device__ __forceinline__ SlotSums& SumsOf(int slot) {
     return *reinterpret_cast<SlotSums*>(this->room[slot]);
@@ -77,9 +79,17 @@ struct HeadConcluder {
   __device__ __forceinline__ HeadConcluder(const ProgressiveArgs& args, Shared& room)
       : p(args), shared(room), from(args.sequences[blockIdx.z]) {
     if (threadIdx.x > 0) return;
-    shared.columns = args.shape.group_size() * from.q_len;
-    InitBarrier(SharedAddress(&shared.figured), shared.columns);
+    const int columns = args.shape.group_size() * from.q_len, ctas = cluster().ctas;
+    shared.columns = columns;
+    // Of the columns rank, rank + ctas, ..., from each CTA.
+    const int own = max(CeilDiv(columns - cluster().rank, ctas), 0);
+    Expect(&shared.sums_sent, own * ctas * static_cast<int>(sizeof(Part)));
+    Expect(&shared.figures_sent, columns * static_cast<int>(sizeof(float2)));
     FenceBarrierInit();
+  }
+  static __device__ __forceinline__ void Expect(uint64_t* barrier, int bytes) {
+    InitBarrier(SharedAddress(barrier), 1);
+    ArriveExpectBytes(SharedAddress(barrier), static_cast<uint32_t>(bytes));
   }
 
   // Not members, which would take registers.
@@ -243,13 +253,12 @@ struct HeadConcluder {
     }
   }
 
-  // Where a column's sums of CTA `rank` are, in the CTA that adds them up.
-  __device__ __forceinline__ Part& SentBy(int rank, int column) const {
-    return shared.sent[column / cluster().ctas * cluster().ctas + rank];
-  }
-
-  __device__ __forceinline__ void SendSums() {
+  // To the CTA that adds up a column's sums: column modulo the number of CTAs, in whose `sent` those
+  // of all CTAs follow one another, those of its columns likewise.
+  __device__ __forceinline__ void SendSums() const {
     constexpr int kFigures = sizeof(ChunkState) / sizeof(float);
+    static_assert(sizeof(Part) == (kNumChunkVectors * kD + kFigures + 2) * sizeof(float),
+                  "all of it is sent");
     for (int at = threadIdx.x; at < columns() * kD; at += kThreads) {
       const int column = at / kD, channel = at % kD;
       float reference = -INFINITY;
@@ -269,9 +278,11 @@ struct HeadConcluder {
         sum = fmaf(shared.SumsOf(slot).out[column][channel], factor, sum);
         mass = fmaf(shared.slot_mass[slot][column], factor, mass);
       }
-      Part& target = SentBy(cluster().rank, column);
+      int owner = column, first = 0;
+      for (; owner >= cluster().ctas; owner -= cluster().ctas) first += cluster().ctas;
+      Part& target = shared.sent[first + cluster().rank];
       const auto send = [&](float* place, float x) {
-        cluster().Store(place, column % cluster().ctas, x);
+        cluster().Send(place, owner, x, &shared.sums_sent);
       };
       send(&target.vectors[kSkipped][channel], sum);
       send(&target.vectors[kWeightedMean][channel], part.vectors[kWeightedMean][channel]);
@@ -286,22 +297,22 @@ struct HeadConcluder {
     }
   }
 
-  // Adds up all CTAs' parts of a column. Returns what its values are relative to.
-  __device__ __forceinline__ float Gather(int column) {
+  // Adds up all CTAs' sums of a column, from `sent` on. Returns what its values are relative to.
+  __device__ __forceinline__ float Gather(const Part* sent) const {
     constexpr int kMass = offsetof(Part, mass) / sizeof(float);
     const int lane = threadIdx.x % 32, ctas = cluster().ctas;
     // Lane i has CTA i's.
-    const float own = lane < ctas ? SentBy(lane, column).top : -INFINITY;
+    const float own = lane < ctas ? sent[lane].top : -INFINITY;
     const float top = WarpMax(own);
     const float factor = own == -INFINITY ? 0.0f : Exp2(own - top);
     for (int at = threadIdx.x; at / 32 * 32 < kPartFloats; at += kThreads) {
       const bool relative = at < kD || at == kMass;  // kSkipped is the first
+      const float* from_cta = reinterpret_cast<const float*>(sent) + min(at, kPartFloats - 1);
       float sum = 0;
 #pragma unroll
       for (int i = 0; i < kMaxConcludeCtas; ++i) {
+        const float x = i < ctas ? from_cta[i * kPartFloats] : 0.0f;
         const float of = __shfl_sync(0xffffffffu, factor, i);
-        if (i >= ctas || at >= kPartFloats) continue;
-        const float x = reinterpret_cast<const float*>(&SentBy(i, column))[at];
         sum = fmaf(x, relative ? of : 1.0f, sum);
       }
       if (at < kPartFloats) reinterpret_cast<float*>(&shared.total)[at] = sum;
@@ -309,55 +320,64 @@ struct HeadConcluder {
     return top;
   }
 
-  // The dense tail's part of a column, which may not exist; as Finish wants it.
-  __device__ __forceinline__ DensePart<Traits> Dense(int column) const {
-    const int lane = threadIdx.x % 32;
-    DensePart<Traits> dense(p, int64_t{head_index()} * p.work.columns + min(column, columns() - 1),
-                            lane);
-    if (threadIdx.x / 32 == 1) dense.Rotate(lane);
-    return dense;
-  }
+  // What of a column lies in global memory: the dense tail's part, for the second warp in the
+  // Hadamard frame, and where its output goes.
+  struct ColumnEnds {
+    int64_t row;
+    DensePart<Traits> dense;
 
-  // Once all CTAs have sent their sums: the CTA's columns of the head, then in the first one the
-  // head's decision. Nobody reads what another CTA has any more. `dense`: of the first column; in
-  // the second warp in the Hadamard frame.
-  __device__ __forceinline__ void Finish(DensePart<Traits> dense) {
-    for (int column = cluster().rank; column < columns();) {
-      const float top = Gather(column);
+    __device__ __forceinline__ ColumnEnds(const HeadConcluder& of, int column)
+        : row(OutputRow(of.p, of.from, of.head(), column)),
+          dense(of.p, int64_t{of.head_index()} * of.p.work.columns + column, threadIdx.x % 32) {
+      if (threadIdx.x / 32 == 1) dense.Rotate(threadIdx.x % 32);
+    }
+  };
+
+  // The CTA's columns of the head; in the first one the head's decision.
+  __device__ __forceinline__ void Finish() const {
+    int column = cluster().rank;
+    if (column >= columns()) return;
+    const bool has_theta = HasTheta(from);
+    const float theta = ThetaOf(p, from, head_index());
+    ColumnEnds ends(*this, column);
+    RowCluster::Receive(&shared.sums_sent);
+    for (const Part* sent = shared.sent;; sent += cluster().ctas) {
+      const float top = Gather(sent);
       __syncthreads();
       const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
       const float lse = shared.lse[column];
       const Part& total = shared.total;
       if (warp == 0) {
         ColumnVector<Traits> out(total.vectors[kSkipped], 1, lane);
-        StoreColumn<Traits>(p, OutputRow(p, from, head(), column), lse, dense, out, total.mass, top,
-                            lane);
+        StoreColumn<Traits>(p, ends.row, lse, ends.dense, out, total.mass, top, lane);
       } else if (warp == 1) {
-        const float2 own = ColumnFigures<Traits>(lse, dense, lane, total.vectors[kWeightedMean],
-                                                 total.vectors[kAttended], total.state);
+        const float2 own =
+            ColumnFigures<Traits>(lse, ends.dense, lane, total.vectors[kWeightedMean],
+                                  total.vectors[kAttended], total.state);
         if (lane == 0) {
-          cluster().Store(&shared.figures[column].x, 0, own.x);
-          cluster().Store(&shared.figures[column].y, 0, own.y);
-          cluster().ArriveAt(&shared.figured, 0);
+          cluster().Send(&shared.figures[column].x, 0, own.x, &shared.figures_sent);
+          cluster().Send(&shared.figures[column].y, 0, own.y, &shared.figures_sent);
         }
       }
       column += cluster().ctas;
       if (column >= columns()) break;
-      dense = Dense(column);
+      ends = ColumnEnds(*this, column);
       __syncthreads();
     }
     if (cluster().rank > 0 || threadIdx.x > 0) return;
-    RowCluster::WaitForArrivals(&shared.figured);
-    StoreFigures(p, from, head_index(), columns(), [this](int i) { return shared.figures[i]; });
+    RowCluster::Receive(&shared.figures_sent);
+    HeadDecision& decision = p.decisions[head_index()];
+    StoreFigures(decision, columns(), [this](int i) { return shared.figures[i]; });
+    if (has_theta) decision.theta = theta;
   }
 
   __device__ __forceinline__ void Run() {
+    cluster().Arrive();
     Attender attender(p, shared, 0);
+    cluster().Wait();  // all have started: they may be sent to
     Select(attender);
     Attend(attender);
-    const DensePart<Traits> dense = Dense(cluster().rank);
-    cluster().Sync();
-    Finish(dense);
+    Finish();
   }
 };
 

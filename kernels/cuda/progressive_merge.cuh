@@ -275,10 +275,21 @@ __device__ __forceinline__ void ClearProgress(const ProgressiveArgs& p) {
   if ((threadIdx.x | blockIdx.x | blockIdx.y | blockIdx.z) == 0) *p.rotated = 0;
 }
 
+// Whether a head has pages that a theta judged, and which.
+__device__ __forceinline__ bool HasTheta(const ProgressiveSequence& s) {
+  const PageRange visible = VisiblePages(s);
+  return UsesLadder(s.decision.policy) && visible.begin < visible.end;
+}
+__device__ __forceinline__ float ThetaOf(const ProgressiveArgs& p, const ProgressiveSequence& s,
+                                         int64_t head_index) {
+  return ChoosesTheta(s.decision.policy)
+             ? reinterpret_cast<const float*>(p.workspace + p.work.theta)[head_index]
+             : s.decision.theta;
+}
+
 // The head's decision from the figures of all of its columns, in their order: figures(i) of one.
 template <typename Figures>
-__device__ __forceinline__ void StoreFigures(const ProgressiveArgs& p, const ProgressiveSequence& s,
-                                             int64_t head_index, int columns,
+__device__ __forceinline__ void StoreFigures(HeadDecision& decision, int columns,
                                              const Figures& figures) {
   float error = 0, entropy = 0;
   for (int i = 0; i < columns; ++i) {
@@ -286,16 +297,9 @@ __device__ __forceinline__ void StoreFigures(const ProgressiveArgs& p, const Pro
     error += x.x;
     entropy += x.y;
   }
-  HeadDecision& decision = p.decisions[head_index];
   // The mean square; the return kernel takes the root.
   decision.predicted_error = error / static_cast<float>(columns);
   decision.entropy = entropy / static_cast<float>(columns);
-  const PageRange visible = VisiblePages(s);
-  if (UsesLadder(s.decision.policy) && visible.begin < visible.end) {
-    decision.theta = ChoosesTheta(s.decision.policy)
-                         ? reinterpret_cast<const float*>(p.workspace + p.work.theta)[head_index]
-                         : s.decision.theta;
-  }
 }
 
 // Of an output column: its row of q heads in the results.
@@ -361,7 +365,9 @@ __global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim > 128 ? 
   auto* done = reinterpret_cast<int32_t*>(p.workspace + w.merged) + head_index;
   if (atomicAdd(done, 1) == columns - 1) {
     __threadfence();  // other CTAs wrote them
-    StoreFigures(p, s, head_index, columns, [figures](int i) { return __ldcg(&figures[i]); });
+    HeadDecision& decision = p.decisions[head_index];
+    StoreFigures(decision, columns, [figures](int i) { return __ldcg(&figures[i]); });
+    if (HasTheta(s)) decision.theta = ThetaOf(p, s, head_index);
   }
 }
 

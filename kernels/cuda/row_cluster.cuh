@@ -23,20 +23,16 @@ struct RowCluster {
     return of == rank ? shared : cooperative_groups::this_cluster().map_shared_rank(shared, of);
   }
 
-  // Stores to it.
-  __device__ __forceinline__ void Store(float* shared, int of, float x) const {
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(Address(shared, of)), "f"(x) : "memory");
-  }
-
-  // Arrives at an mbarrier there; what the thread has stored is seen by who waits for it
-  // (WaitForArrivals).
-  __device__ __forceinline__ void ArriveAt(uint64_t* barrier, int of) const {
+  // Stores to it without waiting for anything: `barrier`, an mbarrier, counts the bytes there.
+  __device__ __forceinline__ void Send(float* shared, int of, float x, uint64_t* barrier) const {
     asm volatile(
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(Address(barrier, of))
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
+            Address(shared, of)),
+        "f"(x), "r"(Address(barrier, of))
         : "memory");
   }
-  // For all arrivals at an mbarrier of the CTA's own that is used once.
-  static __device__ __forceinline__ void WaitForArrivals(uint64_t* barrier) {
+  // Until an mbarrier of the CTA's own, which is used once, has what it expects.
+  static __device__ __forceinline__ void Receive(uint64_t* barrier) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
