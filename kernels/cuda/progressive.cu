@@ -80,6 +80,8 @@ absl::Status RunProgressive(const ProgressiveParams& params, cudaStream_t stream
   ProgressiveArgs args;
   static_cast<ProgressiveParams&>(args) = params;
   args.two_stage = params.two_stage && params.shape.group_size() * params.max_q_len <= kTileColumns;
+  args.group = QueryGroup(params.shape.group_size());
+  args.scan_places = ScanPlaces(params.shape.num_kv_heads);
   args.layout = MakePageLayout(params.shape, params.stored_bits);
   args.work = MakeProgressiveWorkspace(args);
   if (args.work.bytes > kMaxProgressiveWorkspace) {

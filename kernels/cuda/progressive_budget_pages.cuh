@@ -131,7 +131,7 @@ struct BudgetPages {
         from(args.sequences[blockIdx.z]),
         target(from.decision.target_relative_error),
         head(static_cast<int>(blockIdx.y)),
-        columns(args.shape.group_size() * view.q_len),
+        columns(args.group.size * view.q_len),
         head_index(static_cast<int>(blockIdx.z) * args.shape.num_kv_heads + head),
         lane(static_cast<int>(threadIdx.x % 32)),
         warp(static_cast<int>(threadIdx.x / 32)),
@@ -219,7 +219,7 @@ struct BudgetPages {
     }
     if (c < kD) shared.first[c] = first.code.Value(p.stored_bits, c) * range;
     for (int n = c; n < columns; n += Traits::kThreads) {
-      shared.sees_first[n] = TokenVisible(s, 0, n / p.shape.group_size());
+      shared.sees_first[n] = TokenVisible(s, 0, p.group.Row(n));
     }
     if (c == 0) shared.first_rms = sqrtf(squares / kGroups);
   }

@@ -118,7 +118,7 @@ struct PageDecider {
     if (page > 0 || !visible()) return;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      first_seen[i] = column(i) < columns && TokenVisible(s, 0, column(i) / p.shape.group_size());
+      first_seen[i] = column(i) < columns && TokenVisible(s, 0, p.group.Row(column(i)));
     }
   }
 
@@ -356,7 +356,7 @@ struct ChunkSelector {
                 from,
                 sequence * p.shape.num_kv_heads + head,
                 column_begin,
-                p.shape.group_size() * s.q_len,
+                p.group.size * s.q_len,
                 of.At(static_cast<int>(threadIdx.x) / 4),
                 static_cast<int>(threadIdx.x) / 4,
                 static_cast<int>(threadIdx.x) % 4,

@@ -257,8 +257,7 @@ __device__ __forceinline__ int64_t MassStride(const ProgressiveArgs& p) {
 __device__ __forceinline__ const float* RunMasses(const ProgressiveArgs& p, int64_t masses,
                                                   int scan_begin, int head) {
   return reinterpret_cast<const float*>(p.workspace + masses) +
-         (int64_t{scan_begin} * ScanPlaces(p.shape.num_kv_heads) * p.shape.num_kv_heads + head) *
-             p.work.columns;
+         (int64_t{scan_begin} * p.scan_places * p.shape.num_kv_heads + head) * p.work.columns;
 }
 __device__ __forceinline__ const float4* PageStatsOf(const ProgressiveArgs& p, int64_t head_index,
                                                      int page) {

@@ -79,11 +79,12 @@ struct HeadConcluder {
   __device__ __forceinline__ HeadConcluder(const ProgressiveArgs& args, Shared& room)
       : p(args), shared(room), from(args.sequences[blockIdx.z]) {
     if (threadIdx.x > 0) return;
-    const int columns = args.shape.group_size() * from.q_len, ctas = cluster().ctas;
+    const int columns = args.group.size * from.q_len, ctas = cluster().ctas;
     shared.columns = columns;
     // Of the columns rank, rank + ctas, ..., from each CTA.
-    const int own = max(CeilDiv(columns - cluster().rank, ctas), 0);
-    Expect(&shared.sums_sent, own * ctas * static_cast<int>(sizeof(Part)));
+    int parts = 0;
+    for (int column = cluster().rank; column < columns; column += ctas) parts += ctas;
+    Expect(&shared.sums_sent, parts * static_cast<int>(sizeof(Part)));
     Expect(&shared.figures_sent, columns * static_cast<int>(sizeof(float2)));
     FenceBarrierInit();
   }
@@ -104,7 +105,9 @@ struct HeadConcluder {
   __device__ __forceinline__ bool Selects() const { return threadIdx.x < kSelectThreads; }
   // The CTA has pages rank, rank + ctas, ...: so many.
   __device__ __forceinline__ int pages() const {
-    return max(CeilDiv(from.num_sealed - cluster().rank, cluster().ctas), 0);
+    // Halves are no integers: rounding is far from them.
+    const float left = static_cast<float>(from.num_sealed - cluster().rank) - 0.5f;
+    return __float2int_rd(__fdividef(left, static_cast<float>(cluster().ctas))) + 1;
   }
   // Those from number `begin` of them on.
   __device__ __forceinline__ ChunkPages Chunk(int begin) const {
@@ -253,8 +256,8 @@ struct HeadConcluder {
     }
   }
 
-  // To the CTA that adds up a column's sums: column modulo the number of CTAs, in whose `sent` those
-  // of all CTAs follow one another, those of its columns likewise.
+  // To the CTA that adds up a column's sums: column modulo the number of CTAs, in whose `sent`
+  // those of all CTAs follow one another, those of its columns likewise.
   __device__ __forceinline__ void SendSums() const {
     constexpr int kFigures = sizeof(ChunkState) / sizeof(float);
     static_assert(sizeof(Part) == (kNumChunkVectors * kD + kFigures + 2) * sizeof(float),

@@ -33,7 +33,8 @@ struct MassPart {
       : stride(static_cast<uint32_t>(MassStride(p)) * 4) {
     const ProgressiveWorkspace& w = p.work;
     const int heads = p.shape.num_kv_heads, column = column_begin + threadIdx.x % kColumns;
-    const int places = ScanPlaces(heads);
+    // Of many columns the kernels have no register to spare for it.
+    const int places = kColumns == kFewColumns ? p.scan_places : ScanPlaces(heads);
     const uint32_t first = from.scan_begin * places * heads + head;
     entries = from.num_scan_runs * places;
     runs = p.workspace + (p.two_stage ? w.refined_lse : w.scan_lse) +
@@ -116,13 +117,11 @@ __device__ __forceinline__ float JoinMassParts(const float2* parts) {
 // dense tail, to `lse` [columns]. By all of kWarps warps; `parts` is scratch.
 template <int kWarps>
 __device__ __forceinline__ void GlobalLse(const ProgressiveArgs& p, const ProgressiveSequence& from,
-                                          int64_t head_index, float* lse,
+                                          int sequence, int head, float* lse,
                                           float2 (*parts)[kMaxColumns]) {
   constexpr int kTileParts = kWarps * kTileColumns;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tiles = p.work.columns / kTileColumns;
-  const int sequence = static_cast<int>(head_index) / p.shape.num_kv_heads;
-  const int head = static_cast<int>(head_index) - sequence * p.shape.num_kv_heads;
   for (int tile = 0; tile < tiles; ++tile) {
     MassPart<kWarps, kTileColumns> part(p, from, sequence, head, tile * kTileColumns);
     part.Load();

@@ -305,9 +305,8 @@ __device__ __forceinline__ void StoreFigures(HeadDecision& decision, int columns
 // Of an output column: its row of q heads in the results.
 __device__ __forceinline__ int64_t OutputRow(const ProgressiveArgs& p, const ProgressiveSequence& s,
                                              int head, int column) {
-  const int group_size = p.shape.group_size();
-  return static_cast<int64_t>(s.q_begin + column / group_size) * p.shape.num_q_heads +
-         head * group_size + column % group_size;
+  return static_cast<int64_t>(s.q_begin + p.group.Row(column)) * p.shape.num_q_heads +
+         head * p.group.size + p.group.Head(column);
 }
 
 // Warps of a CTA: few columns are each summed by many.
@@ -324,7 +323,7 @@ __global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim > 128 ? 
   const int column = blockIdx.x, head = blockIdx.y, sequence = blockIdx.z;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const ProgressiveSequence& s = p.sequences[sequence];
-  const int columns = p.shape.group_size() * s.q_len;
+  const int columns = p.group.size * s.q_len;
   const int chunks = CeilDiv(s.num_sealed, kChunkPages);
   const int64_t row = OutputRow(p, s, head, column);
   if (column >= columns) return;

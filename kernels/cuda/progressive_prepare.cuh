@@ -149,9 +149,10 @@ __global__ void __launch_bounds__(kQueryThreads, PrepareCtasPerSm<Traits>())
   extern __shared__ __align__(16) std::byte shared_bytes[];
   auto& shared = *reinterpret_cast<PrepareShared<Traits>*>(shared_bytes);
   const int head = blockIdx.x, sequence = blockIdx.y, lane = threadIdx.x % 32;
-  const int tiles = p.work.columns / kTileColumns, tile = static_cast<int>(blockIdx.z) % tiles;
+  const int tiles = p.work.columns / kTileColumns, part = blockIdx.z;
+  const int tile = part < tiles ? part : part - tiles;
   const bool both = static_cast<int>(gridDim.z) == tiles;
-  const bool rotates = both || static_cast<int>(blockIdx.z) >= tiles;
+  const bool rotates = both || part >= tiles;
   const ProgressiveSequence& s = p.sequences[sequence];
   const int64_t head_index = static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head;
   QueryRotator<Traits> rotator{p, s, head, tile, head_index, shared.rotate, VisiblePages(s)};

@@ -40,12 +40,11 @@ struct QueryColumn {
 
   __device__ __forceinline__ QueryColumn(const ProgressiveArgs& p, const ProgressiveSequence& s,
                                          int head, int column, int lane) {
-    const int group_size = p.shape.group_size();
     const float scale = s.softmax_scale * kLog2E;
     const int64_t row =
-        static_cast<int64_t>(s.q_begin + column / group_size) * p.shape.num_q_heads +
-        head * group_size + column % group_size;
-    const bool exists = column < group_size * s.q_len;
+        static_cast<int64_t>(s.q_begin + p.group.Row(column)) * p.shape.num_q_heads +
+        head * p.group.size + p.group.Head(column);
+    const bool exists = column < p.group.size * s.q_len;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int at = lane + 32 * i;

@@ -42,7 +42,7 @@ __device__ __forceinline__ void CoarseLse(const ProgressiveArgs& p, const Progre
   const float* runs = RunMasses(p, p.work.scan_lse, from.scan_begin, head) + lane % kTileColumns;
   const int64_t stride = MassStride(p);
   RunningMass<1> sum;
-  const int entries = from.num_scan_runs * ScanPlaces(p.shape.num_kv_heads);
+  const int entries = from.num_scan_runs * p.scan_places;
 #pragma unroll 8
   for (int i = lane / kTileColumns; i < entries; i += 4) {
     sum.Add({runs[i * stride]});
@@ -272,8 +272,7 @@ __global__ void __launch_bounds__(kScanWarps * 32, Traits::kHeadDim <= 128 ? 2 :
   const int64_t head_index = first_head + head;
   WaitForDependencies();
   LaunchDependents();
-  const PageSinks sinks =
-      MakePageSinks<Traits>(p, p.shape.group_size() * s.q_len, head_index, 0, lane);
+  const PageSinks sinks = MakePageSinks<Traits>(p, p.group.size * s.q_len, head_index, 0, lane);
   PageRefiner<Traits> refiner{p,
                               from,
                               s,
@@ -282,7 +281,7 @@ __global__ void __launch_bounds__(kScanWarps * 32, Traits::kHeadDim <= 128 ? 2 :
                               head_index,
                               head,
                               CoarseStage<Traits>(p, from.decision),
-                              p.shape.group_size() * s.q_len,
+                              p.group.size * s.q_len,
                               lane};
   if (place >= group.pages) return;
   CoarseLse(p, from, head_index, head, lane, shared.lse + warp * kTileColumns);

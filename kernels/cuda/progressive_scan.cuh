@@ -48,7 +48,7 @@ struct HeadGroup {
   __device__ __forceinline__ HeadGroup(const ProgressiveArgs& p, int group)
       : begin(group * kScanWarps),
         heads(min(kScanWarps, p.shape.num_kv_heads - begin)),
-        pages(ScanPlaces(p.shape.num_kv_heads)) {}
+        pages(p.scan_places) {}
 };
 
 // One item of work.
@@ -79,7 +79,7 @@ __device__ __forceinline__ void StoreRunMass(const ProgressiveArgs& p, int64_t m
   if (lane >= 4) return;
   float sum[kN];
   mass.Log2Sum(sum);
-  const int64_t entry = int64_t{run} * ScanPlaces(p.shape.num_kv_heads) + place;
+  const int64_t entry = int64_t{run} * p.scan_places + place;
   float* target = reinterpret_cast<float*>(p.workspace + masses) + entry * MassStride(p) +
                   head * p.work.columns + column_tile * kTileColumns + kN * lane;
 #pragma unroll
@@ -263,7 +263,7 @@ struct PageScanner {
     head_index = sequence * p.shape.num_kv_heads + group.begin + member;
     chunk_end = ScanChunks<Traits>(p, from.decision);
     softcap = from.softcap;
-    num_columns = p.shape.group_size() * from.q_len;
+    num_columns = p.group.size * from.q_len;
     column = at.tile * kTileColumns + lane % 4 * kN;
     sinks = MakePageSinks<Traits>(p, num_columns, head_index, at.tile, lane);
     filter = ScoreFilter<kN>(from.decision);
@@ -277,8 +277,8 @@ struct PageScanner {
     filter.Bound(mass.high, bound);
   }
 
-  __device__ __forceinline__ void LoadQuery(int page) {
-    const ProgressiveSequence& from = Sequence();
+  __device__ __forceinline__ void LoadQuery(int page, int sequence) {
+    const ProgressiveSequence& from = p.sequences[sequence];
     const int basis = BasisOfPage(SequenceView(from), page);
     basis_end = basis + 1 < from.num_bases ? from.basis_end[basis] : from.num_sealed;
     const QueryFragments<Traits> fragments(p, head_index, basis, column / kTileColumns);
@@ -337,8 +337,7 @@ struct PageScanner {
     float variances[kN];
     SpreadColumns(QuadSum(variance) * (kLn2 * kLn2) * scale * scale, lane, variances);
     if (cut) {
-      MaskPage<kN>(SequenceView(Sequence()), Here(page), Here(p.shape.group_size()), column, lane,
-                   sums);
+      MaskPage<kN>(SequenceView(Sequence()), Here(page), p.group, column, lane, sums);
     }
     ScoreUnits<kN> units{2097152.0f * scale, {}};  // 2^24 / 8
 #pragma unroll
@@ -388,7 +387,7 @@ struct PageScanner {
     if (p.early_scan && run.sequence >= 0) WaitBarrier(SharedAddress(&shared.rotated), 0);
     if (run.sequence >= 0 && member < heads) {
       LoadFilter();
-      if (run.page_begin + place < run.page_end) LoadQuery(run.page_begin + place);
+      if (run.page_begin + place < run.page_end) LoadQuery(run.page_begin + place, run.sequence);
     }
     __syncwarp();
     if (lane == 0) Arrive(SharedAddress(&shared.begun));
@@ -423,7 +422,7 @@ struct PageScanner {
       if (nothing) {
         release();
       } else {
-        if (page >= basis_end && stage >= 0) LoadQuery(page);
+        if (page >= basis_end && stage >= 0) LoadQuery(page, work.sequence);
         const std::byte* pair =
             shared.stages[stage < 0 ? kScanStages - 1 : stage] +  // nothing is copied there yet
             place * heads * ScanShared<Traits>::kPairBytes;
@@ -463,7 +462,7 @@ __global__ void __launch_bounds__(kScanThreads,
         items, reinterpret_cast<int32_t*>(p.workspace + p.work.taken));
     return;
   }
-  const int places = ScanPlaces(p.shape.num_kv_heads), members = kScanWarps / places;
+  const int places = p.scan_places, members = kScanWarps / places;
   PageScanner<Traits>{p, shared, lane, warp, warp / members, warp % members}.Run();
 }
 

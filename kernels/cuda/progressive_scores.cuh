@@ -114,7 +114,7 @@ __device__ __forceinline__ float SumHalves(uint32_t pair) {
 
 // Masks the tokens that a row does not see. `column`: the lane's first.
 template <int kN>
-__device__ __forceinline__ void MaskPage(const SequenceView& s, int page, int group_size,
+__device__ __forceinline__ void MaskPage(const SequenceView& s, int page, const QueryGroup& group,
                                          int column, int lane, float (&sums)[4][4]) {
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
@@ -123,7 +123,7 @@ __device__ __forceinline__ void MaskPage(const SequenceView& s, int page, int gr
       const int token = page * kPageTokens + 16 * t + lane / 4 + 8 * half;
 #pragma unroll
       for (int c = 0; c < kN; ++c) {
-        if (!TokenVisible(s, token, (column + c) / group_size)) sums[t][2 * half + c] = -INFINITY;
+        if (!TokenVisible(s, token, group.Row(column + c))) sums[t][2 * half + c] = -INFINITY;
       }
     }
   }

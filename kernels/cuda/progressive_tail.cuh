@@ -90,7 +90,8 @@ struct TailAttender {
   static constexpr int kWarpTiles = (Traits::kTiles + kTileColumns - 1) / kTileColumns;
   const SequenceView& s;
   Shared& shared;
-  int group_size, column_begin, columns, warp, lane;
+  const QueryGroup& group;
+  int column_begin, columns, warp, lane;
   float max = -INFINITY, sum = 0, score_sum = 0;  // of column `warp`
   float out[kWarpTiles][2][4] = {};               // tiles of channels warp, warp + 8, ...
 
@@ -107,7 +108,7 @@ struct TailAttender {
         Mma16x8x16<T>(sums[0], a, b[0], b[1]);
         Mma16x8x16<T>(sums[1], a, b[2], b[3]);
       }
-      const int column = lane / 4, row = (column_begin + column) / group_size;
+      const int column = lane / 4, row = group.Row(column_begin + column);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = first + i / 2 * 8 + lane % 4 * 2 + i % 2;
@@ -202,10 +203,10 @@ __device__ __forceinline__ void AttendTail(const ProgressiveArgs& p,
                                            int tile, float unit, TailShared<Traits>& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const SequenceView s(from);
-  const int column_begin = tile * kTileColumns, group_size = p.shape.group_size();
+  const int column_begin = tile * kTileColumns;
   StoreQuery<T>(q, InverseOfPower(unit), warp, lane, &shared.query);
   TailAttender<T, Traits> attender{
-      s, shared, group_size, column_begin, group_size * s.q_len - column_begin, warp, lane};
+      s, shared, p.group, column_begin, p.group.size * s.q_len - column_begin, warp, lane};
   for (int begin = rows.tail.begin; begin < rows.tail.end; begin += rows.kTokens) {
     const int tokens = rows.Count(begin);
     if (begin > rows.tail.begin) rows.Fetch(begin, shared);

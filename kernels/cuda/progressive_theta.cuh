@@ -86,11 +86,12 @@ __device__ __forceinline__ void SumPageMasses(const ProgressiveArgs& p, PageRang
 template <int kWarps>
 __device__ __forceinline__ void ThetaFromPageMasses(const ProgressiveArgs& p,
                                                     const ProgressiveSequence& from,
-                                                    const RowCluster& cluster, int64_t head_index,
-                                                    MassShared<kWarps>& shared) {
+                                                    const RowCluster& cluster, int sequence,
+                                                    int head, MassShared<kWarps>& shared) {
   cluster.Arrive();  // it has started
-  GlobalLse<kWarps>(p, from, head_index, shared.lse, shared.lse_parts);
-  const int columns = p.shape.group_size() * from.q_len;
+  GlobalLse<kWarps>(p, from, sequence, head, shared.lse, shared.lse_parts);
+  const int64_t head_index = int64_t{sequence} * p.shape.num_kv_heads + head;
+  const int columns = p.group.size * from.q_len;
   const PageRange visible = VisiblePages(from), pages = PartOf(visible, cluster);
   const auto* dense =
       reinterpret_cast<const float*>(p.workspace + p.work.dense_lse) + head_index * p.work.columns;
@@ -142,8 +143,7 @@ __global__ void __launch_bounds__(Traits::kThreads, ThetaCtasPerSm<Traits>())
   if (budget) {
     ThetaFromBudget(own);
   } else if (ChoosesTheta(from.decision.policy)) {
-    ThetaFromPageMasses(p, from, cluster,
-                        static_cast<int64_t>(sequence) * p.shape.num_kv_heads + head,
+    ThetaFromPageMasses(p, from, cluster, sequence, head,
                         *reinterpret_cast<MassShared<Traits::kWarps>*>(shared_bytes));
   }
 }

@@ -189,9 +189,25 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   return w;
 }
 
+// The q heads of a kv head: column c is head c % size of row c / size.
+struct QueryGroup {
+  int32_t size = 1;
+  int32_t factor = (1 << 16) + 1;  // 2^16 / size, rounded up or one more
+
+  ADAATTN_HD constexpr QueryGroup() = default;
+  ADAATTN_HD constexpr explicit QueryGroup(int32_t heads)
+      : size(heads), factor((1 << 16) / heads + 1) {}
+
+  // Without a division, of which the device has none: exact up to kMaxColumns.
+  ADAATTN_HD constexpr int32_t Row(int32_t column) const { return column * factor >> 16; }
+  ADAATTN_HD constexpr int32_t Head(int32_t column) const { return column - Row(column) * size; }
+};
+
 // What the kernels get: everything that depends on shapes alone is worked out once, on the host.
 struct ProgressiveArgs : ProgressiveParams {
   bool rehearse_scan = false;
+  QueryGroup group;
+  int32_t scan_places = 1;  // ScanPlaces
   PageLayout layout;
   ProgressiveWorkspace work;
 };
