@@ -46,8 +46,8 @@ ADAATTN_HD constexpr int32_t BudgetCtas(const ProgressiveParams& p, int32_t ctas
   return ctas;
 }
 
-// Pages of one CTA where `pages` are shared among `ctas`, a power of two: whole warps. The last ones
-// may have fewer, or none.
+// Pages of one CTA where `pages` are shared among `ctas`, a power of two: whole warps. The last
+// ones may have fewer, or none.
 ADAATTN_HD constexpr int32_t BudgetPart(int32_t pages, int32_t ctas) {
   for (; ctas > 1; ctas /= 2) pages = (pages + 1) / 2;  // the device has no division
   return (pages + kWarpPages - 1) / kWarpPages * kWarpPages;

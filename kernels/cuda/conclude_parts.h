@@ -19,8 +19,9 @@ inline constexpr int32_t kConcludePages = 128;  // of a CTA, at most
 // evenly. Under a threshold for all heads such a head is rare; a policy that chooses theta by head
 // makes them. Measured (docs/kernels.md).
 constexpr int32_t MaxConcludePages(const ProgressiveParams& p, int32_t ctas) {
-  const int32_t pages = p.conclude_pages * ctas / (p.theta ? 4 : 1);
-  return pages < kConcludePages ? pages : kConcludePages;
+  const int32_t pages = p.conclude_pages * ctas / (p.theta ? 2 : 1);
+  const int32_t most = p.theta ? kConcludePages / 2 : kConcludePages;
+  return pages < most ? pages : most;
 }
 
 // Whether there is a kernel: shared memory must hold what select, attend and merge each have to

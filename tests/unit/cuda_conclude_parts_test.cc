@@ -71,6 +71,29 @@ TEST(ConcludeCtasTest, TheTuningAndThePlanMayGiveLess) {
   EXPECT_EQ(ConcludeCtas(params, ConcludeClusters{}), 0) << "a device without clusters";
 }
 
+TEST(ConcludePartsTest, EveryColumnHasAPlaceForEachCta) {
+  for (const int32_t columns : {kFewColumns, kTileColumns}) {
+    for (int32_t ctas = kMinConcludeCtas; ctas <= kMaxConcludeCtas; ++ctas) {
+      for (int32_t column = 0; column < columns; ++column) {
+        const int32_t last = column / ctas * ctas + ctas - 1;  // of the column's
+        EXPECT_LT(last, ConcludeParts(columns)) << columns << " columns, " << ctas << " CTAs";
+      }
+    }
+  }
+  EXPECT_EQ(ConcludeParts(kFewColumns), 8);
+  EXPECT_EQ(ConcludeParts(kTileColumns), 14) << "two columns each of seven CTAs";
+}
+
+TEST(QueryGroupTest, DividesColumnsExactly) {
+  for (int32_t size = 1; size <= kMaxColumns; ++size) {
+    const QueryGroup group(size);
+    for (int32_t column = 0; column <= kMaxColumns; ++column) {
+      ASSERT_EQ(group.Row(column), column / size) << column << " / " << size;
+      ASSERT_EQ(group.Head(column), column % size) << column << " % " << size;
+    }
+  }
+}
+
 TEST(ConcludesTest, WhatSharedMemoryHolds) {
   EXPECT_TRUE(Concludes(64, 8));
   EXPECT_TRUE(Concludes(128, 8));
