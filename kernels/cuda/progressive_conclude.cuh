@@ -78,7 +78,7 @@ struct HeadConcluder {
 
   __device__ __forceinline__ HeadConcluder(const ProgressiveArgs& args, Shared& room)
       : p(args), shared(room), from(args.sequences[blockIdx.z]) {
-    if (threadIdx.x > 0) return;
+    if (threadIdx.x != kSelectThreads) return;  // those that select have more to do
     const int columns = args.group.size * from.q_len, ctas = cluster().ctas;
     shared.columns = columns;
     // Of the columns rank, rank + ctas, ..., from each CTA.
@@ -232,6 +232,7 @@ struct HeadConcluder {
     __syncthreads();
     NoteTime(p.stamps, kMergeStamp);
     StoreSlot(attender);
+    cluster().Wait();  // all have started: they may be sent to
     __syncthreads();
     SendSums();
   }
@@ -375,9 +376,8 @@ struct HeadConcluder {
   }
 
   __device__ __forceinline__ void Run() {
-    cluster().Arrive();
+    cluster().Start();
     Attender attender(p, shared, 0);
-    cluster().Wait();  // all have started: they may be sent to
     Select(attender);
     Attend(attender);
     Finish();

@@ -45,7 +45,11 @@ struct RowCluster {
         : "memory");
   }
 
-  // A barrier in two halves, for work that waits for nobody in between.
+  // A barrier in two halves, for work that waits for nobody in between. Start() is the first half
+  // of one that orders nothing but the mbarriers that are initialised before it.
+  __device__ __forceinline__ void Start() const {
+    if (ctas > 1) asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  }
   __device__ __forceinline__ void Arrive() const {
     if (ctas > 1) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
   }
