@@ -55,7 +55,7 @@ struct TailRows {
                                             ChannelRows<Traits, kTokens>* target) const {
     constexpr int kPieces = kD / 8;
     const int rows = Count(begin), whole = (rows + 15) / 16 * 16;
-#pragma unroll 1
+#pragma unroll 1  // inlined in five places (docs/kernels.md: what code costs that is not run)
     for (int i = threadIdx.x; i < whole * kPieces; i += kQueryThreads) {
       const int row = i / kPieces, at = i % kPieces * 8, token = begin + row;
       if (row >= rows) {
@@ -71,7 +71,7 @@ struct TailRows {
   // Has L2 fetch all of it.
   __device__ __forceinline__ void Prefetch() const {
     const int first = tail.begin / kPageTokens, pages = CeilDiv(tail.end, kPageTokens) - first;
-#pragma unroll 1
+#pragma unroll 1  // a turn or two
     for (int i = threadIdx.x; tail.begin < tail.end && i < 2 * pages; i += kQueryThreads) {
       const int page = first + i / 2;
       const int begin = max(tail.begin - page * kPageTokens, 0);
