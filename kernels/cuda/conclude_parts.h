@@ -36,7 +36,7 @@ constexpr bool Concludes(int32_t head_dim, int32_t columns) {
 constexpr int32_t ConcludeParts(int32_t columns) {
   int32_t most = 0;
   for (int32_t ctas = kMinConcludeCtas; ctas <= kMaxConcludeCtas; ++ctas) {
-    const int32_t parts = (columns + ctas - 1) / ctas * ctas;
+    const int32_t parts = CeilDiv(columns, ctas) * ctas;
     if (parts > most) most = parts;
   }
   return most;

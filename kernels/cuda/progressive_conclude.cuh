@@ -11,6 +11,7 @@
 
 #include <cstddef>
 
+#include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/conclude_parts.h"
 #include "kernels/cuda/progressive_merge.cuh"
 #include "kernels/cuda/row_cluster.cuh"

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/async_copy.cuh"
+
 namespace adaattn {
 
 // The CTAs of one row of the grid: a thread block cluster, or a lone CTA. Barriers are for all
@@ -41,7 +43,7 @@ struct RowCluster {
         "@done bra DONE;\n"
         "bra WAIT;\n"
         "DONE:\n"
-        "}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier)))
+        "}" ::"r"(SharedAddress(barrier))
         : "memory");
   }
 
@@ -70,7 +72,7 @@ struct RowCluster {
     uint32_t address;
     asm("mapa.shared::cluster.u32 %0, %1, %2;"
         : "=r"(address)
-        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(of));
+        : "r"(SharedAddress(shared)), "r"(of));
     return address;
   }
 };

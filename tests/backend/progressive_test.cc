@@ -97,6 +97,22 @@ class ProgressiveTest : public ::testing::Test {
   }
 };
 
+// So many heads that on a device one launch ends the step, whose clusters have fewer CTAs than a
+// head has columns.
+TEST_F(ProgressiveTest, MatchesTheReferenceWithManyHeads) {
+  for (const AttentionShape& shape :
+       {AttentionShape{192, 24, 64}, AttentionShape{160, 40, 64}, AttentionShape{192, 48, 64}}) {
+    SCOPED_TRACE(shape.DebugString());
+    ProgressiveOptions options = Options();
+    options.shape = shape;
+    ProgressiveHarness progressive(options);
+    ASSERT_TRUE(progressive.harness().ok());
+    StepCase step = progressive.NewStep(1);
+    step.decision = Threshold(0.004f);
+    progressive.RunAndCompare(step);
+  }
+}
+
 TEST_F(ProgressiveTest, ReadsSeveralDepthsAndSkipsPages) {
   ProgressiveHarness progressive(Options());
   ASSERT_TRUE(progressive.harness().ok());

@@ -52,6 +52,9 @@ TEST(ConcludeCtasTest, ManyPagesAreSharedOutAmongAllCtas) {
     }
   }
   EXPECT_EQ(Ctas(Step(1, 512, true)), 8) << "32k tokens under a budget";
+  EXPECT_EQ(Ctas(Step(3, 256, true)), 4) << "16k";
+  EXPECT_EQ(Ctas(Step(4, 128, true)), 3) << "8k";
+  EXPECT_EQ(Ctas(Step(8, 64, true)), 2) << "4k";
   EXPECT_EQ(Ctas(Step(2, 512, true)), 0);
   EXPECT_EQ(Ctas(Step(1, 2048)), 0) << "128k";
 }
