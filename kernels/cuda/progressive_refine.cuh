@@ -177,12 +177,14 @@ struct PageRefiner {
       chunks[c] =
           SharedAddress(stage.keys) + (c - chunk_begin) * Traits::kChunkTiles * kKeyTileBytes;
     }
-    float sums[4][4], ones[4], high[2], variances[2];
-    uint32_t unused = 0, packed[8];
-    MultiplyPage<Traits>(chunks, mine.ranges, query, chunk_begin, kChunks, lane, sums, ones,
-                         &unused);
-    const float squares = SumHalves(UnreadSquares<Traits>(mine.ranges, query, 0, lane));
-    SpreadColumns(QuadSum(squares) * (kLn2 * kLn2 / 768) * scale * scale, lane, variances);
+    const LaneRanges ranges = MakeLaneRanges<Traits>(mine.ranges, nullptr, lane);
+    PageProducts products;
+    MultiplyPage<Traits>(chunks, ranges, query, chunk_begin, kChunks, lane, &products);
+    float high[2], variances[2];
+    uint32_t packed[8];
+    UnreadSquares<Traits>(ranges, query, 0, lane, variances);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) variances[c] *= (kLn2 * kLn2 / 768) * scale * scale;
     uint4 low = make_uint4(0, 0, 0, 0), up = low;
     float max = -INFINITY;
     if (sinks.StoresScores()) {
@@ -193,8 +195,9 @@ struct PageRefiner {
     const uint32_t words[8] = {low.x, low.y, low.z, low.w, up.x, up.y, up.z, up.w};
 #pragma unroll
     for (int i = 0; i < 8; ++i) packed[i] = words[i];
-    const float offset[2] = {-0.9375f * scale * ones[0], -0.9375f * scale * ones[1]};
-    AddScores(sums, 2097152.0f * scale, offset, max, lane, packed, high);
+    const float offset[2] = {-0.9375f * scale * products.own[2],
+                             -0.9375f * scale * products.own[3]};
+    AddScores(products.sums, 2097152.0f * scale, offset, max, lane, packed, high);
     float lse[2], concentration[2];
     SumPacked<Traits>(packed, high, s.softcap, lane, lse, concentration);
     const PageStats stats[2] = {{high[0], lse[0], variances[0], concentration[0]},

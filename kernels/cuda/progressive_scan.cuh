@@ -34,8 +34,11 @@ struct ScanShared {
   static constexpr int kPairBytes = Traits::kTiles * kKeyTileBytes + Traits::kHeadDim;
   alignas(16) std::byte stages[kScanStages][kScanWarps * kPairBytes];
   alignas(16) __half ranges[kScanWarps][Traits::kHeadDim];
+  // A quarter of the banks from where those of the same tile lie.
+  alignas(16) __half before_zeros[16], zeros[Traits::kHeadDim];
   float mean[kScanWarps][kTileColumns];  // q.mu
   float unit[kScanWarps];                // of the query
+  int head_index[kScanWarps];            // of the item
   alignas(8) uint64_t full[kScanStages], empty[kScanStages];
   uint64_t rotated;  // queries are, where the scan is early
   uint64_t begun;    // the scanning warps have what they need of the first item
@@ -238,19 +241,20 @@ struct PageScanner {
   ScanShared<Traits>& shared;
   int lane, warp, place, member;  // member: of the head group
   // Of the item.
-  int item = -1, heads = 1, head_index = 0, chunk_end = NumRankChunks(Traits::kHeadDim);
+  int item = -1, heads = 1, chunk_end = NumRankChunks(Traits::kHeadDim);
   int basis_end = 0;
-  int column = 0, num_columns = 0;  // the lane's first; of all tiles
+  int column = 0;  // the lane's first
   float softcap = 0;
   PageSinks sinks{};
   ScoreFilter<kN> filter;
   RunningMass<kN> mass;
-  float bound[kN] = {};  // by the pages so far
   // Of the basis.
-  uint2 query[Traits::kTiles] = {};
+  uint2 query[kLaneTiles<Traits>] = {};
 
+  // Wanted too rarely for a register.
+  __device__ __forceinline__ int head_index() const { return shared.head_index[warp]; }
   __device__ __forceinline__ const ProgressiveSequence& Sequence() const {
-    return p.sequences[head_index / p.shape.num_kv_heads];
+    return p.sequences[head_index() / p.shape.num_kv_heads];
   }
 
   // What of an item no earlier kernel wrote.
@@ -260,12 +264,13 @@ struct PageScanner {
     const HeadGroup group(p, at.group);
     const ProgressiveSequence& from = p.sequences[sequence];
     heads = group.heads;
-    head_index = sequence * p.shape.num_kv_heads + group.begin + member;
+    const int head_index = sequence * p.shape.num_kv_heads + group.begin + member;
+    if (lane == 0) shared.head_index[warp] = head_index;
+    __syncwarp();
     chunk_end = ScanChunks<Traits>(p, from.decision);
     softcap = from.softcap;
-    num_columns = p.group.size * from.q_len;
     column = at.tile * kTileColumns + lane % 4 * kN;
-    sinks = MakePageSinks<Traits>(p, num_columns, head_index, at.tile, lane);
+    sinks = MakePageSinks<Traits>(p, p.group.size * from.q_len, head_index, at.tile, lane);
     filter = ScoreFilter<kN>(from.decision);
     mass = RunningMass<kN>();
     basis_end = 0;
@@ -273,19 +278,20 @@ struct PageScanner {
 
   // The rest.
   __device__ __forceinline__ void LoadFilter() {
-    filter.Load(p, head_index, column, num_columns, !p.early_scan);
-    filter.Bound(mass.high, bound);
+    filter.Load(p, head_index(), column, p.group.size * Sequence().q_len, !p.early_scan);
   }
 
   __device__ __forceinline__ void LoadQuery(int page, int sequence) {
     const ProgressiveSequence& from = p.sequences[sequence];
     const int basis = BasisOfPage(SequenceView(from), page);
     basis_end = basis + 1 < from.num_bases ? from.basis_end[basis] : from.num_sealed;
-    const QueryFragments<Traits> fragments(p, head_index, basis, column / kTileColumns);
-    const int from_column = MmaColumn<Traits>(lane);
+    const QueryFragments<Traits> fragments(p, head_index(), basis, column / kTileColumns);
+    const int first = FirstLaneTile<Traits>(lane);
+    const uint2* halves = fragments.halves + MmaColumn<Traits>(lane) * 4 + lane % 4;
 #pragma unroll
-    for (int k = 0; k < Traits::kTiles; ++k) {
-      query[k] = from_column < 0 ? uint2{} : fragments.halves[k * 32 + from_column * 4 + lane % 4];
+    for (int i = 0; i < kLaneTiles<Traits>; ++i) {
+      const bool any = Traits::kTiles % 2 == 0 || first + i < Traits::kTiles;
+      query[i] = any ? halves[(first + i) * 32] : uint2{};
     }
     if (lane == 0) shared.unit[warp] = fragments.unit;
     if (lane < kTileColumns) shared.mean[warp][lane] = fragments.mean[lane];
@@ -326,26 +332,34 @@ struct PageScanner {
                                                         Traits::kHeadDim * member,
                                                     ranges, lane);
     __syncwarp();
-    float sums[4][4], ones[4];
-    uint32_t squares = 0;
-    MultiplyPage<Traits>(chunks, ranges, query, 0, chunk_end, lane, sums, ones, &squares);
-    float variance = SumHalves(squares) * (1.0f / 768);  // (r / 8)^2 / 12 for what was read
+    const LaneRanges lane_ranges = MakeLaneRanges<Traits>(ranges, shared.zeros, lane);
+    PageProducts products;
+    MultiplyPage<Traits>(chunks, lane_ranges, query, 0, chunk_end, lane, &products);
+    float(&sums)[4][4] = products.sums;
+    float variances[kN], unread[kN] = {};
+    ReadSquares<Traits>(products, lane, variances);
     if (chunk_end < kChunks) {
-      variance += SumHalves(UnreadSquares<Traits>(ranges, query, chunk_end, lane)) * UnreadWeight();
+      UnreadSquares<Traits>(lane_ranges, query, chunk_end, lane, unread);
+#pragma unroll
+      for (int c = 0; c < kN; ++c) unread[c] *= UnreadWeight();
     }
     release();
-    float variances[kN];
-    SpreadColumns(QuadSum(variance) * (kLn2 * kLn2) * scale * scale, lane, variances);
+#pragma unroll
+    for (int c = 0; c < kN; ++c) {
+      // (r / 8)^2 / 12 for what was read
+      variances[c] = fmaf(variances[c], 1.0f / 768, unread[c]) * (kLn2 * kLn2) * scale * scale;
+    }
     if (cut) {
       MaskPage<kN>(SequenceView(Sequence()), Here(page), p.group, column, lane, sums);
     }
     ScoreUnits<kN> units{2097152.0f * scale, {}};  // 2^24 / 8
 #pragma unroll
     for (int c = 0; c < kN; ++c) {
-      units.offset[c] = fmaf(-0.9375f * scale, ones[c], shared.mean[warp][lane % 4 * kN + c]);
+      units.offset[c] =
+          fmaf(-0.9375f * scale, products.own[2 + c], shared.mean[warp][lane % 4 * kN + c]);
     }
     float lse[kN], concentration[kN], page_mass[kN];
-    SumScores<Traits>(sums, units, softcap, bound, lse, concentration);
+    SumScores<Traits>(sums, units, softcap, filter.bound, lse, concentration);
     PageStats stats[kN];
 #pragma unroll
     for (int c = 0; c < kN; ++c) {
@@ -356,7 +370,7 @@ struct PageScanner {
     for (int c = 0; c < kN; ++c) page_mass[c] = EstimatedLog2Mass(stats[c]);
     float spread = 0;
     if (chunk_end < kChunks) spread = Sequence().decision.coarse_z * kLog2E;
-    if (page == 0 || cut || filter.Wants(stats, page_mass, bound, spread)) {
+    if (page == 0 || cut || filter.Wants(stats, page_mass, spread)) {
       float high[kN];
       uint32_t packed[4 * kN];
       LargestScores(sums, units, high);
@@ -368,12 +382,12 @@ struct PageScanner {
     StoreStats(p, sinks, page, stats, false);
     mass.Add(page_mass);
     mass.Log2Sum(page_mass);
-    filter.Bound(page_mass, bound);
+    filter.Raise(page_mass);
   }
 
   // Stores the mass of the item's pages.
   __device__ __forceinline__ void End() const {
-    const int head = head_index % p.shape.num_kv_heads;
+    const int head = head_index() % p.shape.num_kv_heads;
     StoreRunMass(p, p.work.scan_lse, ScanItem(p, item).run, place, head, column / kTileColumns,
                  mass);
   }
@@ -454,6 +468,7 @@ __global__ void __launch_bounds__(kScanThreads,
     InitBarrier(SharedAddress(&shared.begun), kScanWarps);
     FenceBarrierInit();
   }
+  if (threadIdx.x < Traits::kHeadDim) shared.zeros[threadIdx.x] = __half();
   __syncthreads();
   if (warp == kScanWarps) {
     const int items = p.work.scan_runs * CeilDiv(p.shape.num_kv_heads, kScanWarps) *

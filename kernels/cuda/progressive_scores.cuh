@@ -14,40 +14,65 @@
 
 namespace adaattn {
 
-// Columns that a lane's accumulators are of: kLaneColumns (lane % 4) and what follows. An
-// accumulator has room for two; where columns are few, the second is nobody's.
+// Columns that a lane's accumulators are of: kLaneColumns (lane % 4) and what follows.
 template <class Traits>
 inline constexpr int kLaneColumns = Traits::kColumns / 4;
 
-// The column of the tile that is column lane / 4 of the MMA; -1: nobody's.
+// Tiles of channels whose queries a lane holds. An MMA has eight columns: where columns are few,
+// each takes two of them, 2n with the first half of the tiles and 2n + 1 with the others.
+template <class Traits>
+inline constexpr int kLaneTiles = kLaneColumns<Traits> == 2 ? Traits::kTiles
+                                                            : (Traits::kTiles + 1) / 2;
+// The first of them.
+template <class Traits>
+__device__ __forceinline__ int FirstLaneTile(int lane) {
+  return kLaneColumns<Traits> == 1 && lane / 4 % 2 == 1 ? kLaneTiles<Traits> : 0;
+}
+// The column that they are of.
 template <class Traits>
 __device__ __forceinline__ int MmaColumn(int lane) {
-  if constexpr (kLaneColumns<Traits> == 2) return lane / 4;
-  return lane / 4 % 2 == 0 ? lane / 8 : -1;
+  return lane * kLaneColumns<Traits> / 8;
 }
 
-// The column lane / 4 of the MMA of `x`, for each of the lane's columns.
-template <int kN>
-__device__ __forceinline__ void SpreadColumns(float x, int lane, float (&out)[kN]) {
-#pragma unroll
-  for (int c = 0; c < kN; ++c) out[c] = __shfl_sync(0xffffffffu, x, lane % 4 * 8 + 4 * c);
+// Where a lane finds the ranges of the first and of the other tiles: in zeros where its column of
+// the MMA has nothing of them. Both are indexed by tile.
+struct LaneRanges {
+  const uint2* half[2];
+};
+template <class Traits>
+__device__ __forceinline__ LaneRanges MakeLaneRanges(const __half* ranges, const __half* zeros,
+                                                     int lane) {
+  const bool other = FirstLaneTile<Traits>(lane) > 0;
+  const auto* x = reinterpret_cast<const uint2*>(ranges) + lane % 4;
+  if constexpr (kLaneColumns<Traits> == 2) return LaneRanges{{x, x}};
+  const auto* none = reinterpret_cast<const uint2*>(zeros) + lane % 4;
+  return LaneRanges{{other ? none : x, other ? x : none}};
 }
 
-// Sums over rank chunks [chunk_begin, chunk_end) of q r n: sums[t] is the accumulator of tokens
-// 16t..16t+15 (rows 8..15 of it 16 times larger), ones[0] and ones[1] the sums of q r. squares:
-// halves of (q r)^2 for the column lane / 4. `chunks`: shared addresses of the rank chunks' tiles.
+// Of a page's products.
+struct PageProducts {
+  float sums[4][4];  // accumulators of tokens 16t..16t+15 (rows 8..15 of them 16 times larger)
+  // The accumulator of q r times itself and times ones: [0] and [1] of row g, the sum of products
+  // of columns g and 2t (2t + 1); [2] and [3] sums of q r.
+  float own[4];
+};
+
+// Sums over rank chunks [chunk_begin, chunk_end) of q r n and of q r. `chunks`: shared addresses of
+// the rank chunks' tiles.
 //
 // A byte holds a nibble of row g (lower) and one of row g + 8. Row g multiplies the whole byte,
 // which takes one instruction of four less to bring in place, and has the other row taken off.
 template <class Traits>
 __device__ __forceinline__ void MultiplyPage(
-    const uint32_t (&chunks)[NumRankChunks(Traits::kHeadDim)], const __half* ranges,
-    const uint2 (&query)[Traits::kTiles], int chunk_begin, int chunk_end, int lane,
-    float (&sums)[4][4], float (&ones)[4], uint32_t* squares) {
-  const uint32_t kOnes[4] = {kOneHalves, kOneHalves, kOneHalves, kOneHalves};
+    const uint32_t (&chunks)[NumRankChunks(Traits::kHeadDim)], const LaneRanges& ranges,
+    const uint2 (&query)[kLaneTiles<Traits>], int chunk_begin, int chunk_end, int lane,
+    PageProducts* products) {
+  constexpr int kN = kLaneColumns<Traits>;
+  float(&sums)[4][4] = products->sums;
+  float(&own)[4] = products->own;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    ones[e] = 0;
+    own[e] = 0;
 #pragma unroll
     for (int t = 0; t < 4; ++t) sums[t][e] = 0;
   }
@@ -55,11 +80,11 @@ __device__ __forceinline__ void MultiplyPage(
 #pragma unroll
     for (int k = c * Traits::kChunkTiles; k < (c + 1) * Traits::kChunkTiles; ++k) {
       if (k >= Traits::kTiles) break;
-      const uint2 range = reinterpret_cast<const uint2*>(ranges)[k * 4 + lane % 4];
-      const uint32_t b0 = MultiplyHalves(query[k].x, range.x);
-      const uint32_t b1 = MultiplyHalves(query[k].y, range.y);
-      *squares = FmaHalves(b0, b0, *squares);
-      *squares = FmaHalves(b1, b1, *squares);
+      const int half = k / kLaneTiles<Traits>;
+      const uint2 range = ranges.half[half][k * 4];
+      const uint2 q = query[k - half * kLaneTiles<Traits>];
+      const uint32_t b0 = MultiplyHalves(q.x, range.x);
+      const uint32_t b1 = MultiplyHalves(q.y, range.y);
       uint32_t word[4];
       LoadShared(word, chunks[c] + (k - c * Traits::kChunkTiles) * kKeyTileBytes + lane * 16);
 #pragma unroll
@@ -69,7 +94,9 @@ __device__ __forceinline__ void MultiplyPage(
                                upper & 0x00f000f0u};
         Mma16x8x16<__half>(sums[t], a, b0, b1);
       }
-      Mma16x8x16<__half>(ones, kOnes, b0, b1);
+      // What is k = 2t of column g in B is k = 2t of row g in A.
+      const uint32_t itself[4] = {b0, kOneHalves, b1, kOneHalves};
+      Mma16x8x16<__half>(own, itself, b0, b1);
     }
   };
   constexpr int kChunks = NumRankChunks(Traits::kHeadDim);
@@ -83,33 +110,59 @@ __device__ __forceinline__ void MultiplyPage(
       if (c >= chunk_begin && c < chunk_end) multiply(c);
     }
   }
+  if constexpr (kN == 1) own[2] += own[3];
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
+    if constexpr (kN == 1) {
+      sums[t][0] += sums[t][1];
+      sums[t][2] += sums[t][3];
+    }
     sums[t][0] -= sums[t][2];
     sums[t][1] -= sums[t][3];
   }
 }
 
-// The sum of (q r)^2 over the chunks from chunk_begin on, as MultiplyPage's squares.
+// The sums of (q r)^2 over what was read, for the lane's columns.
 template <class Traits>
-__device__ __forceinline__ uint32_t UnreadSquares(const __half* ranges,
-                                                  const uint2 (&query)[Traits::kTiles],
-                                                  int chunk_begin, int lane) {
-  uint32_t squares = 0;
-#pragma unroll
-  for (int k = 0; k < Traits::kTiles; ++k) {
-    if (k / Traits::kChunkTiles < chunk_begin) continue;
-    const uint2 range = reinterpret_cast<const uint2*>(ranges)[k * 4 + lane % 4];
-    const uint32_t b0 = MultiplyHalves(query[k].x, range.x);
-    const uint32_t b1 = MultiplyHalves(query[k].y, range.y);
-    squares = FmaHalves(b0, b0, squares);
-    squares = FmaHalves(b1, b1, squares);
+__device__ __forceinline__ void ReadSquares(const PageProducts& products, int lane,
+                                            float (&squares)[kLaneColumns<Traits>]) {
+  // Columns 2t and 2t + 1 of the MMA: of rows 2t and 2t + 1.
+  const float even = __shfl_sync(0xffffffffu, products.own[0], lane % 4 * 9);
+  const float odd = __shfl_sync(0xffffffffu, products.own[1], lane % 4 * 9 + 4);
+  if constexpr (kLaneColumns<Traits> == 2) {
+    squares[0] = even;
+    squares[1] = odd;
+  } else {
+    squares[0] = even + odd;
   }
-  return squares;
 }
-__device__ __forceinline__ float SumHalves(uint32_t pair) {
+
+// Those over the chunks from chunk_begin on.
+template <class Traits>
+__device__ __forceinline__ void UnreadSquares(const LaneRanges& ranges,
+                                              const uint2 (&query)[kLaneTiles<Traits>],
+                                              int chunk_begin, int lane,
+                                              float (&squares)[kLaneColumns<Traits>]) {
+  constexpr int kN = kLaneColumns<Traits>;
+  const int first = FirstLaneTile<Traits>(lane);
+  const uint2* own = (first > 0 ? ranges.half[1] : ranges.half[0]) + first * 4;
+  uint32_t pair = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneTiles<Traits>; ++i) {
+    if (first + i < chunk_begin * Traits::kChunkTiles) continue;
+    const uint2 range = own[i * 4];
+    const uint32_t b0 = MultiplyHalves(query[i].x, range.x);
+    const uint32_t b1 = MultiplyHalves(query[i].y, range.y);
+    pair = FmaHalves(b0, b0, pair);
+    pair = FmaHalves(b1, b1, pair);
+  }
   const float2 x = UnpackPair<__half>(pair);
-  return x.x + x.y;
+  float sum = QuadSum(x.x + x.y);  // of column lane / 4 of the MMA
+  if constexpr (kN == 1) sum += __shfl_xor_sync(0xffffffffu, sum, 4);
+#pragma unroll
+  for (int c = 0; c < kN; ++c) {
+    squares[c] = __shfl_sync(0xffffffffu, sum, lane % 4 * 8 + 4 * c);
+  }
 }
 
 // Masks the tokens that a row does not see. `column`: the lane's first.
@@ -334,7 +387,7 @@ struct RunningMass {
 template <int kN>
 struct ScoreFilter {
   float threshold = -INFINITY;  // log2 of theta, a little less; -inf: every page's
-  float lower[kN] = {};         // the dense tail's part of L, of the lane's columns; inf: no column
+  float bound[kN] = {};         // L of the lane's columns is at least that; inf: no column
 
   ScoreFilter() = default;
   __device__ __forceinline__ explicit ScoreFilter(const DecisionParams& decision) {
@@ -343,28 +396,26 @@ struct ScoreFilter {
       threshold = Log2(decision.theta) - 0.02f;
     }
   }
-  // What of it prepare found, if the tails are attended. `column`: the lane's first.
+  // Begins with the dense tail's part of L, if the tails are attended. `column`: the lane's first.
   __device__ __forceinline__ void Load(const ProgressiveArgs& p, int64_t head_index, int column,
                                        int columns, bool tails) {
     const float* lse = reinterpret_cast<const float*>(p.workspace + p.work.dense_lse) +
                        head_index * p.work.columns + column;
 #pragma unroll
     for (int c = 0; c < kN; ++c) {
-      lower[c] = column + c >= columns ? INFINITY : tails ? lse[c] : -INFINITY;
+      bound[c] = column + c >= columns ? INFINITY : tails ? lse[c] : -INFINITY;
     }
   }
-
-  // What L is known to be at least, of the lane's columns; inf: no column. `mass`: log mass of
-  // pages so far.
-  __device__ __forceinline__ void Bound(const float (&mass)[kN], float (&bound)[kN]) const {
+  // `mass`: log mass of the pages so far.
+  __device__ __forceinline__ void Raise(const float (&mass)[kN]) {
 #pragma unroll
-    for (int c = 0; c < kN; ++c) bound[c] = fmaxf(lower[c], mass[c]);
+    for (int c = 0; c < kN; ++c) bound[c] = fmaxf(bound[c], mass[c]);
   }
 
-  // For the warp. `bound`: as Bound; `spread`: two stages: standard deviations that a page's log
-  // mass may gain, log2 units.
+  // For the warp. `spread`: two stages: standard deviations that a page's log mass may gain, log2
+  // units.
   __device__ __forceinline__ bool Wants(const PageStats (&stats)[kN], const float (&mass)[kN],
-                                        const float (&bound)[kN], float spread) const {
+                                        float spread) const {
     bool wanted = false;
 #pragma unroll
     for (int c = 0; c < kN; ++c) {
