@@ -309,9 +309,11 @@ __device__ __forceinline__ int64_t OutputRow(const ProgressiveArgs& p, const Pro
          head * p.group.size + p.group.Head(column);
 }
 
-// Warps of a CTA: few columns are each summed by many.
+// Warps of a CTA: few columns are each summed by many. At least two, which end a column.
 inline int MergeWarps(int columns, int num_sms) {
-  return columns <= num_sms ? kMergeMaxWarps : columns <= 4 * num_sms ? kMergeMaxWarps / 2 : 4;
+  if (columns <= num_sms) return kMergeMaxWarps;
+  if (columns <= 4 * num_sms) return kMergeMaxWarps / 2;
+  return columns <= 8 * num_sms ? 4 : 2;
 }
 
 template <class Traits>

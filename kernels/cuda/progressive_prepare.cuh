@@ -29,10 +29,15 @@ __device__ __forceinline__ bool BasisIsUsed(const ProgressiveSequence& s, int ru
 template <class Traits>
 __device__ __forceinline__ void FetchBasis(const std::byte* query_basis,
                                            RotateShared<Traits>& shared) {
-  constexpr int kD = Traits::kHeadDim, kPieces = kD / 8;
-#pragma unroll 2
-  for (int i = threadIdx.x; i < kD * kPieces; i += kQueryThreads) {
-    CopyAsync16(shared.basis.At(i / kPieces, i % kPieces * 8), query_basis + i * 16);
+  using Rows = ChannelRows<Traits, Traits::kHeadDim>;
+  const int first = Rows::ThreadRow();
+  if (first < 0) return;
+  uint16_t* target = shared.basis.At(first, 8 * Rows::ThreadPiece());
+  const std::byte* source = query_basis + threadIdx.x * 16;
+#pragma unroll
+  for (int begin = 0; begin < Rows::kD; begin += Rows::kPassRows) {
+    if (begin + Rows::kPassRows > Rows::kD && begin + first >= Rows::kD) break;
+    CopyAsync16(target + begin * Rows::kStride, source + begin * Rows::kPieces * 16);
   }
 }
 
@@ -40,13 +45,15 @@ __device__ __forceinline__ void FetchBasis(const std::byte* query_basis,
 template <class Traits>
 __device__ __forceinline__ void Rotate(const RotateShared<Traits>& shared, int warp, int lane,
                                        uint2* target) {
+  const auto query = shared.query.TilesOf(lane % 16, lane / 16);
   for (int tile = warp; tile < Traits::kTiles; tile += kTileColumns) {
+    const uint16_t* basis = shared.basis.At(lane % 16, 16 * tile + lane / 16 * 8);
     float sums[2][4] = {};
 #pragma unroll 4
     for (int k = 0; k < Traits::kTiles; ++k) {
       uint32_t a[4], b[4];
-      LoadMatrices<false>(a, shared.query.At(lane % 16, 16 * k + lane / 16 * 8));
-      LoadMatrices<true>(b, shared.basis.At(16 * k + lane % 16, 16 * tile + lane / 16 * 8));
+      LoadMatrices<false>(a, query[k]);
+      LoadMatrices<true>(b, basis + 16 * k * decltype(shared.basis)::kStride);
       Mma16x8x16<__half>(sums[0], a, b[0], b[1]);
       Mma16x8x16<__half>(sums[1], a, b[2], b[3]);
     }

@@ -18,9 +18,13 @@ inline constexpr int kQueryThreads = 32 * kTileColumns;  // a warp a column
 // pieces of 16 bytes in an order of each row's own, or some room after each row.
 template <class Traits, int kRows>
 struct ChannelRows {
-  static constexpr int kD = Traits::kHeadDim;
+  static constexpr int kD = Traits::kHeadDim, kPieces = kD / 8;
   static constexpr bool kSwizzled = kD % 64 == 0;
   static constexpr int kStride = kSwizzled ? kD : kD + 8;
+  // The CTA copies so many rows at once. A thread keeps to its piece, so that both of its addresses
+  // grow by constants.
+  static constexpr int kPassRows = kQueryThreads / kPieces;
+  static_assert(!kSwizzled || kPassRows % 8 == 0, "the same order in each");
   alignas(16) uint16_t data[kRows * kStride];
   __device__ __forceinline__ uint16_t* At(int row, int channel) {
     const int at = kSwizzled ? (channel / 8 ^ row % 8) * 8 + channel % 8 : channel;
@@ -28,6 +32,29 @@ struct ChannelRows {
   }
   __device__ __forceinline__ const uint16_t* At(int row, int channel) const {
     return const_cast<ChannelRows*>(this)->At(row, channel);
+  }
+
+  // The thread's first row and piece in a copy; -1: it has none.
+  static __device__ __forceinline__ int ThreadRow() {
+    const int row = static_cast<int>(threadIdx.x) / kPieces;
+    return row < kPassRows ? row : -1;
+  }
+  static __device__ __forceinline__ int ThreadPiece() {
+    return static_cast<int>(threadIdx.x) % kPieces;
+  }
+
+  // Channels 16 k + 8 `half` of a row, for any k: At(row, 16 k + 8 half) in one instruction.
+  struct Tiles {
+    const std::byte* rows;
+    uint32_t start;
+    __device__ __forceinline__ const void* operator[](int k) const {
+      return rows + (kSwizzled ? start ^ 32u * k : start + 32u * k);
+    }
+  };
+  __device__ __forceinline__ Tiles TilesOf(int row, int half) const {
+    const auto* rows = reinterpret_cast<const std::byte*>(data);
+    const auto* first = reinterpret_cast<const std::byte*>(At(row, 8 * half));
+    return Tiles{rows, static_cast<uint32_t>(first - rows)};
   }
 };
 

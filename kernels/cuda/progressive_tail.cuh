@@ -48,22 +48,32 @@ struct TailRows {
   // Starts the copies of the keys, then of the values, of kTokens tokens from `begin` on. Rows
   // after the last one, up to whole MMAs, become 0.
   __device__ __forceinline__ void Fetch(int begin, TailShared<Traits>& shared) const {
-    FetchPart(keys, begin, &shared.key);
-    FetchPart(values, begin, &shared.value);
+    const int rows = Count(begin), in_page = begin % kPageTokens;
+    const std::byte *first = nullptr, *next = nullptr;
+    if (rows > 0) {
+      first = Page(begin / kPageTokens);
+      next = in_page + rows > kPageTokens ? Page(begin / kPageTokens + 1) : first;
+      next -= kPageTokens * kD * 2;  // so that both are indexed by tokens of the first page
+    }
+    FetchPart(first + keys, next + keys, in_page, rows, &shared.key);
+    FetchPart(first + values, next + values, in_page, rows, &shared.value);
   }
-  __device__ __forceinline__ void FetchPart(int64_t offset, int begin,
+  __device__ __forceinline__ void FetchPart(const std::byte* first, const std::byte* next,
+                                            int in_page, int rows,
                                             ChannelRows<Traits, kTokens>* target) const {
-    constexpr int kPieces = kD / 8;
-    const int rows = Count(begin), whole = (rows + 15) / 16 * 16;
-#pragma unroll 1  // inlined in five places (docs/kernels.md: what code costs that is not run)
-    for (int i = threadIdx.x; i < whole * kPieces; i += kQueryThreads) {
-      const int row = i / kPieces, at = i % kPieces * 8, token = begin + row;
-      if (row >= rows) {
-        *reinterpret_cast<uint4*>(target->At(row, at)) = make_uint4(0, 0, 0, 0);
-        continue;
+    using Rows = ChannelRows<Traits, kTokens>;
+    const int own = Rows::ThreadRow(), piece = Rows::ThreadPiece();
+    const int left = own < 0 ? -1 : rows - own, whole = own < 0 ? -1 : (rows + 15) / 16 * 16 - own;
+    uint16_t* at = target->At(max(own, 0), 8 * piece);
+#pragma unroll
+    for (int begin = 0; begin < kTokens; begin += Rows::kPassRows) {
+      if (begin < left) {
+        const int token = in_page + own + begin;
+        CopyAsync16(at + begin * Rows::kStride,
+                    (token < kPageTokens ? first : next) + (token * kD + 8 * piece) * 2);
+      } else if (begin < whole) {
+        *reinterpret_cast<uint4*>(at + begin * Rows::kStride) = make_uint4(0, 0, 0, 0);
       }
-      CopyAsync16(target->At(row, at),
-                  Page(token / kPageTokens) + offset + (token % kPageTokens * kD + at) * 2);
     }
     CommitCopies();
   }
@@ -97,14 +107,15 @@ struct TailAttender {
 
   // Scores of `tokens` fetched tokens from `begin` on; a warp 16 tokens. `unit`: of the queries.
   __device__ __forceinline__ void Score(int begin, int tokens, float unit) {
+    const auto query = shared.query.TilesOf(lane % 16, lane / 16);
     for (int first = 16 * warp; first < tokens; first += 16 * kTileColumns) {
+      const auto key = shared.key.TilesOf(first + lane / 16 * 8 + lane % 8, lane / 8 % 2);
       float sums[2][4] = {};
 #pragma unroll 4
       for (int k = 0; k < Traits::kTiles; ++k) {
         uint32_t a[4], b[4];
-        LoadMatrices<false>(a, shared.query.At(lane % 16, 16 * k + lane / 16 * 8));
-        LoadMatrices<false>(
-            b, shared.key.At(first + lane / 16 * 8 + lane % 8, 16 * k + lane / 8 % 2 * 8));
+        LoadMatrices<false>(a, query[k]);
+        LoadMatrices<false>(b, key[k]);
         Mma16x8x16<T>(sums[0], a, b[0], b[1]);
         Mma16x8x16<T>(sums[1], a, b[2], b[3]);
       }
@@ -156,10 +167,11 @@ struct TailAttender {
       for (int e = 0; e < 8; ++e) out[i][e / 4][e % 4] *= rescale;
       const int tile = warp + kTileColumns * i;
       if (tile >= Traits::kTiles) break;
+      const uint16_t* value = shared.value.At(lane % 16, 16 * tile + lane / 16 * 8);
       for (int k = 0; 16 * k < tokens; ++k) {
         uint32_t a[4], b[4];
         LoadMatrices<false>(a, &shared.weight[lane % 16][16 * k + lane / 16 * 8]);
-        LoadMatrices<true>(b, shared.value.At(16 * k + lane % 16, 16 * tile + lane / 16 * 8));
+        LoadMatrices<true>(b, value + 16 * k * decltype(shared.value)::kStride);
         Mma16x8x16<T>(out[i][0], a, b[0], b[1]);
         Mma16x8x16<T>(out[i][1], a, b[2], b[3]);
       }
