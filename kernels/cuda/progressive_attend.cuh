@@ -33,6 +33,8 @@ template <class Traits, class Rings>
 struct PageAttender {
   static constexpr int kGroups = Traits::kValueGroups;
   static constexpr int kCount = 4 / kGroups;  // score tiles that a warp refines
+  static constexpr int kOctets = kLaneOctets<Traits>;
+  static constexpr bool kHalves = kOctets < 8;  // columns n and n + 4 of the sums are column n's
   static_assert(Rings::kWarps % kGroups == 0, "the same warps for each group");
   const ProgressiveArgs& p;
   Rings& shared;
@@ -42,9 +44,9 @@ struct PageAttender {
   int query_run = -1;                    // basis of the query in shared memory
   float unit = 0;                        // of that query
   float softcap = 0;
-  float lse = 0;  // L of column lane / 4
+  float lse = 0;  // L of the lane's column
   float out[Traits::kTilesPerGroup][4] = {};
-  float mass = 0;                      // of column lane / 4; of the first group's warps
+  float mass = 0;                      // of the lane's tokens; of the first group's warps
   float reference = -INFINITY;         // log2 of what mass and out are relative to, beside L
   int key_bytes = 0, value_bytes = 0;  // likewise
 
@@ -60,6 +62,7 @@ struct PageAttender {
         streamer(args, rings, column_tile, lane, slot) {}
 
   __device__ __forceinline__ bool Fetches() const { return group == kGroups - 1; }
+  __device__ __forceinline__ int column() const { return ScoreColumn<Traits>(lane); }
 
   // Goes on with the pages of another head.
   __device__ __forceinline__ void Enter(const ListedPage& page) {
@@ -75,7 +78,7 @@ struct PageAttender {
   __device__ __forceinline__ void LoadLse() {
     lse = reinterpret_cast<const float*>(
         p.workspace +
-        p.work.global_lse)[int64_t{head_index} * p.work.columns + tile * kTileColumns + lane / 4];
+        p.work.global_lse)[int64_t{head_index} * p.work.columns + tile * kTileColumns + column()];
   }
 
   // The head's query for a basis to shared memory. By the slot's warps.
@@ -113,7 +116,7 @@ struct PageAttender {
     SyncSlot<kGroups>(slot);
   }
 
-  // Makes sums relative to `score`, of column lane / 4, where it is larger.
+  // Makes sums relative to `score`, of the lane's column, where it is larger.
   __device__ __forceinline__ void Rescale(float score) {
     const float next = fmaxf(reference, score);
     const float factor = reference == -INFINITY ? 0.0f : Exp2(reference - next);
@@ -137,33 +140,39 @@ struct PageAttender {
     WaitBarrier(SharedAddress(&shared.full[slot][stage]), streamer.ring.done / kRingDepth % 2);
     std::byte* data = shared.room[slot] + shared.ring[slot][stage].offset;
     if (fine) Refine(data, layout);
-    uint32_t scores[8] = {}, codes[8];
+    uint32_t scores[kOctets] = {}, codes[kOctets];
     float max = -INFINITY;
-    if (lane / 4 < columns) {
-      const auto* at = reinterpret_cast<const uint4*>(data + layout.scores());
-      const uint4 low = at[lane], high = at[layout.score_bytes() / 16 + lane];
-      const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    if (column() < columns) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) scores[j] = words[j];
-      max = reinterpret_cast<const PageStats*>(data)[lane / 4].max;
+      for (int j = 0; j < kOctets; j += 4) {
+        const int half = FirstLaneOctet<Traits>(lane) / 4 + j / 4;
+        const uint4 words = reinterpret_cast<const uint4*>(
+            data + layout.scores() + half * layout.score_bytes())[lane % (4 * Traits::kColumns)];
+        scores[j] = words.x;
+        scores[j + 1] = words.y;
+        scores[j + 2] = words.z;
+        scores[j + 3] = words.w;
+      }
+      max = reinterpret_cast<const PageStats*>(data)[column()].max;
     }
     LoadTokenScales<Traits>(data + layout.value_scales(), group, lane, codes);
     if (fine) {  // the largest is another now, and anywhere
       uint32_t pair = scores[0];
 #pragma unroll
-      for (int j = 1; j < 8; ++j) pair = MaxHalves(pair, scores[j]);
+      for (int j = 1; j < kOctets; ++j) pair = MaxHalves(pair, scores[j]);
       const float2 halves = UnpackPair<__half>(pair);
-      const float high = QuadMax(fmaxf(halves.x, halves.y));
+      float high = QuadMax(fmaxf(halves.x, halves.y));
+      if constexpr (kHalves) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 16));
       const float shift = high == -INFINITY ? 0.0f : high;
       const uint32_t down = PackPair<__half>(-shift, -shift);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) scores[j] = FmaHalves(kOneHalves, scores[j], down);
+      for (int j = 0; j < kOctets; ++j) scores[j] = FmaHalves(kOneHalves, scores[j], down);
       max += high;
     }
-    float2 probability[8];
+    float2 probability[kOctets];
     const float base = SoftCap<Traits>(max, softcap);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < kOctets; ++j) {
       float2 y = UnpackPair<__half>(scores[j]);
       if constexpr (Traits::kSoftCap) {
         if (softcap != 0) {
@@ -173,7 +182,7 @@ struct PageAttender {
       }
       probability[j] = max == -INFINITY ? make_float2(0, 0) : make_float2(Exp2(y.x), Exp2(y.y));
     }
-    const TokenWeights tokens = WeighTokens(probability, codes);
+    const TokenWeights tokens = WeighTokens(probability, codes, lane);
     const float score = max == -INFINITY ? max : base - lse;
     constexpr float kFar = 32;  // the same for all warps of the slot
     if (__any_sync(0xffffffffu, score > reference + kFar)) Rescale(score);
@@ -205,8 +214,24 @@ struct PageAttender {
   // The slot's number among those of all CTAs.
   __device__ __forceinline__ int Place() const { return blockIdx.x * Rings::kSlots + slot; }
 
+  // Makes the sums of columns those of all tokens, in every lane that has some.
+  __device__ __forceinline__ void JoinHalves() {
+    if constexpr (!kHalves) return;
+    mass += __shfl_xor_sync(0xffffffffu, mass, 16);
+#pragma unroll
+    for (int i = 0; i < Traits::kTilesPerGroup; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[i][e] += __shfl_xor_sync(0xffffffffu, out[i][e], 2);
+    }
+  }
+  // Whether the lane's mass and reference are its column's, once.
+  __device__ __forceinline__ bool HasColumn() const {
+    return group == 0 && lane % 4 == 0 && lane < 4 * Traits::kColumns;
+  }
+
   // The slot's sums to its part of the head; they start again from 0.
   __device__ __forceinline__ void Flush() {
+    JoinHalves();
     const int64_t first = (int64_t{Place()} + head_index) * p.work.columns + tile * kTileColumns;
     float* row = reinterpret_cast<float*>(p.workspace + p.work.partial) + first * Traits::kHeadDim +
                  group * Traits::kTilesPerGroup * kTileChannels + lane / 4;
@@ -221,7 +246,7 @@ struct PageAttender {
         out[i][e] = 0;
       }
     }
-    if (group == 0 && lane % 4 == 0) {
+    if (HasColumn()) {
       reinterpret_cast<float*>(p.workspace + p.work.mass)[first + lane / 4] = mass;
       reinterpret_cast<float*>(p.workspace + p.work.reference)[first + lane / 4] = reference;
     }

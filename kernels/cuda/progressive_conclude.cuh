@@ -19,10 +19,10 @@
 namespace adaattn {
 
 // Bytes of rings: what the rest of ConcludeShared leaves of what a CTA may have.
-template <class Traits, class TileTraits>
+template <class Traits>
 constexpr int ConcludeRoom() {
   if (Traits::kHeadDim > 128) return 112 * 1024;
-  return TileTraits::kColumns == kFewColumns ? 148 * 1024 : 120 * 1024;
+  return Traits::kColumns == kFewColumns ? 148 * 1024 : 120 * 1024;
 }
 
 // What pages add up to in a column.
@@ -34,17 +34,16 @@ struct alignas(16) ConcludePart {
   float mass, top;  // of those values; both are relative to 2^top beside L
 };
 
-// `TileTraits`: of select, which is leaner where columns are few.
-template <class Traits, class TileTraits>
-struct ConcludeShared : AttendRings<Traits, ConcludeRoom<Traits, TileTraits>(), kConcludePages> {
-  static constexpr int kColumns = TileTraits::kColumns;
+template <class Traits>
+struct ConcludeShared : AttendRings<Traits, ConcludeRoom<Traits>(), kConcludePages> {
+  static constexpr int kColumns = Traits::kColumns;
   // A slot's sums of values; in the room of its ring once all slots are through. Rows are 4 banks
   // apart, for the lanes that store a channel of different columns.
   struct SlotSums {
     float out[kColumns][Traits::kHeadDim + 4];
   };
   static_assert(sizeof(SlotSums) <= ConcludeShared::kRingBytes, "in the room of the ring");
-  SelectShared<TileTraits> select;
+  SelectShared<Traits> select;
   ConcludePart<Traits::kHeadDim> part[kColumns];  // of the CTA's pages
   // Those of the CTA's own columns that each CTA of the cluster has sent, column after column.
   ConcludePart<Traits::kHeadDim> sent[ConcludeParts(kColumns)];
@@ -64,13 +63,13 @@ struct ConcludeShared : AttendRings<Traits, ConcludeRoom<Traits, TileTraits>(), 
 };
 
 // What one CTA does of a head.
-template <class Traits, class TileTraits>
+template <class Traits>
 struct HeadConcluder {
-  using Shared = ConcludeShared<Traits, TileTraits>;
+  using Shared = ConcludeShared<Traits>;
   using Attender = PageAttender<Traits, Shared>;
-  using Decider = PageDecider<TileTraits>;
+  using Decider = PageDecider<Traits>;
   using Part = ConcludePart<Traits::kHeadDim>;
-  static constexpr int kD = Traits::kHeadDim, kColumns = TileTraits::kColumns;
+  static constexpr int kD = Traits::kHeadDim, kColumns = Traits::kColumns;
   static constexpr int kThreads = Shared::kThreads, kPartFloats = sizeof(Part) / sizeof(float);
   const ProgressiveArgs& p;
   Shared& shared;
@@ -128,7 +127,7 @@ struct HeadConcluder {
   // Brings what a chunk's pages are decided by, and the first time the warp's part of L. By the
   // threads that select, who do it before they wait where theta is chosen: the launch before is the
   // one that chooses it (progressive_select.cuh).
-  __device__ __forceinline__ void Load(ChunkSelector<TileTraits>& selector, bool first) {
+  __device__ __forceinline__ void Load(ChunkSelector<Traits>& selector, bool first) {
     MassPart<kSelectWarps, kColumns> masses(p, from, sequence(), head(), 0);
     const bool chosen = ChoosesTheta(from.decision.policy);
     if (first) {
@@ -138,7 +137,7 @@ struct HeadConcluder {
     selector.decider.Load();
     selector.Fetch(head());
     __syncwarp();  // loads first
-    ListDepths<TileTraits>(p, from.decision, shared.select);
+    ListDepths<Traits>(p, from.decision, shared.select);
     if (!first) return;
     masses.Store(shared.select.lse_parts[0][threadIdx.x / 32]);
     if (chosen) Wait();
@@ -146,13 +145,13 @@ struct HeadConcluder {
 
   // Decides a chunk's pages, by the threads that select. `lse`, `theta`: known after the first
   // chunk.
-  __device__ __forceinline__ void Decide(ChunkSelector<TileTraits>& selector, bool first,
+  __device__ __forceinline__ void Decide(ChunkSelector<Traits>& selector, bool first,
                                          float (&lse)[Decider::kEach], float* theta) {
     if (first) {
       *theta = ChoosesTheta(from.decision.policy)
                    ? reinterpret_cast<const float*>(p.workspace + p.work.theta)[head_index()]
                    : from.decision.theta;
-      JoinLse<TileTraits>(shared.select, 0, lse);
+      JoinLse<Traits>(shared.select, 0, lse);
       if (threadIdx.x < 4) {
 #pragma unroll
         for (int i = 0; i < Decider::kEach; ++i) shared.lse[selector.decider.column(i)] = lse[i];
@@ -169,8 +168,8 @@ struct HeadConcluder {
     float theta = 0, lse[Decider::kEach];
     for (int begin = 0;; begin += kChunkPages) {
       // Threads that do not select have no page in it.
-      ChunkSelector<TileTraits> selector(p, from, s, sequence(), head(), 0, Chunk(begin),
-                                         shared.select);
+      ChunkSelector<Traits> selector(p, from, s, sequence(), head(), 0, Chunk(begin),
+                                     shared.select);
       if (Selects()) {
         Load(selector, begin == 0);
       } else if (begin == 0) {
@@ -182,12 +181,12 @@ struct HeadConcluder {
       if (Selects()) {
         selector.decider.List(s, shared.select, reinterpret_cast<uint4*>(shared.page + listed));
       }
-      listed += ListLength<TileTraits>(shared.select).pages;
+      listed += ListLength<Traits>(shared.select).pages;
       __syncthreads();
       const bool last = begin + kChunkPages >= pages();
       if (last) Fetch(attender);
       if (Selects()) {
-        if (threadIdx.x < 32) CountPages<TileTraits>(p.decisions + head_index(), shared.select);
+        if (threadIdx.x < 32) CountPages<Traits>(p.decisions + head_index(), shared.select);
         selector.Summarise();
       }
       __syncthreads();
@@ -202,11 +201,11 @@ struct HeadConcluder {
   // Adds up the figures of a chunk's pages and the means of those that are not attended.
   __device__ __forceinline__ void SumChunk(int begin) {
     if (Selects()) {
-      StoreStates<TileTraits>(shared.select, kPartFloats,
-                              reinterpret_cast<float*>(&shared.part[0].state), begin > 0);
+      StoreStates<Traits>(shared.select, kPartFloats,
+                          reinterpret_cast<float*>(&shared.part[0].state), begin > 0);
     } else {
       const ChunkPages chunk = Chunk(begin);
-      AddMeans<TileTraits, Shared::kWarps - kSelectWarps>(
+      AddMeans<Traits, Shared::kWarps - kSelectWarps>(
           shared.select.means, chunk.count, chunk.HasSink(), columns(),
           static_cast<int>(threadIdx.x) / 32 - kSelectWarps, kPartFloats,
           reinterpret_cast<float*>(shared.part), begin > 0);
@@ -224,7 +223,7 @@ struct HeadConcluder {
   __device__ __forceinline__ void Attend(Attender& attender) {
     const int begin = Bound(attender.slot), end = Bound(attender.slot + 1);
     if (begin < end) attender.Enter(shared.page[begin]);
-    attender.lse = shared.lse[attender.lane / 4];
+    attender.lse = shared.lse[attender.column()];
     for (int i = begin; i < end; ++i) {
       if (attender.Fetches()) attender.streamer.Fill(Here(end));
       attender.Attend(shared.page[i]);
@@ -238,9 +237,10 @@ struct HeadConcluder {
     SendSums();
   }
 
-  __device__ __forceinline__ void StoreSlot(const Attender& attender) {
+  __device__ __forceinline__ void StoreSlot(Attender& attender) {
     const int lane = attender.lane, slot = attender.slot;
-    if (attender.group == 0 && lane % 4 == 0) {
+    attender.JoinHalves();
+    if (attender.HasColumn()) {
       shared.slot_reference[slot][lane / 4] = attender.reference;
       shared.slot_mass[slot][lane / 4] = attender.mass;
     }
@@ -385,15 +385,15 @@ struct HeadConcluder {
   }
 };
 
-template <class Traits, class TileTraits>
-__global__ void __launch_bounds__(ConcludeShared<Traits, TileTraits>::kThreads, 1)
+template <class Traits>
+__global__ void __launch_bounds__(ConcludeShared<Traits>::kThreads, 1)
     ProgressiveConcludeKernel(const __grid_constant__ ProgressiveArgs p) {
-  using Shared = ConcludeShared<Traits, TileTraits>;
+  using Shared = ConcludeShared<Traits>;
   extern __shared__ __align__(16) std::byte shared_bytes[];
   auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
   static_assert(sizeof(Shared) <= size_t{227} << 10, "what a CTA may have");
   shared.InitBarriers();
-  HeadConcluder<Traits, TileTraits>(p, shared).Run();
+  HeadConcluder<Traits>(p, shared).Run();
 }
 
 }  // namespace adaattn

@@ -106,11 +106,11 @@ absl::StatusOr<ConcludeClusters> CountClusters(Kernel kernel, int threads, size_
 }
 
 // Ends the step with one launch, if its shapes are such. Returns whether it did.
-template <class Traits, class TileTraits>
+template <class Traits>
 absl::StatusOr<bool> LaunchConclude(const ProgressiveArgs& p, cudaStream_t stream) {
-  constexpr auto kKernel = ProgressiveConcludeKernel<Traits, TileTraits>;
-  constexpr int kThreads = ConcludeShared<Traits, TileTraits>::kThreads;
-  constexpr size_t kShared = sizeof(ConcludeShared<Traits, TileTraits>);
+  constexpr auto kKernel = ProgressiveConcludeKernel<Traits>;
+  constexpr int kThreads = ConcludeShared<Traits>::kThreads;
+  constexpr size_t kShared = sizeof(ConcludeShared<Traits>);
   static const auto clusters = []() -> absl::StatusOr<ConcludeClusters> {
     ADAATTN_RETURN_IF_ERROR(AllowShared(kKernel, kShared));
     return CountClusters(kKernel, kThreads, kShared);
@@ -132,14 +132,14 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   constexpr size_t kScanShared = sizeof(ScanShared<TileTraits>);
   constexpr size_t kRefineShared = sizeof(RefineShared<Traits>);
   constexpr size_t kSelectShared = sizeof(SelectShared<TileTraits>);
-  constexpr size_t kAttendShared = sizeof(AttendShared<Traits>);
+  constexpr size_t kAttendShared = sizeof(AttendShared<TileTraits>);
   constexpr size_t kMergePart = sizeof(MergePart<Traits>);
   static const absl::Status allowed = [] {
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressivePrepareKernel<Traits>, kPrepareShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveScanKernel<TileTraits>, kScanShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveRefineKernel<Traits>, kRefineShared));
     ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveSelectKernel<TileTraits>, kSelectShared));
-    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveAttendKernel<Traits>, kAttendShared));
+    ADAATTN_RETURN_IF_ERROR(AllowShared(ProgressiveAttendKernel<TileTraits>, kAttendShared));
     return AllowShared(ProgressiveMergeKernel<Traits>, kMergeMaxWarps * kMergePart);
   }();
   ADAATTN_RETURN_IF_ERROR(allowed);
@@ -172,7 +172,7 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   }
   if constexpr (Concludes(Traits::kHeadDim, TileTraits::kColumns)) {
     if (p.shape.group_size() * p.max_q_len <= TileTraits::kColumns) {
-      ADAATTN_ASSIGN_OR_RETURN(const bool done, (LaunchConclude<Traits, TileTraits>(p, stream)));
+      ADAATTN_ASSIGN_OR_RETURN(const bool done, LaunchConclude<TileTraits>(p, stream));
       if (done) return absl::OkStatus();
     }
   }
@@ -181,9 +181,9 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
                         dim3(static_cast<unsigned>(p.work.chunks) * tiles, heads, sequences),
                         kSelectThreads, kSelectShared, true, p, stream, "select"));
   const auto attend_ctas = static_cast<unsigned>(p.work.attend_ctas);
-  ADAATTN_RETURN_IF_ERROR(
-      LaunchProgressive(ProgressiveAttendKernel<Traits>, dim3(attend_ctas, tiles),
-                        AttendShared<Traits>::kThreads, kAttendShared, true, p, stream, "attend"));
+  ADAATTN_RETURN_IF_ERROR(LaunchProgressive(
+      ProgressiveAttendKernel<TileTraits>, dim3(attend_ctas, tiles),
+      AttendShared<TileTraits>::kThreads, kAttendShared, true, p, stream, "attend"));
   const auto columns = static_cast<unsigned>(p.shape.group_size() * p.max_q_len);
   const int warps = MergeWarps(static_cast<int>(columns * heads * sequences), p.num_sms);
   return LaunchProgressive(ProgressiveMergeKernel<Traits>, dim3(columns, heads, sequences),

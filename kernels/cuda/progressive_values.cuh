@@ -106,16 +106,31 @@ __device__ __forceinline__ void RefineScores(const std::byte* fine, const __half
   }
 }
 
-// The scale bytes of value group `group` of a page: element i those of tokens
-// 16 (i / 2) + 8 (i % 2) + 2 (lane % 4) and + 1, in bytes 0 and 2. `scales`: [64, groups] of a
-// head.
+// Octets of tokens whose scores a lane has: all of a page's. Where columns are few, half of them:
+// the MMA's columns 0..3 take the first 32 tokens, 4..7 the others of the same columns.
+template <class Traits>
+inline constexpr int kLaneOctets = Traits::kColumns == kTileColumns ? 8 : 4;
+template <class Traits>
+__device__ __forceinline__ int FirstLaneOctet(int lane) {
+  return kLaneOctets<Traits> == 8 ? 0 : lane / 16 * 4;
+}
+// The column that they are of.
+template <class Traits>
+__device__ __forceinline__ int ScoreColumn(int lane) {
+  return lane / 4 % Traits::kColumns;
+}
+
+// The scale bytes of value group `group` of a page: element i those of tokens 8 i + 2 (lane % 4)
+// and
+// + 1 from the lane's first octet on, in bytes 0 and 2. `scales`: [64, groups] of a head.
 template <class Traits>
 __device__ __forceinline__ void LoadTokenScales(const std::byte* scales, int group, int lane,
-                                                uint32_t (&codes)[8]) {
+                                                uint32_t (&codes)[kLaneOctets<Traits>]) {
   constexpr int kGroups = Traits::kValueGroups;
+  const std::byte* first = scales + (FirstLaneOctet<Traits>(lane) * 8 + lane % 4 * 2) * kGroups;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const std::byte* at = scales + (i * 8 + lane % 4 * 2) * kGroups;
+  for (int i = 0; i < kLaneOctets<Traits>; ++i) {
+    const std::byte* at = first + i * 8 * kGroups;
     if constexpr (kGroups == 1) {
       codes[i] = __byte_perm(*reinterpret_cast<const uint16_t*>(at), 0, 0x4140u);
     } else if constexpr (kGroups == 2) {
@@ -134,25 +149,31 @@ struct TokenWeights {
   float probability;  // the lane's sum, relative to the page's largest
   float range;        // the largest
 };
-__device__ __forceinline__ TokenWeights WeighTokens(const float2 (&probability)[8],
-                                                    const uint32_t (&codes)[8]) {
+template <int kOctets>
+__device__ __forceinline__ TokenWeights WeighTokens(const float2 (&probability)[kOctets],
+                                                    const uint32_t (&codes)[kOctets], int lane) {
   uint32_t top = 0;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) top = __vmaxu2(top, codes[i]);
+  for (int i = 0; i < kOctets; ++i) top = __vmaxu2(top, codes[i]);
   top = __reduce_max_sync(0xffffffffu, max(top & 0xffffu, top >> 16));
   // A byte under 0x4b000000 is 2^23 more than itself; the product and the sum below are exact.
   const float base = -2097152.0f - 0.25f * static_cast<float>(top);
   TokenWeights out;
   out.range = RangeOf(top);
   out.probability = 0;
+  uint32_t own[kOctets];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kOctets; ++i) {
     const float low = __uint_as_float(__byte_perm(codes[i], 0x4b000000u, 0x7440u));
     const float high = __uint_as_float(__byte_perm(codes[i], 0x4b000000u, 0x7442u));
     const float shift = i % 2 == 0 ? base : base - 4.0f;
-    out.b[i / 2][i % 2] = PackPair<__half>(probability[i].x * Exp2(fmaf(low, 0.25f, shift)),
-                                           probability[i].y * Exp2(fmaf(high, 0.25f, shift)));
+    own[i] = PackPair<__half>(probability[i].x * Exp2(fmaf(low, 0.25f, shift)),
+                              probability[i].y * Exp2(fmaf(high, 0.25f, shift)));
     out.probability += probability[i].x + probability[i].y;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {  // of the tokens that are another lane's, none
+    out.b[i / 2][i % 2] = kOctets == 8 || i / 4 == lane / 16 ? own[i % kOctets] : 0u;
   }
   return out;
 }
