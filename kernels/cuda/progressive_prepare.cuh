@@ -134,6 +134,7 @@ struct QueryRotator {
 
 template <class Traits>
 struct PrepareShared {
+  ChannelRows<Traits, kTailTokens> keys;  // of the tail, which may come while queries are rotated
   union {
     TailShared<Traits> tail;
     RotateShared<Traits> rotate;
@@ -165,8 +166,9 @@ __global__ void __launch_bounds__(kQueryThreads, PrepareCtasPerSm<Traits>())
   QueryRotator<Traits> rotator{p, s, head, tile, head_index, shared.rotate, VisiblePages(s)};
   const TailRows<Traits> rows(p, s, head);
   if (rotates) rotator.Fetch(0);
-  if (!rotates) rows.Fetch(rows.tail.begin, shared.tail);
-  if (both) rows.Prefetch();
+  if (both || !rotates) rows.FetchKeys(rows.tail.begin, &shared.keys);
+  if (both) rows.PrefetchValues();
+  if (!rotates) rows.FetchValues(rows.tail.begin, &shared.tail.value);
   const QueryColumn<Traits> q(p, s, head, tile * kTileColumns + threadIdx.x / 32, lane);
   // The scan fetches as soon as it runs: its flood of reads must not stand before those above.
   LaunchDependents();
@@ -179,12 +181,12 @@ __global__ void __launch_bounds__(kQueryThreads, PrepareCtasPerSm<Traits>())
     if (p.early_scan) CountProgress(p.rotated);
     if (!both) return;
     __syncthreads();
-    rows.Fetch(rows.tail.begin, shared.tail);
+    rows.FetchValues(rows.tail.begin, &shared.tail.value);
   }
   if (p.page_type == DType::kF16) {
-    AttendTail<__half>(p, s, q, rows, head_index, tile, unit, shared.tail);
+    AttendTail<__half>(p, s, q, rows, head_index, tile, unit, shared.keys, shared.tail);
   } else {
-    AttendTail<__nv_bfloat16>(p, s, q, rows, head_index, tile, unit, shared.tail);
+    AttendTail<__nv_bfloat16>(p, s, q, rows, head_index, tile, unit, shared.keys, shared.tail);
   }
 }
 

@@ -11,11 +11,13 @@
 
 namespace adaattn {
 
+inline constexpr int kTailTokens = kPageTokens;  // at once
+
 template <class Traits>
 struct TailShared {
-  static constexpr int kTokens = kPageTokens;  // at once
+  static constexpr int kTokens = kTailTokens;
   static constexpr int kEach = kTokens / 32;
-  ChannelRows<Traits, kTokens> key, value;
+  ChannelRows<Traits, kTokens> value;
   ChannelRows<Traits, 2 * kTileColumns> query;
   alignas(16) float score[kTileColumns][kTokens + 4];
   alignas(16) uint16_t weight[2 * kTileColumns][kTokens + 8];
@@ -26,7 +28,8 @@ struct TailShared {
 // A sequence's tail in the cache.
 template <class Traits>
 struct TailRows {
-  static constexpr int kD = Traits::kHeadDim, kTokens = TailShared<Traits>::kTokens;
+  static constexpr int kD = Traits::kHeadDim, kTokens = kTailTokens;
+  using Rows = ChannelRows<Traits, kTokens>;
   const ProgressiveArgs& p;
   const ProgressiveSequence& s;
   TokenRange tail;
@@ -45,49 +48,47 @@ struct TailRows {
   }
   __device__ __forceinline__ int Count(int begin) const { return min(kTokens, tail.end - begin); }
 
-  // Starts the copies of the keys, then of the values, of kTokens tokens from `begin` on. Rows
-  // after the last one, up to whole MMAs, become 0.
-  __device__ __forceinline__ void Fetch(int begin, TailShared<Traits>& shared) const {
-    const int rows = Count(begin), in_page = begin % kPageTokens;
-    const std::byte *first = nullptr, *next = nullptr;
-    if (rows > 0) {
-      first = Page(begin / kPageTokens);
-      next = in_page + rows > kPageTokens ? Page(begin / kPageTokens + 1) : first;
-      next -= kPageTokens * kD * 2;  // so that both are indexed by tokens of the first page
-    }
-    FetchPart(first + keys, next + keys, in_page, rows, &shared.key);
-    FetchPart(first + values, next + values, in_page, rows, &shared.value);
+  // Starts to copy the keys, or the values, of kTokens tokens from `begin` on. Rows after the last
+  // one, up to whole MMAs, become 0.
+  __device__ __forceinline__ void FetchKeys(int begin, Rows* target) const {
+    Fetch(keys, begin, target);
   }
-  __device__ __forceinline__ void FetchPart(const std::byte* first, const std::byte* next,
-                                            int in_page, int rows,
-                                            ChannelRows<Traits, kTokens>* target) const {
-    using Rows = ChannelRows<Traits, kTokens>;
+  __device__ __forceinline__ void FetchValues(int begin, Rows* target) const {
+    Fetch(values, begin, target);
+  }
+  __device__ __forceinline__ void Fetch(int64_t offset, int begin, Rows* target) const {
+    const int rows = Count(begin), in_page = begin % kPageTokens;
     const int own = Rows::ThreadRow(), piece = Rows::ThreadPiece();
-    const int left = own < 0 ? -1 : rows - own, whole = own < 0 ? -1 : (rows + 15) / 16 * 16 - own;
-    uint16_t* at = target->At(max(own, 0), 8 * piece);
+    if (rows > 0 && own >= 0) {
+      const int page = begin / kPageTokens;
+      const std::byte* first = Page(page) + offset;
+      const std::byte* next = in_page + rows > kPageTokens ? Page(page + 1) + offset : first;
+      next -= kPageTokens * kD * 2;  // so that both are indexed by tokens of the first page
+      const int left = rows - own, whole = (rows + 15) / 16 * 16 - own;
+      uint16_t* at = target->At(own, 8 * piece);
 #pragma unroll
-    for (int begin = 0; begin < kTokens; begin += Rows::kPassRows) {
-      if (begin < left) {
-        const int token = in_page + own + begin;
-        CopyAsync16(at + begin * Rows::kStride,
-                    (token < kPageTokens ? first : next) + (token * kD + 8 * piece) * 2);
-      } else if (begin < whole) {
-        *reinterpret_cast<uint4*>(at + begin * Rows::kStride) = make_uint4(0, 0, 0, 0);
+      for (int i = 0; i < kTokens; i += Rows::kPassRows) {
+        if (i < left) {
+          const int token = in_page + own + i;
+          CopyAsync16(at + i * Rows::kStride,
+                      (token < kPageTokens ? first : next) + (token * kD + 8 * piece) * 2);
+        } else if (i < whole) {
+          *reinterpret_cast<uint4*>(at + i * Rows::kStride) = make_uint4(0, 0, 0, 0);
+        }
       }
     }
     CommitCopies();
   }
 
-  // Has L2 fetch all of it.
-  __device__ __forceinline__ void Prefetch() const {
+  // Has L2 fetch the values of all of it.
+  __device__ __forceinline__ void PrefetchValues() const {
     const int first = tail.begin / kPageTokens, pages = CeilDiv(tail.end, kPageTokens) - first;
-#pragma unroll 1  // a turn or two
-    for (int i = threadIdx.x; tail.begin < tail.end && i < 2 * pages; i += kQueryThreads) {
-      const int page = first + i / 2;
+#pragma unroll 1  // a turn
+    for (int i = threadIdx.x; tail.begin < tail.end && i < pages; i += kQueryThreads) {
+      const int page = first + i;
       const int begin = max(tail.begin - page * kPageTokens, 0);
       const int rows = min(tail.end - page * kPageTokens, kPageTokens) - begin;
-      PrefetchBulk(Page(page) + (i % 2 == 0 ? keys : values) + begin * kD * 2,
-                   static_cast<uint32_t>(rows * kD * 2));
+      PrefetchBulk(Page(page) + values + begin * kD * 2, static_cast<uint32_t>(rows * kD * 2));
     }
   }
 };
@@ -100,6 +101,7 @@ struct TailAttender {
   static constexpr int kWarpTiles = (Traits::kTiles + kTileColumns - 1) / kTileColumns;
   const SequenceView& s;
   Shared& shared;
+  const ChannelRows<Traits, kTailTokens>& keys;
   const QueryGroup& group;
   int column_begin, columns, warp, lane;
   float max = -INFINITY, sum = 0, score_sum = 0;  // of column `warp`
@@ -109,7 +111,7 @@ struct TailAttender {
   __device__ __forceinline__ void Score(int begin, int tokens, float unit) {
     const auto query = shared.query.TilesOf(lane % 16, lane / 16);
     for (int first = 16 * warp; first < tokens; first += 16 * kTileColumns) {
-      const auto key = shared.key.TilesOf(first + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+      const auto key = keys.TilesOf(first + lane / 16 * 8 + lane % 8, lane / 8 % 2);
       float sums[2][4] = {};
 #pragma unroll 4
       for (int k = 0; k < Traits::kTiles; ++k) {
@@ -206,22 +208,24 @@ struct TailAttender {
   }
 };
 
-// The tail, whose first rows are being fetched. `unit`: of the queries.
+// The tail, whose first keys, then values, are being fetched. `unit`: of the queries.
 template <typename T, class Traits>
-__device__ __forceinline__ void AttendTail(const ProgressiveArgs& p,
-                                           const ProgressiveSequence& from,
-                                           const QueryColumn<Traits>& q,
-                                           const TailRows<Traits>& rows, int64_t head_index,
-                                           int tile, float unit, TailShared<Traits>& shared) {
+__device__ __forceinline__ void AttendTail(
+    const ProgressiveArgs& p, const ProgressiveSequence& from, const QueryColumn<Traits>& q,
+    const TailRows<Traits>& rows, int64_t head_index, int tile, float unit,
+    ChannelRows<Traits, kTailTokens>& keys, TailShared<Traits>& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const SequenceView s(from);
   const int column_begin = tile * kTileColumns;
   StoreQuery<T>(q, InverseOfPower(unit), warp, lane, &shared.query);
   TailAttender<T, Traits> attender{
-      s, shared, p.group, column_begin, p.group.size * s.q_len - column_begin, warp, lane};
+      s, shared, keys, p.group, column_begin, p.group.size * s.q_len - column_begin, warp, lane};
   for (int begin = rows.tail.begin; begin < rows.tail.end; begin += rows.kTokens) {
     const int tokens = rows.Count(begin);
-    if (begin > rows.tail.begin) rows.Fetch(begin, shared);
+    if (begin > rows.tail.begin) {
+      rows.FetchKeys(begin, &keys);
+      rows.FetchValues(begin, &shared.value);
+    }
     WaitCopies<1>();
     __syncthreads();
     attender.Score(begin, tokens, unit);
