@@ -11,12 +11,16 @@ void PlanProgressive(int32_t num_sms, ProgressiveParams* params) {
   params->num_sms = num_sms;
   const int32_t head_groups = CeilDiv(params->shape.num_kv_heads, kScanWarps);
   const int32_t tiles = CeilDiv(params->shape.group_size() * params->max_q_len, kTileColumns);
-  // A tail's CTA leaves room for one of the scan's less, which would begin when the others end.
-  // With many tails it is the tails that would be late, behind all that the scan reads.
+  // Beside many tails an early scan would have these come late, behind all that it reads.
   const int32_t tails = params->num_sequences * params->shape.num_kv_heads * tiles;
   params->early_scan = 4 * tails <= num_sms;
-  const int32_t ctas =
-      ScanCtasPerSm(params->shape.head_dim) * num_sms - (params->early_scan ? tails : 0);
+  int32_t ctas = ScanCtasPerSm(params->shape.head_dim) * num_sms;
+  // A tail's CTA leaves room for one of the scan's less, which begins when the tail is through:
+  // late for a long run of pages, in time for short ones.
+  constexpr int64_t kShortRun = 4;
+  const int64_t runs = int64_t{head_groups} * tiles * params->num_sequences *
+                       CeilDiv(params->max_sealed, ScanPlaces(params->shape.num_kv_heads));
+  if (params->early_scan && runs > kShortRun * ctas) ctas -= tails;
   params->scan_ctas = std::max(ctas / (head_groups * tiles), 1);
 }
 

@@ -148,20 +148,22 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>(p.work.columns / kTileColumns);
   const auto sms = static_cast<unsigned>(p.num_sms);
   const bool split = 2 * heads * sequences * tiles <= PrepareCtasPerSm<Traits>() * sms;
+  ProgressiveArgs first = p;
+  first.count_rotated = split;
+  first.rehearse_scan =
+      2 * heads * sequences * tiles <= sms;  // or it would begin too late for that
   ADAATTN_RETURN_IF_ERROR(LaunchProgressive(
       ProgressivePrepareKernel<Traits>, dim3(heads, sequences, split ? 2 * tiles : tiles),
-      kQueryThreads, kPrepareShared, false, p, stream, "prepare"));
+      kQueryThreads, kPrepareShared, false, first, stream, "prepare"));
   const auto head_groups = static_cast<unsigned>(CeilDiv(p.shape.num_kv_heads, kScanWarps));
   const unsigned runs = static_cast<unsigned>(p.work.scan_runs) * head_groups;
   // A run has pages, as many at once as there are places.
   const auto most_runs =
       sequences * static_cast<unsigned>(CeilDiv(p.max_sealed, ScanPlaces(p.shape.num_kv_heads)));
   const unsigned scan_ctas = std::min(static_cast<unsigned>(p.scan_ctas), most_runs) * head_groups;
-  ProgressiveArgs scan = p;
-  scan.rehearse_scan = 2 * heads * sequences * tiles <= sms;  // or it would begin too late for that
   ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveScanKernel<TileTraits>,
                                             dim3(scan_ctas * tiles), kScanThreads, kScanShared,
-                                            true, scan, stream, "scan"));
+                                            true, first, stream, "scan"));
   if (p.two_stage) {
     ADAATTN_RETURN_IF_ERROR(LaunchProgressive(ProgressiveRefineKernel<Traits>, dim3(runs),
                                               kScanWarps * 32, kRefineShared, true, p, stream,

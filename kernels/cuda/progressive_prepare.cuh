@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kQueryThreads, PrepareCtasPerSm<Traits>())
   const float unit = QueryUnit(shared.norm);
   if (rotates) {
     rotator.Run(q, unit);
-    if (p.early_scan) CountProgress(p.rotated);
+    if (p.count_rotated) CountProgress(p.rotated);
     if (!both) return;
     __syncthreads();
     rows.FetchValues(rows.tail.begin, &shared.tail.value);

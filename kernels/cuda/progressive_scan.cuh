@@ -41,7 +41,7 @@ struct ScanShared {
   int head_index[kScanWarps];            // of the item
   alignas(8) uint64_t full[kScanStages], empty[kScanStages];
   uint64_t rotated;  // queries are, where the scan is early
-  uint64_t begun;    // the scanning warps have what they need of the first item
+  uint64_t begun;    // the scanning warps leave the way to the copies
   StageWork work[kScanStages];
 };
 
@@ -207,13 +207,13 @@ struct PageFetcher {
 
   // For the other warps, too, where the scan is early: one of a CTA looks.
   __device__ __forceinline__ void AwaitQueries() const {
-    if (p.early_scan) {
-      const int tiles = p.work.columns / kTileColumns;
-      AwaitProgress(p.rotated, p.num_sequences * p.shape.num_kv_heads * tiles);
-      if (lane == 0) Arrive(SharedAddress(&shared.rotated));
-    } else {
+    if (!p.count_rotated) {
       WaitForDependencies();
+      return;
     }
+    const int tiles = p.work.columns / kTileColumns;
+    AwaitProgress(p.rotated, p.num_sequences * p.shape.num_kv_heads * tiles);
+    if (p.early_scan && lane == 0) Arrive(SharedAddress(&shared.rotated));
   }
 
   __device__ __forceinline__ void Run(int items, int32_t* counter) {
@@ -229,7 +229,7 @@ struct PageFetcher {
       shared.work[stage].item = -1;
       ArriveExpectBytes(SharedAddress(&shared.full[stage]), 0);
     }
-    if (p.early_scan) WaitForDependencies();  // so that who waits for this kernel has the tails
+    if (p.count_rotated) WaitForDependencies();  // so that who waits for this kernel has the tails
   }
 };
 
@@ -392,9 +392,16 @@ struct PageScanner {
                  mass);
   }
 
-  // The first item is the CTA's number: it is begun before its first page is here.
+  __device__ __forceinline__ void LetCopiesGoOn() const {
+    __syncwarp();
+    if (lane == 0) Arrive(SharedAddress(&shared.begun));
+  }
+  // The first item is the CTA's number: it is begun before its first page is here. While the tails
+  // are attended, pages may come; otherwise what they would keep waiting is loaded first.
   __device__ __forceinline__ void BeginFirst() {
     const ScanRun run = p.scan_runs[ScanItem(p, blockIdx.x).run];
+    const bool copies_first = p.count_rotated && !p.early_scan;
+    if (copies_first) LetCopiesGoOn();
     if (run.sequence >= 0) Begin(static_cast<int>(blockIdx.x), run.sequence);
     if (!p.early_scan) WaitForDependencies();
     LaunchDependents();
@@ -403,8 +410,7 @@ struct PageScanner {
       LoadFilter();
       if (run.page_begin + place < run.page_end) LoadQuery(run.page_begin + place, run.sequence);
     }
-    __syncwarp();
-    if (lane == 0) Arrive(SharedAddress(&shared.begun));
+    if (!copies_first) LetCopiesGoOn();
   }
 
   // The first turn is a rehearsal, where prepare leaves room for it: it goes through a page of

@@ -192,6 +192,7 @@ struct Scan {
                 int32_t window = 0, int32_t num_sms = kNumSms) {
     params.shape = shape;
     params.num_sequences = static_cast<int32_t>(sealed.size());
+    params.max_sealed = *std::max_element(sealed.begin(), sealed.end());
     PlanProgressive(num_sms, &params);
     for (const int32_t pages : sealed) {
       ProgressiveSequence sequence;
@@ -245,10 +246,12 @@ TEST(RunProgressiveTest, RefusesAWorkspaceBeyondItsIndices) {
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
 }
 
-TEST(PlanProgressiveTest, AnEarlyScanLeavesRoomForTheTails) {
-  const Scan one({510}), four({510, 510, 510, 510}), five({510, 510, 510, 510, 510});
+TEST(PlanProgressiveTest, AnEarlyScanOfManyPagesLeavesRoomForTheTails) {
+  const Scan one({510}), longer({2040}), four({510, 510, 510, 510});
+  const Scan five({510, 510, 510, 510, 510});
   EXPECT_TRUE(one.params.early_scan);
-  EXPECT_EQ(one.params.scan_ctas, 2 * kNumSms - 8);
+  EXPECT_EQ(one.params.scan_ctas, 2 * kNumSms) << "in time for a page or two";
+  EXPECT_EQ(longer.params.scan_ctas, 2 * kNumSms - 8);
   EXPECT_TRUE(four.params.early_scan);
   EXPECT_EQ(four.params.scan_ctas, 2 * kNumSms - 32);
   EXPECT_FALSE(five.params.early_scan) << "the tails would come behind the scan's reads";
