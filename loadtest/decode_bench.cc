@@ -283,7 +283,8 @@ int main(int argc, char** argv) {
         "       [--tune=FILE] [--json=FILE] [--runs=N >= 1]\n"
         "       [--trace=FILE|joined:FILE|random:HEAD_DIM]... [--cases=BATCHxTOKENS,...]\n"
         "       [--heads=Q/KV] [--stored-bits=4|6|8] [--policy=threshold|budget]\n"
-        "       [--theta=X] [--target=X] [--two-stage] [--z=X] [--sample=N] [--conclude-pages=N]\n",
+        "       [--theta=X] [--target=X] [--goal=X] [--two-stage] [--z=X] [--sample=N]\n"
+        "       [--conclude-pages=N]\n",
         argv[0]);
     return 2;
   }

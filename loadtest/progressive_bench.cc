@@ -71,7 +71,9 @@ std::vector<CaseSize> Cases(const ProgressiveBenchOptions& options, const Trace&
 }
 
 // Every n-th (sequence, q head); n is odd, so that no group of heads is left out.
-Sample TakeSample(const ProgressiveCase& test, RowJudge* judge, int32_t most) {
+Sample TakeSample(const ProgressiveCase& test, RowJudge* judge,
+                  const ProgressiveBenchOptions& options) {
+  const int32_t most = options.sample;
   const int32_t heads = test.shape().num_q_heads, all = test.num_sequences() * heads;
   const int32_t stride = (all + most - 1) / most | 1;
   Sample sample;
@@ -84,7 +86,7 @@ Sample TakeSample(const ProgressiveCase& test, RowJudge* judge, int32_t most) {
   for (const RowJudge::Answer* answer : sample.answers) sample.fp8_error += answer->fp8_error;
   sample.fp8_error /= static_cast<double>(sample.answers.size());
   const bool tiled = sources[0].num_tokens < test.kv_len();
-  sample.goal = tiled ? sample.fp8_error : sample.fp8_error / 2;
+  sample.goal = options.goal > 0 ? options.goal : tiled ? sample.fp8_error : sample.fp8_error / 2;
   return sample;
 }
 
@@ -195,7 +197,7 @@ absl::StatusOr<bool> BenchCase(const ProgressiveBenchOptions& options, int runs,
   ADAATTN_ASSIGN_OR_RETURN(
       auto test,
       ProgressiveCase::Create(pool, {size.num_sequences, size.kv_len, decision, tuning}));
-  const Sample sample = TakeSample(*test, judge, options.sample);
+  const Sample sample = TakeSample(*test, judge, options);
   const bool search = (decision.policy == Policy::kBudget ? options.target : options.theta) <= 0;
   if (search) ADAATTN_RETURN_IF_ERROR(Search(test.get(), sample, &decision));
   ADAATTN_ASSIGN_OR_RETURN(const Judged judged, RunAndJudge(test.get(), sample));
@@ -283,6 +285,7 @@ bool ParseProgressiveFlag(absl::string_view flag, ProgressiveBenchOptions* optio
   if (absl::ConsumePrefix(&flag, "--heads=")) return ParseHeads(flag, options);
   if (absl::ConsumePrefix(&flag, "--theta=")) return ParsePositive(flag, &options->theta);
   if (absl::ConsumePrefix(&flag, "--target=")) return ParsePositive(flag, &options->target);
+  if (absl::ConsumePrefix(&flag, "--goal=")) return ParsePositive(flag, &options->goal);
   if (absl::ConsumePrefix(&flag, "--z=")) return ParsePositive(flag, &options->coarse_z);
   if (absl::ConsumePrefix(&flag, "--sample=")) {
     return absl::SimpleAtoi(flag, &options->sample) && options->sample > 0;

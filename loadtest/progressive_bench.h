@@ -29,6 +29,7 @@ struct ProgressiveBenchOptions {
   Policy policy = Policy::kThreshold;
   double theta = 0;        // kThreshold; 0: searched
   double target = 0;       // kBudget: target_relative_error; 0: searched
+  double goal = 0;         // mean error that the search aims at; 0: by dense FP8's
   bool two_stage = false;  // half of the rank first
   double coarse_z = 2;
   int32_t conclude_pages = CudaTuning().conclude_pages;
@@ -38,8 +39,8 @@ struct ProgressiveBenchOptions {
 // Whether `flag` is one of this benchmark's and fine; then it stands in `options`.
 //
 //   --trace=FILE|joined:FILE|random:HEAD_DIM --cases=BATCHxTOKENS,... --heads=Q/KV
-//   --stored-bits=4|6|8 --policy=threshold|budget --theta=X --target=X --two-stage --z=X --sample=N
-//   --conclude-pages=N
+//   --stored-bits=4|6|8 --policy=threshold|budget --theta=X --target=X --goal=X --two-stage --z=X
+//   --sample=N --conclude-pages=N
 bool ParseProgressiveFlag(absl::string_view flag, ProgressiveBenchOptions* options);
 
 // The heads of cases: those of `options`, else 32 over 8, or 16 over 4 at head_dim 256.
@@ -50,11 +51,12 @@ AttentionShape BenchShape(const ProgressiveBenchOptions& options, int32_t head_d
 std::vector<std::string> BenchTraces(const ProgressiveBenchOptions& options);
 
 // Times progressive decode on captured traces and judges its error. Theta (or the target) that is
-// searched is the largest whose mean error is at most half of dense FP8's on the same rows; at
-// FP8's own where the trace is tiled, which divides the shares. Prints one line a case and appends
-// to `report`; a budget's line names the mean theta that it chose, whose threshold is the same step
-// without the theta launch. False when a kernel's count of bytes is not what its page counts imply,
-// an output is not finite, or no theta reaches the goal.
+// searched is the largest whose mean error is at most the goal: half of dense FP8's on the same
+// rows (K and V in e4m3, all else exact), FP8's own where the trace is tiled, which divides the
+// shares. Prints one line a case and appends to `report`; a budget's line names the mean theta that
+// it chose, whose threshold is the same step without the theta launch. False when a kernel's count
+// of bytes is not what its page counts imply, an output is not finite, or no theta reaches the
+// goal.
 absl::StatusOr<bool> BenchProgressive(const ProgressiveBenchOptions& options, int runs,
                                       const DeviceBuffer& flush, nlohmann::json* report);
 

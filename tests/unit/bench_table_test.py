@@ -54,6 +54,18 @@ class TableTest(unittest.TestCase):
                                  "AdaAttn progressive, two-stage": 2.75})
         self.assertAlmostEqual(rows[0]["tb_per_s_as_bf16"], (1 << 30) / 220e-6 / 1e12)
 
+    def test_names_what_was_run_at_a_peers_error(self):
+        peers = [peer("FlashInfer XQA FP8", 220.0), peer("FlashAttention-3 FP8", 210.0),
+                 peer("FlashAttention-3 FP8", 1.0, skipped="no"), peer("FlashInfer BF16", 2.0)]
+        fastest = self.bench.fastest_fp8(peers, "a", tuple(SHAPE.values()))
+        self.assertEqual(fastest["median_us"], 210.0)
+        self.assertIsNone(self.bench.fastest_fp8(peers, "b", tuple(SHAPE.values())))
+        again = [{**progressive(90.0, 0), "peer": fastest["peer"], "share": share}
+                 for share in (0.5, 1.0)]
+        names = [row["name"] for row in self.bench.collect([], again, [])]
+        self.assertEqual(names, ["AdaAttn, half of FlashAttention-3 FP8's error",
+                                 "AdaAttn, at FlashAttention-3 FP8's error"])
+
     def test_leaves_out_peers_that_did_not_run_or_answered_wrongly(self):
         rows = self.rows([{**SHAPE, "trace": "a", "peer": "cuDNN SDPA BF16", "skipped": "no"},
                           peer("FlashInfer BF16", 1.0, skipped="its answer is wrong")])
