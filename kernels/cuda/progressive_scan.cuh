@@ -38,7 +38,6 @@ struct ScanShared {
   alignas(16) __half before_zeros[16], zeros[Traits::kHeadDim];
   float mean[kScanWarps][kTileColumns];  // q.mu
   float unit[kScanWarps];                // of the query
-  int head_index[kScanWarps];            // of the item
   alignas(8) uint64_t full[kScanStages], empty[kScanStages];
   uint64_t rotated;  // queries are, where the scan is early
   uint64_t begun;    // the scanning warps leave the way to the copies
@@ -241,7 +240,7 @@ struct PageScanner {
   ScanShared<Traits>& shared;
   int lane, warp, place, member;  // member: of the head group
   // Of the item.
-  int item = -1, heads = 1, chunk_end = NumRankChunks(Traits::kHeadDim);
+  int item = -1, heads = 1, head_index = 0, chunk_end = NumRankChunks(Traits::kHeadDim);
   int basis_end = 0;
   int column = 0;  // the lane's first
   float softcap = 0;
@@ -251,10 +250,8 @@ struct PageScanner {
   // Of the basis.
   uint2 query[kLaneTiles<Traits>] = {};
 
-  // Wanted too rarely for a register.
-  __device__ __forceinline__ int head_index() const { return shared.head_index[warp]; }
   __device__ __forceinline__ const ProgressiveSequence& Sequence() const {
-    return p.sequences[head_index() / p.shape.num_kv_heads];
+    return p.sequences[head_index / p.shape.num_kv_heads];
   }
 
   // What of an item no earlier kernel wrote.
@@ -264,9 +261,7 @@ struct PageScanner {
     const HeadGroup group(p, at.group);
     const ProgressiveSequence& from = p.sequences[sequence];
     heads = group.heads;
-    const int head_index = sequence * p.shape.num_kv_heads + group.begin + member;
-    if (lane == 0) shared.head_index[warp] = head_index;
-    __syncwarp();
+    head_index = sequence * p.shape.num_kv_heads + group.begin + member;
     chunk_end = ScanChunks<Traits>(p, from.decision);
     softcap = from.softcap;
     column = at.tile * kTileColumns + lane % 4 * kN;
@@ -278,14 +273,14 @@ struct PageScanner {
 
   // The rest.
   __device__ __forceinline__ void LoadFilter() {
-    filter.Load(p, head_index(), column, p.group.size * Sequence().q_len, !p.early_scan);
+    filter.Load(p, head_index, column, p.group.size * Sequence().q_len, !p.early_scan);
   }
 
   __device__ __forceinline__ void LoadQuery(int page, int sequence) {
     const ProgressiveSequence& from = p.sequences[sequence];
     const int basis = BasisOfPage(SequenceView(from), page);
     basis_end = basis + 1 < from.num_bases ? from.basis_end[basis] : from.num_sealed;
-    const QueryFragments<Traits> fragments(p, head_index(), basis, column / kTileColumns);
+    const QueryFragments<Traits> fragments(p, head_index, basis, column / kTileColumns);
     const int first = FirstLaneTile<Traits>(lane);
     const uint2* halves = fragments.halves + MmaColumn<Traits>(lane) * 4 + lane % 4;
 #pragma unroll
@@ -387,7 +382,7 @@ struct PageScanner {
 
   // Stores the mass of the item's pages.
   __device__ __forceinline__ void End() const {
-    const int head = head_index() % p.shape.num_kv_heads;
+    const int head = head_index % p.shape.num_kv_heads;
     StoreRunMass(p, p.work.scan_lse, ScanItem(p, item).run, place, head, column / kTileColumns,
                  mass);
   }
