@@ -21,7 +21,7 @@ namespace adaattn {
 // Launches `kernel` so that its prologue may run before the kernel in front of it has ended, if
 // `overlap` says so. Rows of the grid are clusters of `cluster` CTAs.
 template <typename Kernel>
-absl::Status LaunchProgressive(Kernel kernel, dim3 grid, int threads, size_t shared_bytes,
+absl::Status LaunchProgressive(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes,
                                bool overlap, const ProgressiveArgs& args, cudaStream_t stream,
                                const char* name, unsigned cluster = 1) {
   cudaLaunchAttribute attributes[2] = {};
@@ -39,7 +39,7 @@ absl::Status LaunchProgressive(Kernel kernel, dim3 grid, int threads, size_t sha
   }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
@@ -186,11 +186,14 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   ADAATTN_RETURN_IF_ERROR(LaunchProgressive(
       ProgressiveAttendKernel<TileTraits>, dim3(attend_ctas, tiles),
       AttendShared<TileTraits>::kThreads, kAttendShared, true, p, stream, "attend"));
-  const auto columns = static_cast<unsigned>(p.shape.group_size() * p.max_q_len);
-  const int warps = MergeWarps(static_cast<int>(columns * heads * sequences), p.num_sms);
-  return LaunchProgressive(ProgressiveMergeKernel<Traits>, dim3(columns, heads, sequences),
-                           32 * warps, static_cast<size_t>(warps) * kMergePart, true, p, stream,
-                           "merge");
+  const int columns = p.shape.group_size() * p.max_q_len;
+  const MergeShape merge = ShapeMerge(columns, static_cast<int>(heads * sequences), p.num_sms);
+  const auto merge_columns = static_cast<unsigned>(merge.columns);
+  const auto merge_warps = static_cast<unsigned>(merge.warps);
+  return LaunchProgressive(ProgressiveMergeKernel<Traits>,
+                           dim3(static_cast<unsigned>(columns) / merge_columns, heads, sequences),
+                           dim3(32 * merge_warps, merge_columns),
+                           merge_columns * merge_warps * kMergePart, true, p, stream, "merge");
 }
 
 template <int kHeadDim>

@@ -7,8 +7,9 @@
 //   out  = (H^T (sum of partial outputs + sum of means) + exp2(dense_lse - L) dense_out) / mass
 //   lse  = L + log2 mass
 // All of it relative to the largest part, which is near 1 but where four bits misjudged L.
-// Every sum has an order of its own: nothing depends on timing. A CTA takes a column; the last one
-// of a head sums up the decision. grid (columns, num_kv_heads, num_sequences)
+// Every sum has an order of its own: nothing depends on timing. A CTA takes a column, and the last
+// one of a head sums up the decision; or a head, where there are many.
+// grid (columns / columns of a CTA, num_kv_heads, num_sequences); block (threads, columns of a CTA)
 
 #include "kernels/cuda/hadamard.cuh"
 #include "kernels/cuda/progressive_attend.cuh"
@@ -136,7 +137,7 @@ __device__ __forceinline__ void SumSlots(const ProgressiveArgs& p, int64_t row, 
   }
 }
 
-// The warps' parts, in their order, to the first. By the whole CTA, after a barrier.
+// The warps' parts of a column, in their order, to the first. By all of them, after a barrier.
 template <class Traits>
 __device__ __forceinline__ void SumMergeParts(MergePart<Traits>* parts, int warps) {
   constexpr int kFloats = sizeof(MergePart<Traits>) / sizeof(float);
@@ -309,26 +310,35 @@ __device__ __forceinline__ int64_t OutputRow(const ProgressiveArgs& p, const Pro
          head * p.group.size + p.group.Head(column);
 }
 
-// Warps of a CTA: few columns are each summed by many. At least two, which end a column.
-inline int MergeWarps(int columns, int num_sms) {
-  if (columns <= num_sms) return kMergeMaxWarps;
-  if (columns <= 4 * num_sms) return kMergeMaxWarps / 2;
-  return columns <= 8 * num_sms ? 4 : 2;
+// What a CTA takes: columns of a head, one or all, and how many warps each.
+struct MergeShape {
+  int columns, warps;
+};
+// Few columns are each summed by many warps, many by two at least, which end a column. Those of a
+// head in one CTA need not count each other. `columns`: of a head.
+inline MergeShape ShapeMerge(int columns, int heads, int num_sms) {
+  const int all = columns * heads;
+  if (all <= num_sms) return {1, kMergeMaxWarps};
+  if (all <= 4 * num_sms) return {1, kMergeMaxWarps / 2};
+  return {columns <= kFewColumns ? columns : 1, all <= 8 * num_sms ? 4 : 2};
 }
 
 template <class Traits>
 __global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim > 128 ? 1 : 2)
     ProgressiveMergeKernel(const __grid_constant__ ProgressiveArgs p) {
   extern __shared__ __align__(16) std::byte shared_bytes[];
-  auto* parts = reinterpret_cast<MergePart<Traits>*>(shared_bytes);
-  const ProgressiveWorkspace& w = p.work;
-  const int column = blockIdx.x, head = blockIdx.y, sequence = blockIdx.z;
+  __shared__ float2 shared_figures[kFewColumns];
+  const int column = blockIdx.x * blockDim.y + threadIdx.y;
+  const int head = blockIdx.y, sequence = blockIdx.z;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  auto* parts = reinterpret_cast<MergePart<Traits>*>(shared_bytes) + threadIdx.y * warps;
+  const ProgressiveWorkspace& w = p.work;
   const ProgressiveSequence& s = p.sequences[sequence];
   const int columns = p.group.size * s.q_len;
   const int chunks = CeilDiv(s.num_sealed, kChunkPages);
   const int64_t row = OutputRow(p, s, head, column);
-  if (column >= columns) return;
+  const bool whole = gridDim.x == 1;  // all of the head's columns
+  if (column >= columns && !whole) return;
   const int head_index = sequence * p.shape.num_kv_heads + head;
   const int64_t at = int64_t{head_index} * w.columns + column;
   WaitForDependencies();
@@ -347,7 +357,7 @@ __global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim > 128 ? 
   SumMergeParts(parts, warps);
   __syncthreads();
   const MergePart<Traits>& sums = parts[0];
-  if (warp == 0) {
+  if (warp == 0 && column < columns) {
     const SumScale scale(sums.state.mass, reference);
     ColumnVector<Traits> out(sums.vectors[kSkipped], scale.skipped, lane);
     out.Add(sums.partial, scale.attended, lane);
@@ -355,21 +365,28 @@ __global__ void __launch_bounds__(32 * kMergeMaxWarps, Traits::kHeadDim > 128 ? 
                         fmaf(sums.state.mass, scale.skipped, sums.mass * scale.attended), scale.top,
                         lane);
   }
-  if (warp != 1) return;
   auto* figures =
-      reinterpret_cast<float2*>(p.workspace + w.figures) + int64_t{head_index} * w.columns;
-  const float2 own = ColumnFigures<Traits>(lse, dense, lane, sums.vectors[kWeightedMean],
-                                           sums.vectors[kAttended], sums.state);
-  if (lane > 0) return;
-  figures[column] = own;
-  __threadfence();
-  auto* done = reinterpret_cast<int32_t*>(p.workspace + w.merged) + head_index;
-  if (atomicAdd(done, 1) == columns - 1) {
-    __threadfence();  // other CTAs wrote them
-    HeadDecision& decision = p.decisions[head_index];
-    StoreFigures(decision, columns, [figures](int i) { return __ldcg(&figures[i]); });
-    if (HasTheta(s)) decision.theta = ThetaOf(p, s, head_index);
+      whole ? shared_figures
+            : reinterpret_cast<float2*>(p.workspace + w.figures) + int64_t{head_index} * w.columns;
+  if (warp == 1) {
+    const float2 own = ColumnFigures<Traits>(lse, dense, lane, sums.vectors[kWeightedMean],
+                                             sums.vectors[kAttended], sums.state);
+    if (lane == 0) figures[column] = own;
   }
+  if (whole) {
+    __syncthreads();
+    if (threadIdx.x > 0 || threadIdx.y > 0) return;
+  } else {
+    if (warp != 1 || lane > 0) return;
+    __threadfence();
+    auto* done = reinterpret_cast<int32_t*>(p.workspace + w.merged) + head_index;
+    if (atomicAdd(done, 1) != columns - 1) return;
+    __threadfence();  // other CTAs wrote them
+  }
+  HeadDecision& decision = p.decisions[head_index];
+  StoreFigures(decision, columns,
+               [figures, whole](int i) { return whole ? figures[i] : __ldcg(&figures[i]); });
+  if (HasTheta(s)) decision.theta = ThetaOf(p, s, head_index);
 }
 
 }  // namespace adaattn
