@@ -36,7 +36,6 @@ struct SelectShared {
   float lse[kMaxColumns];  // L, where there is more than one tile
   DepthEntry depths[kNumPageDepths];
   int depth_pages[kNumPageDepths];
-  uint2 reads[kChunkPages];     // ids and what is read of attended pages, 0 of others
   int warp_list[kSelectWarps];  // of each warp's pages: cost * 65536 + how many are attended
 };
 
@@ -192,7 +191,6 @@ struct PageDecider {
       depth = shared.depths[index];
       if (quarter == 0) atomicAdd(&shared.depth_pages[index], 1);
     }
-    if (quarter == 0) shared.reads[local] = make_uint2(id, attended() ? depth.packed : 0);
   }
 
   // The page's weights and figures in each of the thread's columns. Where most of the sink page's

@@ -1,53 +1,13 @@
 #ifndef ADAATTN_KERNELS_CUDA_PROGRESSIVE_SELECT_CUH_
 #define ADAATTN_KERNELS_CUDA_PROGRESSIVE_SELECT_CUH_
 
-// Select: the chunks of all heads, a CTA each. Their lists go to attend; what will be read of
-// attended pages is sent to L2 at once.
+// Select: the chunks of all heads, a CTA each. Their lists go to attend.
 // grid (chunks x column tiles, num_kv_heads, num_sequences); decisions come from all columns, so
 // every tile makes the same, and the first one lists them.
 
-#include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/progressive_chunk.cuh"
 
 namespace adaattn {
-
-// Brings a page's value planes and their scales to L2, a thread of a quad some of it.
-template <class Traits>
-__device__ __forceinline__ void PrefetchValues(const ProgressiveArgs& p, const std::byte* page,
-                                               int head, int planes, int quarter) {
-  const PageLayout::Section& plane = p.layout.value_plane[quarter];
-  const PageLayout::Section& scales = p.layout.value_scales;
-  if (quarter < planes) {
-    PrefetchBulk(page + plane.offset + head * int64_t{Traits::kPlaneBytes}, Traits::kPlaneBytes);
-  }
-  if (quarter == 0) {
-    PrefetchBulk(page + scales.offset + head * int64_t{Traits::kValueScaleBytes},
-                 Traits::kValueScaleBytes);
-  }
-}
-
-// Brings what will be read of attended pages to L2: a thread a part of a page. Neighbouring pages,
-// which are often attended together, go to different warps: a warp starts one prefetch at a time.
-template <class Traits>
-__device__ __forceinline__ void PrefetchPages(const ProgressiveArgs& p, int head,
-                                              const SelectShared<Traits>& shared) {
-  const int local = threadIdx.x % 32 / 4 * kSelectWarps + threadIdx.x / 32;
-  const int quarter = threadIdx.x % 4;
-  const uint2 read = shared.reads[local];
-  if (read.y == 0) return;
-  const PackedPage depth = UnpackPage(read.y);
-  const std::byte* page = p.pool + static_cast<int64_t>(read.x) * kPageAlignment;
-  PrefetchValues<Traits>(p, page, head, depth.value_planes, quarter);
-  if (depth.fine_planes == 0) return;
-  if (quarter == 1) {
-    PrefetchBulk(page + p.layout.key_scales.offset + head * int64_t{Traits::kHeadDim},
-                 Traits::kHeadDim);
-  }
-  if (quarter >= 2 && quarter - 2 < depth.fine_planes) {
-    PrefetchBulk(page + p.layout.key_fine[quarter - 2].offset + head * int64_t{Traits::kPlaneBytes},
-                 min(depth.key_chunks * Traits::kChunkTiles, Traits::kTiles) * kPlaneTileBytes);
-  }
-}
 
 __device__ __forceinline__ ChunkList* ChunkListOf(const ProgressiveArgs& p, int chunk_index) {
   return reinterpret_cast<ChunkList*>(p.workspace + p.work.extents) + chunk_index;
@@ -106,7 +66,6 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   decider.Weigh(shared);
   __syncthreads();
   if (tile == 0) {
-    PrefetchPages<Traits>(p, head, shared);
     if (threadIdx.x < 32) {
       const ChunkList list = ListLength<Traits>(shared);
       if (threadIdx.x == 0) {
