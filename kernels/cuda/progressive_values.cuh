@@ -120,9 +120,8 @@ __device__ __forceinline__ int ScoreColumn(int lane) {
   return lane / 4 % Traits::kColumns;
 }
 
-// The scale bytes of value group `group` of a page: element i those of tokens 8 i + 2 (lane % 4)
-// and
-// + 1 from the lane's first octet on, in bytes 0 and 2. `scales`: [64, groups] of a head.
+// The scale bytes of value group `group` of a page, from the lane's first octet on: element i those
+// of tokens 2 (lane % 4) and + 1 of octet i, in bytes 0 and 2. `scales`: [64, groups] of a head.
 template <class Traits>
 __device__ __forceinline__ void LoadTokenScales(const std::byte* scales, int group, int lane,
                                                 uint32_t (&codes)[kLaneOctets<Traits>]) {

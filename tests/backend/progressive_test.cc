@@ -98,10 +98,11 @@ class ProgressiveTest : public ::testing::Test {
 };
 
 // So many heads that on a device one launch ends the step, whose clusters have fewer CTAs than a
-// head has columns.
+// head has columns; or so many that a CTA of the last launch takes a head.
 TEST_F(ProgressiveTest, MatchesTheReferenceWithManyHeads) {
   for (const AttentionShape& shape :
-       {AttentionShape{192, 24, 64}, AttentionShape{160, 40, 64}, AttentionShape{192, 48, 64}}) {
+       {AttentionShape{192, 24, 64}, AttentionShape{160, 40, 64}, AttentionShape{192, 48, 64},
+        AttentionShape{544, 136, 64}, AttentionShape{1072, 268, 64}}) {
     SCOPED_TRACE(shape.DebugString());
     ProgressiveOptions options = Options();
     options.shape = shape;
