@@ -76,8 +76,8 @@ struct ProgressiveParams {
   uint64_t* stamps = nullptr;  // [kNumGroupStamps] of stage_stamps.h
 };
 
-// Fills num_sms, scan_ctas and early_scan for a device with `num_sms` multiprocessors: one wave,
-// beside the dense tails where the scan is early.
+// Fills num_sms, scan_ctas and early_scan, from the other shapes, for a device with `num_sms`
+// multiprocessors: one wave, beside the dense tails where an early scan has many pages.
 void PlanProgressive(int32_t num_sms, ProgressiveParams* params);
 
 // Short runs that a scan CTA takes, on average, after its long one.

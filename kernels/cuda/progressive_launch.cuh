@@ -148,10 +148,10 @@ absl::Status RunStep(const ProgressiveArgs& p, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>(p.work.columns / kTileColumns);
   const auto sms = static_cast<unsigned>(p.num_sms);
   const bool split = 2 * heads * sequences * tiles <= PrepareCtasPerSm<Traits>() * sms;
+  static_assert(PrepareCtasPerSm<Traits>() >= 1, "split where the scan is early (PlanProgressive)");
   ProgressiveArgs first = p;
   first.count_rotated = split;
-  first.rehearse_scan =
-      2 * heads * sequences * tiles <= sms;  // or it would begin too late for that
+  first.rehearse_scan = 2 * heads * sequences * tiles <= sms;  // or it begins too late for that
   ADAATTN_RETURN_IF_ERROR(LaunchProgressive(
       ProgressivePrepareKernel<Traits>, dim3(heads, sequences, split ? 2 * tiles : tiles),
       kQueryThreads, kPrepareShared, false, first, stream, "prepare"));

@@ -110,6 +110,7 @@ __device__ __forceinline__ void RefineScores(const std::byte* fine, const __half
 // the MMA's columns 0..3 take the first 32 tokens, 4..7 the others of the same columns.
 template <class Traits>
 inline constexpr int kLaneOctets = Traits::kColumns == kTileColumns ? 8 : 4;
+static_assert(2 * kFewColumns == kTileColumns, "two of the MMA's columns each");
 template <class Traits>
 __device__ __forceinline__ int FirstLaneOctet(int lane) {
   return kLaneOctets<Traits> == 8 ? 0 : lane / 16 * 4;

@@ -206,7 +206,8 @@ struct QueryGroup {
 // What the kernels get: everything that depends on shapes alone is worked out once, on the host.
 struct ProgressiveArgs : ProgressiveParams {
   bool rehearse_scan = false;
-  bool count_rotated = false;  // prepare counts rotated queries, which the scan's copies wait for
+  // Prepare counts rotated queries, which the scan's copies wait for; always so if it is early.
+  bool count_rotated = false;
   QueryGroup group;
   int32_t scan_places = 1;  // ScanPlaces
   PageLayout layout;
