@@ -13,6 +13,9 @@
 #include "kernels/format/float_types.h"
 #include "kernels/reference/attention_f64.h"
 #include "tests/support/test_backend.h"
+#ifdef ADAATTN_TEST_CUDA
+#include "tests/backend/poison_shared.h"
+#endif
 
 namespace adaattn {
 namespace {
@@ -235,6 +238,15 @@ void BackendHarness::CountAppended(StepCase* step, const std::vector<float>& k,
   keep(k, sequence->key_scales, &sequence->k);
   keep(v, sequence->value_scales, &sequence->v);
   sequence->length += step->append_len;
+}
+
+std::vector<StepOutput> BackendHarness::Run(std::vector<StepCase> cases) {
+#ifdef ADAATTN_TEST_CUDA
+  if (backend_->info().name == "cuda") {
+    EXPECT_TRUE(PoisonSharedMemory().ok());
+  }
+#endif
+  return Finish(Start(std::move(cases)));
 }
 
 PendingStep BackendHarness::Start(std::vector<StepCase> cases) {

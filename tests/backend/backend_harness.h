@@ -132,10 +132,9 @@ class BackendHarness {
                   const std::vector<float>& error_factors = {});
   void SealWith(TestSequence* sequence, int32_t count, PageId basis);
 
-  // One step over all cases; appended tokens become part of the sequences.
-  std::vector<StepOutput> Run(std::vector<StepCase> cases) {
-    return Finish(Start(std::move(cases)));
-  }
+  // One step over all cases; appended tokens become part of the sequences. A device's shared memory
+  // is poisoned before.
+  std::vector<StepOutput> Run(std::vector<StepCase> cases);
   // Its two halves: tokens count as appended once their step has finished.
   PendingStep Start(std::vector<StepCase> cases);
   std::vector<StepOutput> Finish(PendingStep step);

@@ -69,6 +69,11 @@ class ProgressiveHarness {
   // The host's bases of the pages' heads, into the newest block; the backend's own.
   PageId BringBasis(int32_t first_page, int32_t count);
   PageId FitBasis(int32_t count);
+  // The reference at the theta that the output names, or the closest beside it that gives the
+  // depths which the output counts, since rounding moves pages that are next to a threshold; at the
+  // last theta tried where none does.
+  ProgressiveResultF64 ReferenceNear(const StepCase& step, const StepOutput& output,
+                                     int32_t kv_head);
   void CompareHead(const StepCase& step, const StepOutput& output, int32_t kv_head);
 
   const ProgressiveOptions options_;
