@@ -13,9 +13,6 @@
 #include "kernels/format/float_types.h"
 #include "kernels/reference/attention_f64.h"
 #include "tests/support/test_backend.h"
-#ifdef ADAATTN_TEST_CUDA
-#include "tests/backend/poison_shared.h"
-#endif
 
 namespace adaattn {
 namespace {
@@ -85,25 +82,7 @@ BackendHarness::BackendHarness(const HarnessOptions& options)
     free_pages_.push_back(PageId{static_cast<uint32_t>(i * (slot / kPageAlignment))});
   }
   if (options.shuffle) std::shuffle(free_pages_.begin(), free_pages_.end(), random_);
-  if (options.poison && ok()) Poison();
-}
-
-void BackendHarness::Poison() {
-  // All pages as one sequence of NaN tokens: written, flagged, never counted.
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  const int64_t row = int64_t{options_.shape.num_kv_heads} * options_.shape.head_dim;
-  TestSequence sequence;
-  for (const PageId page : free_pages_) {
-    StepCase step;
-    step.sequence = &sequence;
-    sequence.pages = {page};
-    sequence.length = 0;
-    step.append_len = kPageTokens;
-    step.q_len = 0;
-    step.k.assign(kPageTokens * row, nan);
-    step.v = step.k;
-    EXPECT_TRUE(Run({step})[0].result.nonfinite_kv);
-  }
+  if (options.poison && ok()) PoisonPages();
 }
 
 PageId BackendHarness::NewPage() {
@@ -241,11 +220,7 @@ void BackendHarness::CountAppended(StepCase* step, const std::vector<float>& k,
 }
 
 std::vector<StepOutput> BackendHarness::Run(std::vector<StepCase> cases) {
-#ifdef ADAATTN_TEST_CUDA
-  if (backend_->info().name == "cuda") {
-    EXPECT_TRUE(PoisonSharedMemory().ok());
-  }
-#endif
+  PoisonScratch(cases);
   return Finish(Start(std::move(cases)));
 }
 

@@ -132,8 +132,8 @@ class BackendHarness {
                   const std::vector<float>& error_factors = {});
   void SealWith(TestSequence* sequence, int32_t count, PageId basis);
 
-  // One step over all cases; appended tokens become part of the sequences. A device's shared memory
-  // is poisoned before.
+  // One step over all cases; appended tokens become part of the sequences. Scratch memory is
+  // poisoned before.
   std::vector<StepOutput> Run(std::vector<StepCase> cases);
   // Its two halves: tokens count as appended once their step has finished.
   PendingStep Start(std::vector<StepCase> cases);
@@ -160,7 +160,11 @@ class BackendHarness {
   void ExpectExact(const StepCase& step, const StepOutput& output, const ErrorLimits& limits);
 
  private:
-  void Poison();
+  // All pages as one sequence of NaN tokens: written, flagged, never counted.
+  void PoisonPages();
+  // What steps leave for themselves in memory, by the same steps before they append, with queries
+  // of NaN; and a device's shared memory.
+  void PoisonScratch(std::vector<StepCase> cases);
   // What `buffers` hold for each of the steps.
   std::vector<StepOutput> TakeOutputs(const std::vector<StepCase>& cases,
                                       StepBuffers* buffers) const;

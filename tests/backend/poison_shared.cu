@@ -1,10 +1,9 @@
-#include "tests/backend/poison_shared.h"
-
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
 #include "kernels/cuda/status.h"
+#include "tests/backend/poison_shared.h"
 
 namespace adaattn {
 namespace {
