@@ -2,10 +2,12 @@
 // decode on captured traces, and steps that read originals (originals_bench.h).
 //
 //   adaattn_decode_bench [--check] [--time] [--steps] [--progressive] [--bounded] [--host-pages]
-//                        [--tune=FILE] [--json=FILE] [--runs=N] [flags of progressive_bench.h]
+//                        [--tune=FILE] [--json=FILE] [--runs=N] [--flush=written|read]
+//                        [flags of progressive_bench.h]
 //
 // Told nothing of what to do it does the first three. --tune measures the device and writes its
-// tuning file (tune_bench.h). L2 is flushed before every timed run; times are medians of device
+// tuning file (tune_bench.h). L2 is flushed before every timed run, by writing or by
+// reading (l2_flush.h); times are medians of device
 // events around one step's launch, of whole steps until their results stand in host memory.
 
 #include <cuda_runtime_api.h>
@@ -24,10 +26,10 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/strip.h"
 #include "absl/types/span.h"
-#include "kernels/cuda/device_buffer.h"
 #include "kernels/cuda/status.h"
 #include "loadtest/decode_case.h"
 #include "loadtest/device_timer.h"
+#include "loadtest/l2_flush.h"
 #include "loadtest/originals_bench.h"
 #include "loadtest/progressive_bench.h"
 #include "loadtest/step_bench.h"
@@ -45,6 +47,7 @@ struct Settings {
   bool host_pages = false;
   ProgressiveBenchOptions progressive_options;
   int runs = 31;
+  FlushKind flush = FlushKind::kWritten;
   std::string json_file;
   std::string tuning_file;
   std::string command;
@@ -122,7 +125,7 @@ absl::StatusOr<bool> CheckAll(int32_t num_ctas) {
   return all_good;
 }
 
-absl::Status TimeAll(const Settings& settings, int32_t num_ctas, const DeviceBuffer& flush,
+absl::Status TimeAll(const Settings& settings, int32_t num_ctas, const L2Flush& flush,
                      nlohmann::json* report) {
   const AttentionShape usual{32, 8, 128};
   const std::vector<TimedCase> cases = {
@@ -186,7 +189,7 @@ absl::StatusOr<nlohmann::json> Provenance(const Settings& settings) {
 }
 
 // What needs captured traces; false when some of it was wrong.
-absl::StatusOr<bool> RunOnTraces(const Settings& settings, const DeviceBuffer& flush,
+absl::StatusOr<bool> RunOnTraces(const Settings& settings, const L2Flush& flush,
                                  nlohmann::json* report) {
   struct Part {
     const char* name;
@@ -221,8 +224,8 @@ absl::StatusOr<int> Run(const Settings& settings) {
   for (const char* part : {"decode", "steps", "progressive", "bounded", "host_pages"}) {
     report[part] = nlohmann::json::array();
   }
-  DeviceBuffer flush;
-  ADAATTN_RETURN_IF_ERROR(flush.Allocate(kFlushBytes));
+  L2Flush flush;
+  ADAATTN_RETURN_IF_ERROR(flush.Allocate(settings.flush));
   if (settings.time) {
     ADAATTN_RETURN_IF_ERROR(TimeAll(settings, num_ctas, flush, &report["decode"]));
   }
@@ -259,6 +262,10 @@ bool ParseFlags(absl::Span<char*> arguments, Settings* settings) {
       settings->json_file = std::string(flag);
     } else if (absl::ConsumePrefix(&flag, "--runs=")) {
       if (!absl::SimpleAtoi(flag, &settings->runs) || settings->runs < 1) return false;
+    } else if (flag == "--flush=written") {
+      settings->flush = FlushKind::kWritten;
+    } else if (flag == "--flush=read") {
+      settings->flush = FlushKind::kRead;
     } else if (!ParseProgressiveFlag(flag, &settings->progressive_options)) {
       return false;
     }
@@ -280,7 +287,7 @@ int main(int argc, char** argv) {
     std::fprintf(
         stderr,
         "usage: %s [--check] [--time] [--steps] [--progressive] [--bounded] [--host-pages]\n"
-        "       [--tune=FILE] [--json=FILE] [--runs=N >= 1]\n"
+        "       [--tune=FILE] [--json=FILE] [--runs=N >= 1] [--flush=written|read]\n"
         "       [--trace=FILE|joined:FILE|random:HEAD_DIM]... [--cases=BATCHxTOKENS,...]\n"
         "       [--heads=Q/KV] [--stored-bits=4|6|8] [--policy=threshold|budget]\n"
         "       [--theta=X] [--target=X] [--goal=X] [--two-stage] [--z=X] [--sample=N]\n"

@@ -9,12 +9,10 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "kernels/cuda/device_buffer.h"
 #include "kernels/cuda/status.h"
+#include "loadtest/l2_flush.h"
 
 namespace adaattn {
-
-inline constexpr int64_t kFlushBytes = int64_t{256} << 20;  // five times the L2 of an H100
 
 // A pair of events that keep time, unlike those of stream.h.
 class DeviceTimer {
@@ -48,17 +46,16 @@ class DeviceTimer {
 };
 
 // Microseconds of what `enqueue(stream)` enqueues, of each of `runs` runs after three more,
-// ascending. L2 is flushed before each by writing all of `flush`.
+// ascending. L2 is flushed before each.
 template <class Enqueue>
-absl::StatusOr<std::vector<double>> TimeFlushed(cudaStream_t stream, int runs,
-                                                const DeviceBuffer& flush, const Enqueue& enqueue) {
+absl::StatusOr<std::vector<double>> TimeFlushed(cudaStream_t stream, int runs, const L2Flush& flush,
+                                                const Enqueue& enqueue) {
   constexpr int kWarmUps = 3;
   DeviceTimer timer;
   ADAATTN_RETURN_IF_ERROR(timer.Create());
   std::vector<double> times;
   for (int i = -kWarmUps; i < runs; ++i) {
-    ADAATTN_RETURN_IF_CUDA_ERROR(
-        cudaMemsetAsync(flush.data(), i & 0xff, static_cast<size_t>(flush.bytes()), stream));
+    ADAATTN_RETURN_IF_ERROR(flush.Run(stream));
     ADAATTN_RETURN_IF_ERROR(timer.Start(stream));
     ADAATTN_RETURN_IF_ERROR(enqueue(stream));
     ADAATTN_ASSIGN_OR_RETURN(const double microseconds, timer.Stop(stream));

@@ -30,7 +30,7 @@ constexpr int kWarmUps = 3;
 
 struct Bench {
   int runs = 0;
-  const DeviceBuffer& flush;
+  const L2Flush& flush;
 };
 
 // Microseconds: medians, and the least.
@@ -56,8 +56,7 @@ double Median(std::vector<double>* values) {
 absl::StatusOr<StepTimes> Time(const Bench& bench, const OriginalsStep& step, OriginalsCase* test) {
   std::vector<double> steps, attends;
   for (int i = -kWarmUps; i < bench.runs; ++i) {
-    ADAATTN_RETURN_IF_CUDA_ERROR(
-        cudaMemset(bench.flush.data(), i & 0xff, static_cast<size_t>(bench.flush.bytes())));
+    ADAATTN_RETURN_IF_ERROR(bench.flush.Run(nullptr));
     ADAATTN_RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize());
     const auto begin = Clock::now();
     ADAATTN_RETURN_IF_ERROR(test->Run(step));
@@ -209,7 +208,7 @@ absl::StatusOr<bool> ForEachCase(const ProgressiveBenchOptions& options, nlohman
 }  // namespace
 
 absl::StatusOr<bool> BenchBounded(const ProgressiveBenchOptions& options, int runs,
-                                  const DeviceBuffer& flush, nlohmann::json* report) {
+                                  const L2Flush& flush, nlohmann::json* report) {
   const Bench bench{runs, flush};
   std::vector<float> targets = {0.1f, 0.02f};
   if (options.target > 0) targets = {static_cast<float>(options.target)};
@@ -232,7 +231,7 @@ absl::StatusOr<bool> BenchBounded(const ProgressiveBenchOptions& options, int ru
 }
 
 absl::StatusOr<bool> BenchHostPages(const ProgressiveBenchOptions& options, int runs,
-                                    const DeviceBuffer& flush, nlohmann::json* report) {
+                                    const L2Flush& flush, nlohmann::json* report) {
   const Bench bench{runs, flush};
   const auto measure = [&](OriginalsCase* test, nlohmann::json* cases) -> absl::StatusOr<bool> {
     std::vector<float> pool, tier;

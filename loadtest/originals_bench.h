@@ -9,7 +9,7 @@
 #include <nlohmann/json_fwd.hpp>
 
 #include "absl/status/statusor.h"
-#include "kernels/cuda/device_buffer.h"
+#include "loadtest/l2_flush.h"
 #include "loadtest/progressive_bench.h"
 
 namespace adaattn {
@@ -18,12 +18,12 @@ namespace adaattn {
 // originals in the exact tier, without. False when a bound is above the target although originals
 // are kept, or an output depends on where.
 absl::StatusOr<bool> BenchBounded(const ProgressiveBenchOptions& options, int runs,
-                                  const DeviceBuffer& flush, nlohmann::json* report);
+                                  const L2Flush& flush, nlohmann::json* report);
 
 // Exact decode over FP16 pages in the pool and in the exact tier, from where they cross PCIe. False
 // when an output depends on where.
 absl::StatusOr<bool> BenchHostPages(const ProgressiveBenchOptions& options, int runs,
-                                    const DeviceBuffer& flush, nlohmann::json* report);
+                                    const L2Flush& flush, nlohmann::json* report);
 
 }  // namespace adaattn
 

@@ -6,7 +6,8 @@
 A case is a captured trace (or `joined:FILE`, pairs of its heads side by side, or `random:128`,
 normal numbers of that head_dim), batch x kv_len and q heads / kv heads. Batches are made of the
 trace as loadtest/row_judge.h says, every sequence in memory of its own. Times are medians of CUDA
-graph replays between events, L2 flushed before each.
+graph replays between events, L2 flushed before each: by writing, which leaves lines that the replay
+waits to be written back, or by reading.
 Errors are relative L2 against float64 on the trace's FP16 values, mean over a sample of rows.
 
 Needs torch and a GPU; of FlashInfer (flashinfer-python), FlashAttention-3 (fa3-fwd) and cuDNN
@@ -118,8 +119,15 @@ PEERS = {
 }
 
 
+def flush_l2(buffer, how):
+    if how == "read":
+        buffer.sum()
+    else:
+        buffer.zero_()
+
+
 def time_graph(run, runs, flush):
-    """(microseconds of each replay, the last output)."""
+    """(microseconds of each replay, the last output). flush(): empties L2."""
     import torch
 
     stream = torch.cuda.Stream()
@@ -134,7 +142,7 @@ def time_graph(run, runs, flush):
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
     for i in range(-3, runs):
-        flush.fill_(i & 0x7f)
+        flush()
         start.record()
         graph.replay()
         stop.record()
@@ -207,6 +215,7 @@ def main():
                         help="only these")
     parser.add_argument("--runs", type=int, default=31)
     parser.add_argument("--sample", type=int, default=128, help="rows whose error is taken")
+    parser.add_argument("--flush", choices=["written", "read"], default="written")
     parser.add_argument("--json")
     args = parser.parse_args()
     try:
@@ -219,11 +228,12 @@ def main():
         return 3
     traces = {}
     cases = [parse_case(text, traces) for text in args.cases]
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
+    buffer = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=DEVICE)
     report = {"device": torch.cuda.get_device_name(), "versions": versions(),
               "command": " ".join(sys.argv), "peers": []}
     for case in cases:
-        report["peers"] += measure(case, args.peers or list(PEERS), args.runs, args.sample, flush)
+        report["peers"] += measure(case, args.peers or list(PEERS), args.runs, args.sample,
+                                   lambda: flush_l2(buffer, args.flush))
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=2)

@@ -189,7 +189,7 @@ nlohmann::json Describe(const ProgressiveCase& test, const DecisionParams& decis
 }
 
 absl::StatusOr<bool> BenchCase(const ProgressiveBenchOptions& options, int runs,
-                               const DeviceBuffer& flush, TracePool* pool, RowJudge* judge,
+                               const L2Flush& flush, TracePool* pool, RowJudge* judge,
                                const CaseSize& size, nlohmann::json* report) {
   DecisionParams decision = MakeDecision(options, size.shape.head_dim);
   CudaTuning tuning;
@@ -220,8 +220,7 @@ absl::StatusOr<bool> BenchCase(const ProgressiveBenchOptions& options, int runs,
 }
 
 absl::StatusOr<bool> BenchTrace(const ProgressiveBenchOptions& options, int runs,
-                                const DeviceBuffer& flush, const Trace& trace,
-                                nlohmann::json* report) {
+                                const L2Flush& flush, const Trace& trace, nlohmann::json* report) {
   RowJudge judge(&trace);
   const std::vector<CaseSize> cases = Cases(options, trace);
   std::unique_ptr<TracePool> pool;
@@ -322,7 +321,7 @@ std::vector<std::string> BenchTraces(const ProgressiveBenchOptions& options) {
 }
 
 absl::StatusOr<bool> BenchProgressive(const ProgressiveBenchOptions& options, int runs,
-                                      const DeviceBuffer& flush, nlohmann::json* report) {
+                                      const L2Flush& flush, nlohmann::json* report) {
   const std::vector<std::string> paths = BenchTraces(options);
   if (paths.empty()) return absl::NotFoundError("no captured trace found; name one with --trace=");
   bool good = true;

@@ -8,10 +8,10 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
-#include "kernels/cuda/device_buffer.h"
 #include "kernels/cuda/tuning.h"
 #include "kernels/policy/decision.h"
 #include "kernels/shape.h"
+#include "loadtest/l2_flush.h"
 
 namespace adaattn {
 
@@ -58,7 +58,7 @@ std::vector<std::string> BenchTraces(const ProgressiveBenchOptions& options);
 // of bytes is not what its page counts imply, an output is not finite, or no theta reaches the
 // goal.
 absl::StatusOr<bool> BenchProgressive(const ProgressiveBenchOptions& options, int runs,
-                                      const DeviceBuffer& flush, nlohmann::json* report);
+                                      const L2Flush& flush, nlohmann::json* report);
 
 }  // namespace adaattn
 

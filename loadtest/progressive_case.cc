@@ -133,7 +133,7 @@ absl::StatusOr<ProgressiveOutput> ProgressiveCase::Run() {
   return output;
 }
 
-absl::StatusOr<std::vector<double>> ProgressiveCase::Time(int runs, const DeviceBuffer& flush) {
+absl::StatusOr<std::vector<double>> ProgressiveCase::Time(int runs, const L2Flush& flush) {
   return TimeFlushed(stream_.get(), runs, flush, [this](cudaStream_t stream) {
     return FromCuda(cudaGraphLaunch(graph_.get(), stream), "cudaGraphLaunch");
   });

@@ -15,6 +15,7 @@
 #include "kernels/cuda/stream.h"
 #include "kernels/cuda/tuning.h"
 #include "kernels/policy/decision.h"
+#include "loadtest/l2_flush.h"
 #include "loadtest/row_judge.h"
 #include "loadtest/trace_pool.h"
 
@@ -48,8 +49,8 @@ class ProgressiveCase {
   absl::StatusOr<ProgressiveOutput> Run();
 
   // Microseconds of each of `runs` replays of the captured step, ascending, by device events; L2 is
-  // flushed before each by writing all of `flush`.
-  absl::StatusOr<std::vector<double>> Time(int runs, const DeviceBuffer& flush);
+  // flushed before each.
+  absl::StatusOr<std::vector<double>> Time(int runs, const L2Flush& flush);
 
   // Where row (sequence, q_head) of the output comes from.
   TraceRow Source(int32_t sequence, int32_t q_head) const {

@@ -38,8 +38,8 @@ constexpr Step kSmallSteps[] = {{1, 8192}, {1, 32768}, {2, 32768},
 
 class Tuner {
  public:
-  Tuner(const ProgressiveBenchOptions& options, int runs, const DeviceBuffer& flush,
-        int32_t num_sms, TracePool* pool)
+  Tuner(const ProgressiveBenchOptions& options, int runs, const L2Flush& flush, int32_t num_sms,
+        TracePool* pool)
       : options_(options), runs_(runs), flush_(flush), num_sms_(num_sms), pool_(pool) {}
 
   // Fills in everything but the device's name.
@@ -70,7 +70,7 @@ class Tuner {
 
   const ProgressiveBenchOptions& options_;
   const int runs_;
-  const DeviceBuffer& flush_;
+  const L2Flush& flush_;
   const int32_t num_sms_;
   TracePool* const pool_;
 };
@@ -181,7 +181,7 @@ absl::Status Tuner::FindCrossover(int32_t num_sequences, CudaTuning* tuning) con
 
 }  // namespace
 
-absl::Status TuneDevice(const ProgressiveBenchOptions& options, int runs, const DeviceBuffer& flush,
+absl::Status TuneDevice(const ProgressiveBenchOptions& options, int runs, const L2Flush& flush,
                         const nlohmann::json& provenance, const std::string& file) {
   const std::vector<std::string> paths = BenchTraces(options);
   if (paths.empty()) return absl::NotFoundError("no captured trace found; name one with --trace=");

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "absl/status/status.h"
-#include "kernels/cuda/device_buffer.h"
+#include "loadtest/l2_flush.h"
 #include "loadtest/progressive_bench.h"
 
 namespace adaattn {
@@ -13,7 +13,7 @@ namespace adaattn {
 // Measures what kernels/cuda/tuning.h holds, 32 q heads over 8 kv heads, on the first trace of
 // `options` (theta .004 unless given), and writes it to `file` with `provenance` (the device's name
 // under "device"). Numbers leave their defaults only for a gain of more than 1 %.
-absl::Status TuneDevice(const ProgressiveBenchOptions& options, int runs, const DeviceBuffer& flush,
+absl::Status TuneDevice(const ProgressiveBenchOptions& options, int runs, const L2Flush& flush,
                         const nlohmann::json& provenance, const std::string& file);
 
 }  // namespace adaattn
