@@ -128,7 +128,7 @@ absl::StatusOr<CudaTuning> ReadDevice(const Json& object, const std::string& whe
 //             8 kv heads: a whole step at 8k was slower than BF16's (49.0 us, 41.6), decode at 32k
 //             faster than BF16 (51.4, 67.7), not than FP8 (44.4), which it passes at 128k (78.5,
 //             129.7). 512: faster than BF16 at 2k (132, 202), slower than FP8 (116).
-//   H200      `adaattn_bench tune` at commit 6310849, the 8k trace of tests/data at its theta .004.
+//   H200      `adaattn_bench tune` at commit 0cd50ec, the 8k trace of tests/data at its theta .004.
 // Of the PCIe card nothing was measured: it seals at any length.
 const std::vector<CudaTuning>& KnownDevices() {
   static const auto* const known = new std::vector<CudaTuning>{
@@ -145,10 +145,10 @@ const std::vector<CudaTuning>& KnownDevices() {
        {{8, 16384, 32768},
         {16, 8192, 16384},
         {32, 4096, 8192},
-        {64, 2048, 8192},
+        {64, 2048, 4096},
         {128, 2048, 4096},
         {256, 1024, 4096},
-        {512, 1024, 4096}}},
+        {512, 1024, 2048}}},
   };
   return *known;
 }
