@@ -1,6 +1,5 @@
-#include "loadtest/l2_flush.h"
-
 #include "kernels/cuda/status.h"
+#include "loadtest/l2_flush.h"
 
 namespace adaattn {
 namespace {

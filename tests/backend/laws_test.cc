@@ -28,9 +28,10 @@ TestSequence MakeSequence(BackendHarness* harness) {
   return sequence;
 }
 
-StepCase Attend(TestSequence* sequence, const std::vector<float>& q) {
+StepCase Attend(TestSequence* sequence, const std::vector<float>& q, int32_t q_len = 1) {
   StepCase step;
   step.sequence = sequence;
+  step.q_len = q_len;
   step.q = q;
   step.decision.theta = 0.05f;
   return step;
@@ -89,15 +90,34 @@ TEST_P(LawsTest, SequenceAloneEqualsItselfInABatch) {
   ExpectSameInAnotherBatch(&harness, alone, batched);
 }
 
+// So many heads that on a device a CTA merges all columns of one, of which some sequences have
+// fewer.
+TEST(BatchLawTest, SequencesOfManyHeadsMayHaveDifferentQLen) {
+  HarnessOptions options = Options(PageFormat::kProgressive);
+  options.shape = {96, 48, 64};
+  options.num_pages = 48;
+  BackendHarness harness(options);
+  ASSERT_TRUE(harness.ok());
+  TestSequence first = MakeSequence(&harness), second = MakeSequence(&harness);
+  TestSequence third = MakeSequence(&harness);
+  const std::vector<StepCase> batch = {Attend(&first, harness.RandomRows(1, 96), 1),
+                                       Attend(&second, harness.RandomRows(2, 96), 2),
+                                       Attend(&third, harness.RandomRows(1, 96), 1)};
+  const std::vector<StepOutput> batched = harness.Run(batch);
+  for (size_t i = 0; i < batch.size(); ++i) {
+    SCOPED_TRACE("sequence " + std::to_string(i));
+    ExpectSameInAnotherBatch(&harness, harness.Run({batch[i]})[0], batched[i]);
+  }
+}
+
 TEST_P(LawsTest, TheSameBatchAgainGivesTheSameBits) {
   BackendHarness harness(Options(GetParam()));
   ASSERT_TRUE(harness.ok());
   TestSequence first = MakeSequence(&harness), second = MakeSequence(&harness);
   TestSequence third = harness.NewSequence(130);
   std::vector<StepCase> batch = {Attend(&first, harness.RandomRows(1, 6)),
-                                 Attend(&second, harness.RandomRows(4, 6)),
+                                 Attend(&second, harness.RandomRows(4, 6), 4),
                                  Attend(&third, harness.RandomRows(1, 6))};
-  batch[1].q_len = 4;
   if (harness.Supports(Policy::kBudget)) {
     batch[0].decision.policy = Policy::kBudget;
     batch[0].decision.target_relative_error = 0.05f;
