@@ -6,9 +6,9 @@
 //                        [flags of progressive_bench.h]
 //
 // Told nothing of what to do it does the first three. --tune measures the device and writes its
-// tuning file (tune_bench.h). L2 is flushed before every timed run, by writing or by
-// reading (l2_flush.h); times are medians of device
-// events around one step's launch, of whole steps until their results stand in host memory.
+// tuning file (tune_bench.h). L2 is flushed before every timed run, by writing or by reading
+// (l2_flush.h); times are medians of device events around one step's launch, of whole steps until
+// their results stand in host memory.
 
 #include <cuda_runtime_api.h>
 

@@ -150,7 +150,7 @@ __device__ __forceinline__ void UnreadSquares(const LaneRanges& ranges,
 #pragma unroll
   for (int i = 0; i < kLaneTiles<Traits>; ++i) {
     if (first + i < chunk_begin * Traits::kChunkTiles) continue;
-    if (Traits::kTiles % 2 != 0 && first + i >= Traits::kTiles) continue;
+    if (Traits::kTiles % 2 != 0 && first + i >= Traits::kTiles) continue;  // behind the ranges
     const uint2 range = own[i * 4];
     const uint32_t b0 = MultiplyHalves(query[i].x, range.x);
     const uint32_t b1 = MultiplyHalves(query[i].y, range.y);
