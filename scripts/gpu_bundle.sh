@@ -133,6 +133,8 @@ if [ "${1:-}" = sanitize ]; then
     echo "run-tests: no compute-sanitizer here, nor in the bundle (ADAATTN_BUNDLE_SANITIZER=1)" >&2
     exit 1
   }
+  # The tools do not look for it, and it makes their work more than twice as long.
+  export ADAATTN_TEST_POISON_SCRATCH=0
   # Every kernel family once, few launches of each, since a tool makes them a hundred times slower.
   declare -A filters=(
     # Pages of each type, in one split and in many.

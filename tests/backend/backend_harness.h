@@ -163,7 +163,7 @@ class BackendHarness {
   // All pages as one sequence of NaN tokens: written, flagged, never counted.
   void PoisonPages();
   // What steps leave for themselves in memory, by the same steps before they append, with queries
-  // of NaN; and a device's shared memory.
+  // of NaN; and a device's shared memory. Not where ADAATTN_TEST_POISON_SCRATCH is 0.
   void PoisonScratch(std::vector<StepCase> cases);
   // What `buffers` hold for each of the steps.
   std::vector<StepOutput> TakeOutputs(const std::vector<StepCase>& cases,
