@@ -4,7 +4,7 @@
 namespace adaattn {
 namespace {
 
-// `never`: where the compiler has to think that the sum may go.
+// `never`: what the sum is not, which the compiler does not know: it has to read.
 __global__ void ReadKernel(uint4* from, int64_t count, uint32_t never) {
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   uint32_t sum = 0;

@@ -240,7 +240,8 @@ class CheckerTest(unittest.TestCase):
         self.assertEqual(len(length_violations({"server/a.cc": "\n" * 401, "kernels/b.h": "\n" * 500})), 1)
 
     def test_launch(self):
-        self.assertEqual(launch_violations({"kernels/cuda/a.cu": "f<<<1, 2>>>()", "server/a.cc": "<<<"}),
+        self.assertEqual(launch_violations({"kernels/cuda/a.cu": "f<<<1, 2>>>()", "tests/a.cu": "<<<",
+                                            "server/a.cc": "<<<"}),
                          ["server/a.cc"])
 
 
