@@ -7,12 +7,23 @@
 
 namespace adaattn {
 
+namespace {
+
+int32_t NumColumnTiles(const ProgressiveParams& params) {
+  return CeilDiv(params.shape.group_size() * params.max_q_len, kTileColumns);
+}
+// Dense tails that prepare attends, a CTA each.
+int32_t NumTails(const ProgressiveParams& params) {
+  return params.num_sequences * params.shape.num_kv_heads * NumColumnTiles(params);
+}
+
+}  // namespace
+
 void PlanProgressive(int32_t num_sms, ProgressiveParams* params) {
   params->num_sms = num_sms;
   const int32_t head_groups = CeilDiv(params->shape.num_kv_heads, kScanWarps);
-  const int32_t tiles = CeilDiv(params->shape.group_size() * params->max_q_len, kTileColumns);
+  const int32_t tiles = NumColumnTiles(*params), tails = NumTails(*params);
   // Beside many tails an early scan would have these come late, behind all that it reads.
-  const int32_t tails = params->num_sequences * params->shape.num_kv_heads * tiles;
   params->early_scan = 4 * tails <= num_sms;
   int32_t ctas = ScanCtasPerSm(params->shape.head_dim) * num_sms;
   // A tail's CTA leaves room for one of the scan's less, which begins when the tail is through:
@@ -45,7 +56,10 @@ void ScheduleScan(const ProgressiveParams& params, absl::Span<ProgressiveSequenc
     return std::max(CeilDiv(share, at_once), 1) * at_once;
   };
   const int32_t ctas = params.scan_ctas;
-  const int32_t long_run = whole(total * 3 / 4, ctas);
+  // Behind more tails than the device takes at once many a CTA begins late: less is dealt out
+  // before.
+  const bool late = NumTails(params) > 2 * params.num_sms;
+  const int32_t long_run = whole(total * (late ? 6 : 7) / 8, ctas);
   int64_t rest = total;  // what long runs leave: they end with their sequences
   int32_t left = ctas;
   for (size_t i = 0; i < sequences.size() && left > 0; ++i) {

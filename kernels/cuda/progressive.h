@@ -93,8 +93,9 @@ PageRun VisibleSealedPages(const ProgressiveSequence& sequence);
 
 // Cuts these pages of `sequences` into runs and tells each sequence which are its own;
 // what is left of `runs` [NumScanRuns(params)] becomes empty. The first params.scan_ctas of them
-// hold three quarters of the pages; the rest are short, so that CTAs, which take runs in turn, end
-// together. Long and short sequences of a batch share the device by their pages.
+// hold seven eighths of the pages, behind many dense tails three quarters; the rest are short, so
+// that CTAs, which take runs in turn, end together. Long and short sequences of a batch share the
+// device by their pages.
 void ScheduleScan(const ProgressiveParams& params, absl::Span<ProgressiveSequence> sequences,
                   ScanRun* runs);
 

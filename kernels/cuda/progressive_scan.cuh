@@ -196,7 +196,8 @@ struct PageFetcher {
         WaitBarrier(SharedAddress(&shared.begun), 0);
         begun = true;
       }
-      if (first == run.page_begin) TakeNext(items, counter);
+      // Not before the last two: what a CTA takes sooner, one that gets there first cannot.
+      if (next_item <= item && first + 2 * group.pages >= run.page_end) TakeNext(items, counter);
     }
     if (at.tile == 0 && lane < group.heads) {
       AddBytes(&p.decisions[run.sequence * p.shape.num_kv_heads + group.begin + lane].key_bytes,

@@ -298,6 +298,14 @@ TEST(ScheduleScanTest, SharesTheDeviceByPagesNotBySequences) {
   EXPECT_LE(scan.Longest(), 6);
 }
 
+TEST(ScheduleScanTest, DealsOutLessWhereCtasBeginLate) {
+  const Scan few({26400}), many(std::vector<int32_t>(66, 400));  // 8 and 528 tails
+  ASSERT_EQ(few.params.scan_ctas, 2 * kNumSms - 8);
+  EXPECT_EQ(few.Longest(), 91);  // 7/8 of the pages over 256 CTAs
+  ASSERT_EQ(many.params.scan_ctas, 2 * kNumSms);
+  EXPECT_EQ(many.Longest(), 75);  // 3/4 of them over 264
+}
+
 TEST(ScheduleScanTest, GivesACtaWithFewHeadsWholeStages) {
   const Scan scan({500}, {4, 2, 128});  // four pages at a time
   EXPECT_EQ(scan.Covered(0), 500);
