@@ -45,6 +45,7 @@ struct SliceFinder {
         chunks(p.num_sequences * p.shape.num_kv_heads * p.work.chunks),
         each((chunks + kThreads - 1) / kThreads) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (threadIdx.x <= kSlots) shared.boundary_chunk[threadIdx.x] = -1;
     ListPosition mine{0, 0};
 #pragma unroll 4
     for (int i = 0; i < each; ++i) {
@@ -74,9 +75,11 @@ struct SliceFinder {
     return ChunkList{x.x, x.y};
   }
   __device__ __forceinline__ ListPosition total() const { return shared.before[kThreads]; }
-  // What a slice costs; no less than any page, so that each slice but the last has pages.
+  // What a slice costs, rounded up; no less than any page, so that each slice but the last has
+  // pages.
   __device__ __forceinline__ int Cost() const {
-    return max(CeilDiv(total().cost, p.work.attend_ctas), int{kMaxAttendCost});
+    const float share = __fdividef(static_cast<float>(total().cost), p.work.attend_ctas);
+    return max(__float2int_rd(share * (1 + 1e-6f)) + 1, int{kMaxAttendCost});
   }
 
   // Finds the pages of a CTA's slots. By the whole CTA: the thread that has a boundary's chunk
@@ -84,8 +87,6 @@ struct SliceFinder {
   __device__ __forceinline__ void FindParts(int cta) const {
     const int cost = Cost(), begin = cta * cost;
     const auto target = [&](int slot) { return 2 * (begin + cost * slot / kSlots); };
-    if (threadIdx.x <= kSlots) shared.boundary_chunk[threadIdx.x] = -1;
-    __syncthreads();
     NameChunks(target);
     __syncthreads();
     for (int slot = threadIdx.x / 32; slot <= kSlots; slot += kThreads / 32) {
@@ -110,20 +111,21 @@ struct SliceFinder {
   __device__ __forceinline__ void NameChunks(Target target) const {
     const ListPosition first = shared.before[threadIdx.x];
     const int end = shared.before[threadIdx.x + 1].cost;
+    if (2 * first.cost > target(kSlots) || 2 * end <= target(0)) return;
+#pragma unroll 1
     for (int slot = 0; slot <= kSlots; ++slot) {
       const int wanted = target(slot);
       if (2 * first.cost > wanted || 2 * end <= wanted) continue;
       ListPosition at = first;
-      for (int j = 0; j < each; ++j) {
-        const ChunkList list = At(threadIdx.x * each + j);
-        if (wanted < 2 * (at.cost + list.cost)) {
-          shared.boundary_chunk[slot] = threadIdx.x * each + j;
-          shared.boundary[slot] = at;
-          break;
-        }
+      int chunk = threadIdx.x * each;
+      for (const int last = chunk + each - 1; chunk < last; ++chunk) {  // it may be no other
+        const ChunkList list = At(chunk);
+        if (wanted < 2 * (at.cost + list.cost)) break;
         at.pages += list.pages;
         at.cost += list.cost;
       }
+      shared.boundary_chunk[slot] = chunk;
+      shared.boundary[slot] = at;
     }
   }
 
