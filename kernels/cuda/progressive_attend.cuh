@@ -131,13 +131,15 @@ struct PageAttender {
     }
   }
 
-  // The slot's next page.
-  __device__ __forceinline__ void Attend(const ListedPage& page) {
+  // The slot's next page. `arrived` is called when it is here.
+  template <typename Arrived>
+  __device__ __forceinline__ void Attend(const ListedPage& page, Arrived arrived) {
     const int stage = streamer.ring.done % kRingDepth;
     const AttendLayout<Traits> layout{UnpackPage(page.packed), columns};
     const bool fine = layout.page.fine_planes > 0;
     if (fine && layout.page.basis_run != query_run) LoadQuery(layout.page.basis_run);
     WaitBarrier(SharedAddress(&shared.full[slot][stage]), streamer.ring.done / kRingDepth % 2);
+    arrived();
     std::byte* data = shared.room[slot] + shared.ring[slot][stage].offset;
     if (fine) Refine(data, layout);
     uint32_t scores[kOctets] = {}, codes[kOctets];
@@ -274,7 +276,8 @@ struct PageAttender {
   // Pages [begin, end) of the `all` in shared.page.
   __device__ __forceinline__ void Run(int begin, int end, int all) {
     streamer.next = begin;
-    if (Fetches()) streamer.Fill(end);
+    // All slots begin at once: with their first pages alone, or these would wait for the next ones.
+    if (Fetches()) streamer.Fill(min(begin + 1, end));
     for (int i = begin; i < end; ++i) {
       const ListedPage& page = shared.page[i];
       if (page.head_index != head_index) {
@@ -282,9 +285,12 @@ struct PageAttender {
         Enter(page);
         LoadLse();
       }
-      if (Fetches()) streamer.Fill(end);
+      if (Fetches() && i > begin) streamer.Fill(end);
       MarkSpan(i, all);
-      Attend(page);
+      const int then = i == begin ? end : begin;
+      Attend(page, [this, then] {
+        if (Fetches()) streamer.Fill(then);
+      });
     }
   }
 };

@@ -226,7 +226,7 @@ struct HeadConcluder {
     attender.lse = shared.lse[attender.column()];
     for (int i = begin; i < end; ++i) {
       if (attender.Fetches()) attender.streamer.Fill(Here(end));
-      attender.Attend(shared.page[i]);
+      attender.Attend(shared.page[i], [] {});
     }
     if (attender.group == 0) attender.CountBytes();
     __syncthreads();
