@@ -1,9 +1,15 @@
 #!/usr/bin/env python3
 """Holds what loadtest/adaattn_bench makes of its programs' reports. Run by ctest as `bench_table`."""
+import contextlib
 import importlib.machinery
 import importlib.util
+import io
+import json
 import pathlib
+import subprocess
+import sys
 import unittest
+from unittest import mock
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
@@ -71,6 +77,37 @@ class TableTest(unittest.TestCase):
                           peer("FlashInfer BF16", 1.0, skipped="its answer is wrong")])
         self.assertEqual(len(rows), 4)
         self.assertFalse(any("times_best_peer" in row for row in rows))
+
+
+class RunTest(unittest.TestCase):
+    def test_times_everything_in_the_same_way(self):
+        bench = load("adaattn_bench")
+        ours = {"decode": [exact("bf16", 370.0)], "device": "d", "cuda_driver": "13.0",
+                "commit": "c", "progressive": [{**progressive(100.0, 0), "trace_path": "a.st",
+                                                "error_goal": 0.05}]}
+        commands = []
+
+        def run(command, **_):
+            commands.append(command)
+            of_peers = any(part.endswith("peers.py") for part in command)
+            report = {"peers": [peer("FlashInfer XQA FP8", 220.0)]} if of_peers else ours
+            path = next(part for part in command if part.startswith("--json=")).split("=")[1]
+            pathlib.Path(path).write_text(json.dumps(report), encoding="utf-8")
+            return subprocess.CompletedProcess(command, 0)
+
+        printed = io.StringIO()
+        with mock.patch.object(bench.subprocess, "run", run), \
+                mock.patch.object(bench, "find_binary", lambda: pathlib.Path("bin/decode")), \
+                mock.patch.object(sys, "argv",
+                                  ["adaattn_bench", "decode", "--runs=7", "--flush=read"]), \
+                contextlib.redirect_stdout(printed):
+            self.assertEqual(bench.main(), 0)
+        # One stage, two stages, the peers, ours at the peer's error.
+        self.assertEqual(len(commands), 4)
+        for command in commands:
+            self.assertIn("--runs=7", command)
+            self.assertIn("--flush=read", command)
+        self.assertIn("medians of 7 runs, L2 flushed before each (read)", printed.getvalue())
 
 
 class PeersTest(unittest.TestCase):
