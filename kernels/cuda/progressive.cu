@@ -6,7 +6,6 @@
 #include "kernels/cuda/progressive_workspace.h"
 
 namespace adaattn {
-
 namespace {
 
 int32_t NumColumnTiles(const ProgressiveParams& params) {
@@ -56,8 +55,7 @@ void ScheduleScan(const ProgressiveParams& params, absl::Span<ProgressiveSequenc
     return std::max(CeilDiv(share, at_once), 1) * at_once;
   };
   const int32_t ctas = params.scan_ctas;
-  // Behind more tails than the device takes at once many a CTA begins late: less is dealt out
-  // before.
+  // Behind many tails CTAs begin at different times: less is dealt out before.
   const bool late = NumTails(params) > 2 * params.num_sms;
   const int32_t long_run = whole(total * (late ? 6 : 7) / 8, ctas);
   int64_t rest = total;  // what long runs leave: they end with their sequences

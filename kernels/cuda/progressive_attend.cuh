@@ -287,7 +287,7 @@ struct PageAttender {
       }
       if (Fetches() && i > begin) streamer.Fill(end);
       MarkSpan(i, all);
-      const int then = i == begin ? end : begin;
+      const int then = i == begin ? end : begin;  // once the first is here the next ones may come
       Attend(page, [this, then] {
         if (Fetches()) streamer.Fill(then);
       });
