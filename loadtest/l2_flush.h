@@ -12,7 +12,7 @@ namespace adaattn {
 
 // What L2 is full of when a timed run begins.
 enum class FlushKind {
-  kWritten,  // lines that it has yet to write back, which the run waits for
+  kWritten,  // lines that it has yet to write back, while the run reads
   kRead      // lines that it may drop
 };
 

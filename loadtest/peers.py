@@ -6,8 +6,8 @@
 A case is a captured trace (or `joined:FILE`, pairs of its heads side by side, or `random:128`,
 normal numbers of that head_dim), batch x kv_len and q heads / kv heads. Batches are made of the
 trace as loadtest/row_judge.h says, every sequence in memory of its own. Times are medians of CUDA
-graph replays between events, L2 flushed before each: by writing, which leaves lines that the replay
-waits to be written back, or by reading.
+graph replays between events, L2 flushed before each: by writing, which leaves lines to be
+written back while the replay runs, or by reading.
 Errors are relative L2 against float64 on the trace's FP16 values, mean over a sample of rows.
 
 Needs torch and a GPU; of FlashInfer (flashinfer-python), FlashAttention-3 (fa3-fwd) and cuDNN

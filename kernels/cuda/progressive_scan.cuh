@@ -196,7 +196,7 @@ struct PageFetcher {
         WaitBarrier(SharedAddress(&shared.begun), 0);
         begun = true;
       }
-      // Not before the last two: what a CTA takes sooner, one that gets there first cannot.
+      // Once, with two left to bring: what a CTA takes sooner, one that gets there first cannot.
       if (next_item <= item && first + 2 * group.pages >= run.page_end) TakeNext(items, counter);
     }
     if (at.tile == 0 && lane < group.heads) {

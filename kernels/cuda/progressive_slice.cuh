@@ -75,8 +75,8 @@ struct SliceFinder {
     return ChunkList{x.x, x.y};
   }
   __device__ __forceinline__ ListPosition total() const { return shared.before[kThreads]; }
-  // What a slice costs, rounded up; no less than any page, so that each slice but the last has
-  // pages.
+  // What a slice costs: more than its share, whatever rounding (3e-7 of it) does, and no less than
+  // any page, so that each slice but the last has pages.
   __device__ __forceinline__ int Cost() const {
     const float share = __fdividef(static_cast<float>(total().cost), p.work.attend_ctas);
     return max(__float2int_rd(share * (1 + 1e-6f)) + 1, int{kMaxAttendCost});
@@ -118,7 +118,7 @@ struct SliceFinder {
       if (2 * first.cost > wanted || 2 * end <= wanted) continue;
       ListPosition at = first;
       int chunk = threadIdx.x * each;
-      for (const int last = chunk + each - 1; chunk < last; ++chunk) {  // it may be no other
+      for (const int last = chunk + each - 1; chunk < last; ++chunk) {  // if none before
         const ChunkList list = At(chunk);
         if (wanted < 2 * (at.cost + list.cost)) break;
         at.pages += list.pages;

@@ -98,11 +98,13 @@ class ProgressiveTest : public ::testing::Test {
 };
 
 // So many heads that on a device one launch ends the step, whose clusters have fewer CTAs than a
-// head has columns; or so many that a CTA of the last launch takes a head.
+// head has columns; or so many that a CTA of the last launch takes a head, and several lists a
+// thread that looks for attend's slice.
 TEST_F(ProgressiveTest, MatchesTheReferenceWithManyHeads) {
   for (const AttentionShape& shape :
        {AttentionShape{192, 24, 64}, AttentionShape{160, 40, 64}, AttentionShape{192, 48, 64},
-        AttentionShape{544, 136, 64}, AttentionShape{1072, 268, 64}}) {
+        AttentionShape{544, 136, 64}, AttentionShape{1072, 268, 64},
+        AttentionShape{1040, 520, 64}}) {
     SCOPED_TRACE(shape.DebugString());
     ProgressiveOptions options = Options();
     options.shape = shape;

@@ -299,11 +299,11 @@ TEST(ScheduleScanTest, SharesTheDeviceByPagesNotBySequences) {
 }
 
 TEST(ScheduleScanTest, DealsOutLessWhereCtasBeginLate) {
-  const Scan few({26400}), many(std::vector<int32_t>(66, 400));  // 8 and 528 tails
-  ASSERT_EQ(few.params.scan_ctas, 2 * kNumSms - 8);
-  EXPECT_EQ(few.Longest(), 91);  // 7/8 of the pages over 256 CTAs
+  const Scan few(std::vector<int32_t>(33, 400)), many(std::vector<int32_t>(34, 400));
+  ASSERT_EQ(few.params.scan_ctas, 2 * kNumSms);
   ASSERT_EQ(many.params.scan_ctas, 2 * kNumSms);
-  EXPECT_EQ(many.Longest(), 75);  // 3/4 of them over 264
+  EXPECT_EQ(few.Longest(), 44);   // 264 tails: 7/8 of 13200 pages, over as many CTAs
+  EXPECT_EQ(many.Longest(), 39);  // 272: 3/4 of 13600
 }
 
 TEST(ScheduleScanTest, GivesACtaWithFewHeadsWholeStages) {
