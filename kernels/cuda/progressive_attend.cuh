@@ -11,7 +11,7 @@
 // copies bring what is read of its next few pages into a ring of its own. Sums are kept until the
 // head changes. A slot's part of a head has a place of its own in the workspace, slot + head, slots
 // counted over all CTAs: no two pairs share one, since both only grow along the lists. grid
-// (multiprocessors, column tiles)
+// (ProgressiveWorkspace::attend_ctas, column tiles)
 
 #include "kernels/cuda/progressive_stream.cuh"
 #include "kernels/cuda/progressive_values.cuh"
@@ -296,9 +296,11 @@ struct PageAttender {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(AttendShared<Traits>::kThreads, 1)
+__global__ void __launch_bounds__(AttendShared<Traits>::kThreads, kAttendCtasPerSm)
     ProgressiveAttendKernel(const __grid_constant__ ProgressiveArgs p) {
   using Shared = AttendShared<Traits>;
+  static_assert(kAttendCtasPerSm * (sizeof(Shared) + 1024) <= size_t{228} << 10,
+                "what a multiprocessor has, 1 KB of each CTA's the driver's");
   extern __shared__ __align__(16) std::byte shared_bytes[];
   auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int cta = blockIdx.x, tile = blockIdx.y;

@@ -10,8 +10,8 @@
 
 namespace adaattn {
 
-inline constexpr int kAttendRoom = 168 * 1024;  // bytes of the rings
-inline constexpr int kAttendPages = 1024;       // of a slice that are found at a time
+inline constexpr int kAttendRoom = 168 * 1024 / kAttendCtasPerSm;  // bytes of a CTA's rings
+inline constexpr int kAttendPages = 1024 / kAttendCtasPerSm;       // of a slice, found at a time
 
 // What of an attended page is brought to shared memory, in this order.
 enum AttendPart : int {
@@ -56,11 +56,11 @@ struct AttendLayout {
 };
 
 // What the slots of a CTA share: kRoom bytes of rings for at most kPages pages.
-template <class Traits, int kRoom, int kPages>
+template <class Traits, int kRoom, int kPages, int kCtasPerSm = 1>
 struct AttendRings {
-  static constexpr int kWarps = AttendWarps(Traits::kHeadDim);
+  static constexpr int kWarps = AttendWarps(Traits::kHeadDim) / kCtasPerSm;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kSlots = AttendSlots(Traits::kHeadDim);
+  static constexpr int kSlots = AttendSlots(Traits::kHeadDim) / kCtasPerSm;
   static constexpr int kRingBytes = kRoom / kSlots / 128 * 128;
   alignas(128) std::byte room[kSlots][kRingBytes];
   alignas(16) uint2 query[kSlots][Traits::kTiles * 32];  // of the slot's head and a basis
@@ -82,7 +82,7 @@ struct AttendRings {
 
 // Of the attend kernel, whose pages have neighbours.
 template <class Traits>
-struct AttendShared : AttendRings<Traits, kAttendRoom, kAttendPages + 2> {
+struct AttendShared : AttendRings<Traits, kAttendRoom, kAttendPages + 2, kAttendCtasPerSm> {
   SliceShared<AttendShared::kThreads, AttendShared::kSlots> slice;
   int place[kAttendPages + 2];  // in the lists
 };

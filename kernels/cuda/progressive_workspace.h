@@ -20,8 +20,10 @@ inline constexpr int32_t kFewColumns = 4;    // one row of a group of four, the 
 // Shapes of the CTAs, which the plan has to know.
 inline constexpr int32_t kScanWarps = 8;    // and one that fetches
 inline constexpr int32_t kChunkPages = 64;  // of one select CTA; four threads decide each
-// Warps of an attend CTA, one a multiprocessor: a quarter of that holds four warps of 128
-// registers, which each take a group of values. As many as there are groups share a slot.
+// Warps that attend on a multiprocessor, a quarter of which holds four of 128 registers: each takes
+// a group of values, and as many as there are groups share a slot. A concluding CTA has all of
+// them. The attend kernel's have half: one can begin as soon as as much room is left.
+inline constexpr int32_t kAttendCtasPerSm = 2;
 inline constexpr int32_t kMaxAttendWarps = 16;
 ADAATTN_HD constexpr int32_t AttendWarps(int32_t head_dim) {
   return head_dim / ValueGroups(head_dim) > 64 ? 8 : kMaxAttendWarps;
@@ -151,7 +153,7 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   w.columns = CeilDiv(p.shape.group_size() * p.max_q_len, kTileColumns) * kTileColumns;
   w.scan_runs = NumScanRuns(p);
   w.chunks = CeilDiv(p.max_sealed, kChunkPages);
-  w.attend_ctas = p.num_sms;
+  w.attend_ctas = kAttendCtasPerSm * p.num_sms;
   const int64_t heads = static_cast<int64_t>(p.num_sequences) * p.shape.num_kv_heads;
   int64_t end = 0;
   auto add = [&end](int64_t bytes) {
@@ -173,7 +175,7 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   w.dense_score = add(heads * w.columns * 4);
   w.theta = add(heads * 4);
   w.global_lse = add(heads * w.columns * 4);
-  const int64_t chunks = heads * w.chunks, slots = w.attend_ctas * AttendSlots(d) + heads;
+  const int64_t chunks = heads * w.chunks, slots = p.num_sms * AttendSlots(d) + heads;
   w.vectors = add(chunks * w.columns * kNumChunkVectors * d * 4);
   w.state = add(chunks * w.columns * static_cast<int64_t>(sizeof(ChunkState)));
   w.extents = add(chunks * static_cast<int64_t>(sizeof(ChunkList)));
