@@ -128,8 +128,8 @@ absl::StatusOr<CudaTuning> ReadDevice(const Json& object, const std::string& whe
 //             8 kv heads: a whole step at 8k was slower than BF16's (49.0 us, 41.6), decode at 32k
 //             faster than BF16 (51.4, 67.7), not than FP8 (44.4), which it passes at 128k (78.5,
 //             129.7). 512: faster than BF16 at 2k (132, 202), slower than FP8 (116).
-//   H200      `adaattn_bench tune` at commits 0cd50ec and 4e34bff, the 8k trace of tests/data at its
-//             theta .004.
+//   H200      `adaattn_bench tune` at commits 0cd50ec and 4e34bff, the 8k trace of tests/data at
+//             its theta .004.
 // Of the PCIe card nothing was measured: it seals at any length.
 const std::vector<CudaTuning>& KnownDevices() {
   static const auto* const known = new std::vector<CudaTuning>{
