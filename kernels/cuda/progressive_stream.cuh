@@ -55,12 +55,15 @@ struct AttendLayout {
   }
 };
 
-// What the slots of a CTA share: kRoom bytes of rings for at most kPages pages.
+// What the slots of a CTA share: kRoom bytes of rings for at most kPages pages. `kCtasPerSm`: that
+// share a multiprocessor's slots.
 template <class Traits, int kRoom, int kPages, int kCtasPerSm = 1>
 struct AttendRings {
   static constexpr int kWarps = AttendWarps(Traits::kHeadDim) / kCtasPerSm;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kSlots = AttendSlots(Traits::kHeadDim) / kCtasPerSm;
+  static_assert(kSlots * kCtasPerSm == AttendSlots(Traits::kHeadDim),
+                "as many as the workspace has places for");
   static constexpr int kRingBytes = kRoom / kSlots / 128 * 128;
   alignas(128) std::byte room[kSlots][kRingBytes];
   alignas(16) uint2 query[kSlots][Traits::kTiles * 32];  // of the slot's head and a basis

@@ -21,9 +21,7 @@ inline constexpr int32_t kFewColumns = 4;    // one row of a group of four, the 
 inline constexpr int32_t kScanWarps = 8;    // and one that fetches
 inline constexpr int32_t kChunkPages = 64;  // of one select CTA; four threads decide each
 // Warps that attend on a multiprocessor, a quarter of which holds four of 128 registers: each takes
-// a group of values, and as many as there are groups share a slot. A concluding CTA has all of
-// them. The attend kernel's have half: one can begin as soon as as much room is left.
-inline constexpr int32_t kAttendCtasPerSm = 2;
+// a group of values, and as many as there are groups share a slot.
 inline constexpr int32_t kMaxAttendWarps = 16;
 ADAATTN_HD constexpr int32_t AttendWarps(int32_t head_dim) {
   return head_dim / ValueGroups(head_dim) > 64 ? 8 : kMaxAttendWarps;
@@ -31,6 +29,9 @@ ADAATTN_HD constexpr int32_t AttendWarps(int32_t head_dim) {
 ADAATTN_HD constexpr int32_t AttendSlots(int32_t head_dim) {
   return AttendWarps(head_dim) / ValueGroups(head_dim);
 }
+// A concluding CTA has all of them. Attend's CTAs have half: one can begin before the launch in
+// front has left the whole multiprocessor.
+inline constexpr int32_t kAttendCtasPerSm = 2;
 ADAATTN_HD constexpr int32_t ScanCtasPerSm(int32_t head_dim) { return head_dim <= 128 ? 2 : 1; }
 
 // Pages that a scan CTA takes at a time: its warps hold one kv head each.
