@@ -133,11 +133,11 @@ std::vector<Flag> AttendFlags() {
       {"exact-tier", Flag::Type::kString, "none",
        "progressive: originals kept for exact and deterministic, none, bf16_pages or host_pages"},
       {"policy", Flag::Type::kString, "default",
-       "statistical: budget, threshold, entropy or learned"},
+       "statistical: budget, feedback, threshold, entropy or learned"},
       {"theta", Flag::Type::kDouble, "0",
        "threshold, entropy: share below which V is skipped; 0 = .004, .03"},
       {"target", Flag::Type::kDouble, "0",
-       "budget, learned, deterministic: target relative error; 0 = the server's (.05)"},
+       "budget, feedback, learned, deterministic: target relative error; 0 = the server's (.05)"},
       {"coarse-rank", Flag::Type::kInt, "-1",
        "two-stage scan: channels read first; 0 = one stage, -1 = the server's default"},
       {"coarse-z", Flag::Type::kDouble, "-1",
@@ -163,7 +163,7 @@ absl::StatusOr<AttendChoice> ParseAttendFlags(const Args& args, const std::strin
   const auto parsed_mode = ParseEnum<Mode>("mode", mode.empty() ? "default" : mode, 6, ModeName);
   if (!parsed_mode.ok()) return parsed_mode.status();
   choice.options.mode = *parsed_mode;
-  const auto policy = ParseEnum<Policy>("policy", args.String("policy"), 5, PolicyName);
+  const auto policy = ParseEnum<Policy>("policy", args.String("policy"), 6, PolicyName);
   if (!policy.ok()) return policy.status();
   choice.options.policy = *policy;
   choice.stored_bits = choice.page_format == PageFormat::kProgressive

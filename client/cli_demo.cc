@@ -56,16 +56,20 @@ std::vector<DemoRun> Runs(const DemoTrace& trace, int32_t head_dim, int32_t conc
   ReplayConfig bf16 = make("dense-bf16", PageFormat::kBf16);
   ReplayConfig fp8 = make("dense-fp8", PageFormat::kF8E4m3);
   bf16.options.mode = fp8.options.mode = Mode::kExact;
-  ReplayConfig budget = make("budget", PageFormat::kProgressive);
-  budget.options.mode = Mode::kStatistical;
-  budget.options.policy = Policy::kBudget;
+  const auto aiming = [&make](const char* name, Policy policy) {
+    ReplayConfig config = make(name, PageFormat::kProgressive);
+    config.options.mode = Mode::kStatistical;
+    config.options.policy = policy;
+    return config;
+  };
   return {
       {bf16, kDenseBf16Limit},
       {fp8, {}},
       {ladder("threshold", 0.004f, 0), trace.threshold},
       {ladder("threshold-two-stage", 0.004f, head_dim / 2), trace.two_stage},
       {ladder("threshold", 0.0005f, 0), trace.fine_threshold},
-      {budget, {}},
+      {aiming("budget", Policy::kBudget), {}},
+      {aiming("feedback", Policy::kFeedback), {}},
   };
 }
 

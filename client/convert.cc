@@ -341,6 +341,8 @@ const char* PolicyName(Policy policy) {
       return "entropy";
     case Policy::kLearned:
       return "learned";
+    case Policy::kFeedback:
+      return "feedback";
   }
   return "unknown";
 }

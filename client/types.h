@@ -36,7 +36,14 @@ enum class Mode : int {
   kDeterministic = 4,
   kStatic = 5,
 };
-enum class Policy : int { kDefault = 0, kThreshold = 1, kBudget = 2, kEntropy = 3, kLearned = 4 };
+enum class Policy : int {
+  kDefault = 0,
+  kThreshold = 1,
+  kBudget = 2,
+  kEntropy = 3,
+  kLearned = 4,
+  kFeedback = 5
+};
 enum class Detail : int { kDefault = 0, kNone = 1, kSummary = 2, kPerHead = 3 };
 enum class Fallback : int {
   kNone = 0,

@@ -56,7 +56,7 @@ struct BackendInfo {
   std::vector<int32_t> head_dims;
   std::vector<PageFormat> formats;
   std::vector<Policy> policies = {Policy::kFullDepth, Policy::kStatic, Policy::kThreshold,
-                                  Policy::kBudget};
+                                  Policy::kBudget, Policy::kFeedback};
   int32_t max_group_size = 0;
   int32_t max_q_len = 0;  // rows of q per sequence and step
   int64_t pool_bytes = 0;
@@ -103,7 +103,15 @@ struct SequenceStep {
   absl::Span<const float> key_scales;
   absl::Span<const float> value_scales;
   DecisionParams decision;
+  // [num_kv_heads], each in (0, 1]: a theta of its own for each kv head under kThreshold,
+  // unbounded; empty: decision.theta for all.
+  absl::Span<const float> thetas;
 };
+// The caller's theta of one kv head.
+inline float GivenTheta(const SequenceStep& sequence, int32_t kv_head) {
+  return sequence.thetas.empty() ? sequence.decision.theta
+                                 : sequence.thetas[static_cast<size_t>(kv_head)];
+}
 inline constexpr int32_t kMaxBasisRuns = 4;
 
 // Facts about one sequence's part of a step that only running it shows.

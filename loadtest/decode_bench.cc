@@ -289,7 +289,7 @@ int main(int argc, char** argv) {
         "usage: %s [--check] [--time] [--steps] [--progressive] [--bounded] [--host-pages]\n"
         "       [--tune=FILE] [--json=FILE] [--runs=N >= 1] [--flush=written|read]\n"
         "       [--trace=FILE|joined:FILE|random:HEAD_DIM]... [--cases=BATCHxTOKENS,...]\n"
-        "       [--heads=Q/KV] [--stored-bits=4|6|8] [--policy=threshold|budget]\n"
+        "       [--heads=Q/KV] [--stored-bits=4|6|8] [--policy=threshold|budget|feedback]\n"
         "       [--theta=X] [--target=X] [--goal=X] [--two-stage] [--z=X] [--sample=N]\n"
         "       [--conclude-pages=N]\n",
         argv[0]);

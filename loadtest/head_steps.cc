@@ -1,8 +1,10 @@
 #include "loadtest/head_steps.h"
 
 #include <cmath>
+#include <utility>
 
 #include "absl/status/status.h"
+#include "kernels/feedback.h"
 
 namespace adaattn {
 namespace {
@@ -15,6 +17,24 @@ absl::StatusOr<std::vector<TraceRowResult>> AttendRows(TraceCache* cache,
   steps.reserve(rows.size());
   for (const int32_t row : rows) steps.push_back(cache->Step(row, decision));
   return cache->Attend(steps, rows);
+}
+
+// Likewise one row after the other, as steps of a layer come.
+absl::StatusOr<std::vector<TraceRowResult>> FollowRows(TraceCache* cache,
+                                                       const std::vector<int32_t>& rows,
+                                                       const DecisionParams& decision) {
+  std::vector<float> thetas(cache->trace().shape.num_kv_heads);
+  FeedbackState state;
+  std::vector<TraceRowResult> results;
+  for (const int32_t row : rows) {
+    SequenceStep step = cache->Step(row, decision);
+    UseFeedback(state, thetas.data(), &step);
+    auto result = cache->Attend({step}, {row});
+    if (!result.ok()) return result.status();
+    FollowFeedback(result->front().decisions, decision.target_relative_error, &state);
+    results.push_back(std::move(result->front()));
+  }
+  return results;
 }
 
 }  // namespace
@@ -45,7 +65,9 @@ absl::Status HeadStepTrace::Load(Backend* exact) {
 }
 
 absl::StatusOr<std::vector<HeadStep>> HeadStepTrace::Run(const DecisionParams& decision) {
-  const auto results = AttendRows(cache_.get(), rows_, decision);
+  const auto results = decision.policy == Policy::kFeedback
+                           ? FollowRows(cache_.get(), rows_, decision)
+                           : AttendRows(cache_.get(), rows_, decision);
   if (!results.ok()) return results.status();
   const AttentionShape& shape = trace_->shape;
   const int64_t d = shape.head_dim;

@@ -42,7 +42,8 @@ class HeadStepTrace {
   // `factory` makes a backend of that many bytes, twice. `trace` outlives the result.
   static absl::StatusOr<HeadStepTrace> Make(const Trace* trace, const BackendFactory& factory);
 
-  // Every row with at least two sealed pages, as one batch of decode steps of its own length.
+  // Every row with at least two sealed pages, as one batch of decode steps of its own length; under
+  // kFeedback one after the other.
   absl::StatusOr<std::vector<HeadStep>> Run(const DecisionParams& decision);
 
   HeadStepSummary Summarise(const std::vector<HeadStep>& steps, double target) const;

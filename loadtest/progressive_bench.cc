@@ -6,6 +6,7 @@
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/numbers.h"
@@ -15,6 +16,7 @@
 #include "client/trace.h"
 #include "kernels/cuda/status.h"
 #include "kernels/policy/ladder.h"
+#include "kernels/policy/names.h"
 #include "loadtest/bench_trace.h"
 #include "loadtest/progressive_case.h"
 #include "loadtest/row_judge.h"
@@ -24,6 +26,7 @@ namespace adaattn {
 namespace {
 
 constexpr int kProbes = 10;
+constexpr int kFollowedSteps = 64;  // by feedback, which has settled then
 
 struct CaseSize {
   AttentionShape shape;
@@ -122,12 +125,12 @@ absl::StatusOr<Judged> RunAndJudge(ProgressiveCase* test, const Sample& sample) 
 
 // The number that the search turns: smaller is more exact.
 float* Knob(DecisionParams* decision) {
-  return decision->policy == Policy::kBudget ? &decision->target_relative_error : &decision->theta;
+  return AimsAtError(decision->policy) ? &decision->target_relative_error : &decision->theta;
 }
 
 // Leaves the case at the largest knob that reaches the goal, or at the smallest there is.
 absl::Status Search(ProgressiveCase* test, const Sample& sample, DecisionParams* decision) {
-  const bool budget = decision->policy == Policy::kBudget;
+  const bool budget = AimsAtError(decision->policy);
   double good = std::log2(budget ? 1e-3 : 1e-5), bad = std::log2(budget ? 1.0 : 0.25);
   for (int i = 0; i < kProbes; ++i) {
     const double middle = (good + bad) / 2;
@@ -145,7 +148,7 @@ DecisionParams MakeDecision(const ProgressiveBenchOptions& options, int32_t head
   decision.policy = options.policy;
   decision.coarse_z = static_cast<float>(options.coarse_z);
   if (options.two_stage) decision.coarse_rank = head_dim / 2;
-  const double given = options.policy == Policy::kBudget ? options.target : options.theta;
+  const double given = AimsAtError(options.policy) ? options.target : options.theta;
   if (given > 0) *Knob(&decision) = static_cast<float>(given);
   return decision;
 }
@@ -161,11 +164,11 @@ nlohmann::json Describe(const ProgressiveCase& test, const DecisionParams& decis
       {"num_q_heads", test.shape().num_q_heads},
       {"num_kv_heads", test.shape().num_kv_heads},
       {"head_dim", test.shape().head_dim},
-      {"policy", decision.policy == Policy::kBudget ? "budget" : "threshold"},
+      {"policy", PolicyName(decision.policy)},
       {"coarse_rank", CoarseChunks(decision, test.shape().head_dim) > 0 ? decision.coarse_rank : 0},
       {"coarse_z", decision.coarse_z},
-      {decision.policy == Policy::kBudget ? "target" : "theta",
-       decision.policy == Policy::kBudget ? decision.target_relative_error : decision.theta},
+      {AimsAtError(decision.policy) ? "target" : "theta",
+       AimsAtError(decision.policy) ? decision.target_relative_error : decision.theta},
       {"mean_theta", judged.theta},
       {"median_us", median},
       {"min_us", times.front()},
@@ -198,7 +201,11 @@ absl::StatusOr<bool> BenchCase(const ProgressiveBenchOptions& options, int runs,
       auto test,
       ProgressiveCase::Create(pool, {size.num_sequences, size.kv_len, decision, tuning}));
   const Sample sample = TakeSample(*test, judge, options);
-  const bool search = (decision.policy == Policy::kBudget ? options.target : options.theta) <= 0;
+  const bool search = (AimsAtError(decision.policy) ? options.target : options.theta) <= 0;
+  if (decision.policy == Policy::kFeedback) {
+    if (search) return absl::InvalidArgumentError("--policy=feedback needs a --target");
+    ADAATTN_RETURN_IF_ERROR(test->Follow(kFollowedSteps));
+  }
   if (search) ADAATTN_RETURN_IF_ERROR(Search(test.get(), sample, &decision));
   ADAATTN_ASSIGN_OR_RETURN(const Judged judged, RunAndJudge(test.get(), sample));
   ADAATTN_ASSIGN_OR_RETURN(const auto times, test->Time(runs, flush));
@@ -208,12 +215,11 @@ absl::StatusOr<bool> BenchCase(const ProgressiveBenchOptions& options, int runs,
   std::printf(
       "%-34s %s %.5f  median %8.2f us  min %8.2f  reads %.4f of BF16%s  %5.2f TB/s  %6.2f as BF16  "
       "error %.4f (worst %.3f, predicted %.4f, FP8 %.4f) mean theta %.5f%s\n",
-      test->Name().c_str(), decision.policy == Policy::kBudget ? "target" : "theta",
-      *Knob(&decision), times[times.size() / 2], times.front(),
-      entry["fraction_of_bf16"].get<double>(), judged.recount_equal ? "" : " BUT RECOUNT DIFFERS",
-      entry["tb_per_s_read"].get<double>(), entry["tb_per_s_as_bf16"].get<double>(),
-      judged.mean_error, judged.worst_error, judged.predicted_error, sample.fp8_error, judged.theta,
-      good ? "" : "  FAIL");
+      test->Name().c_str(), AimsAtError(decision.policy) ? "target" : "theta", *Knob(&decision),
+      times[times.size() / 2], times.front(), entry["fraction_of_bf16"].get<double>(),
+      judged.recount_equal ? "" : " BUT RECOUNT DIFFERS", entry["tb_per_s_read"].get<double>(),
+      entry["tb_per_s_as_bf16"].get<double>(), judged.mean_error, judged.worst_error,
+      judged.predicted_error, sample.fp8_error, judged.theta, good ? "" : "  FAIL");
   std::fflush(stdout);
   report->push_back(std::move(entry));
   return good;
@@ -297,11 +303,10 @@ bool ParseProgressiveFlag(absl::string_view flag, ProgressiveBenchOptions* optio
     return absl::SimpleAtoi(flag, &options->conclude_pages) && options->conclude_pages >= 0;
   }
   if (flag == "--two-stage") return options->two_stage = true;
-  if (flag == "--policy=budget") {
-    options->policy = Policy::kBudget;
-    return true;
-  }
-  return flag == "--policy=threshold";
+  if (!absl::ConsumePrefix(&flag, "--policy=")) return false;
+  const std::optional<Policy> policy = ParsePolicy(flag);
+  if (policy) options->policy = *policy;
+  return policy == Policy::kThreshold || (policy && FollowsBudget(*policy));
 }
 
 std::vector<std::string> BenchTraces(const ProgressiveBenchOptions& options) {

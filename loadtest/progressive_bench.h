@@ -27,9 +27,9 @@ struct ProgressiveBenchOptions {
   int32_t num_kv_heads = 0;
   int32_t stored_bits = 8;
   Policy policy = Policy::kThreshold;
-  double theta = 0;        // kThreshold; 0: searched
-  double target = 0;       // kBudget: target_relative_error; 0: searched
-  double goal = 0;         // mean error that the search aims at; 0: by dense FP8's
+  double theta = 0;   // kThreshold; 0: searched
+  double target = 0;  // kBudget: target_relative_error; 0: searched. kFeedback: likewise, given
+  double goal = 0;    // mean error that the search aims at; 0: by dense FP8's
   bool two_stage = false;  // half of the rank first
   double coarse_z = 2;
   int32_t conclude_pages = CudaTuning().conclude_pages;
@@ -39,8 +39,8 @@ struct ProgressiveBenchOptions {
 // Whether `flag` is one of this benchmark's and fine; then it stands in `options`.
 //
 //   --trace=FILE|joined:FILE|random:HEAD_DIM --cases=BATCHxTOKENS,... --heads=Q/KV
-//   --stored-bits=4|6|8 --policy=threshold|budget --theta=X --target=X --goal=X --two-stage --z=X
-//   --sample=N --conclude-pages=N
+//   --stored-bits=4|6|8 --policy=threshold|budget|feedback --theta=X --target=X --goal=X
+//   --two-stage --z=X --sample=N --conclude-pages=N
 bool ParseProgressiveFlag(absl::string_view flag, ProgressiveBenchOptions* options);
 
 // The heads of cases: those of `options`, else 32 over 8, or 16 over 4 at head_dim 256.

@@ -8,6 +8,7 @@
 #include "kernels/cuda/step.h"
 #include "kernels/cuda/step_buffers.h"
 #include "kernels/format/float_types.h"
+#include "kernels/policy/feedback.h"
 #include "loadtest/bench_case.h"
 #include "loadtest/device_timer.h"
 
@@ -25,11 +26,20 @@ absl::StatusOr<std::unique_ptr<ProgressiveCase>> ProgressiveCase::Create(
                            pool->FillSequences(options.num_sequences, options.kv_len));
   made->basis_run_ = {made->num_pages() - kDenseTailPages, pool->basis()};
   made->group_ = SealedGroupOf(pool->stored_bits());
+  const DecisionParams& decision = options.decision;
+  if (decision.policy == Policy::kFeedback) {
+    if (FeedbackAim2(decision.target_relative_error) <= 0) {
+      return absl::InvalidArgumentError("the target leaves feedback nothing to aim at");
+    }
+    const std::vector<float> thetas(pool->shape().num_kv_heads, decision.theta);
+    made->feedback_.assign(options.num_sequences, {thetas, decision.target_relative_error});
+    made->thetas_.resize(options.num_sequences * thetas.size());
+  }
   ADAATTN_RETURN_IF_ERROR(made->Prepare());
   return made;
 }
 
-std::vector<SequenceStep> ProgressiveCase::Steps(const DecisionParams& decision) const {
+std::vector<SequenceStep> ProgressiveCase::Steps(const DecisionParams& decision) {
   std::vector<SequenceStep> steps;
   for (int32_t i = 0; i < num_sequences(); ++i) {
     SequenceStep step;
@@ -42,6 +52,9 @@ std::vector<SequenceStep> ProgressiveCase::Steps(const DecisionParams& decision)
     step.stored_bits = pool_->stored_bits();
     step.softmax_scale = static_cast<float>(pool_->trace().softmax_scale);
     step.decision = decision;
+    if (!feedback_.empty()) {
+      UseFeedback(feedback_[i], thetas_.data() + int64_t{i} * shape().num_kv_heads, &step);
+    }
     steps.push_back(step);
   }
   return steps;
@@ -101,6 +114,19 @@ absl::Status ProgressiveCase::SetDecision(const DecisionParams& decision) {
   ADAATTN_RETURN_IF_CUDA_ERROR(
       cudaMemcpy(scratch_.block(), block.data(), bytes, cudaMemcpyHostToDevice));
   return FromCuda(cudaDeviceSynchronize(), "copying the step's block");
+}
+
+absl::Status ProgressiveCase::Follow(int num_steps) {
+  const auto num_heads = static_cast<size_t>(shape().num_kv_heads);
+  for (int step = 0; step < num_steps; ++step) {
+    ADAATTN_ASSIGN_OR_RETURN(const ProgressiveOutput output, Run());
+    for (size_t i = 0; i < feedback_.size(); ++i) {
+      FollowFeedback(absl::MakeConstSpan(output.decisions).subspan(i * num_heads, num_heads),
+                     options_.decision.target_relative_error, &feedback_[i]);
+    }
+    ADAATTN_RETURN_IF_ERROR(SetDecision(options_.decision));
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<ProgressiveOutput> ProgressiveCase::Run() {

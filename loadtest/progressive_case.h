@@ -14,6 +14,7 @@
 #include "kernels/cuda/scratch.h"
 #include "kernels/cuda/stream.h"
 #include "kernels/cuda/tuning.h"
+#include "kernels/feedback.h"
 #include "kernels/policy/decision.h"
 #include "loadtest/l2_flush.h"
 #include "loadtest/row_judge.h"
@@ -43,8 +44,12 @@ class ProgressiveCase {
   static absl::StatusOr<std::unique_ptr<ProgressiveCase>> Create(
       TracePool* pool, const ProgressiveCaseOptions& options);
 
-  // For the runs that follow. Requires: the policy and coarse_rank given to Create.
+  // For the runs that follow. Requires: the policy and coarse_rank given to Create, not kFeedback.
   absl::Status SetDecision(const DecisionParams& decision);
+
+  // Under kFeedback: so many steps of the same queries, each with thetas by what the one before was
+  // predicted to err by; they begin at decision.theta. The runs that follow have the last ones.
+  absl::Status Follow(int num_steps);
 
   absl::StatusOr<ProgressiveOutput> Run();
 
@@ -69,12 +74,14 @@ class ProgressiveCase {
       : pool_(pool), options_(options) {}
   absl::Status Prepare();
   absl::Status MakePlan(const AttendBatch& batch);
-  std::vector<SequenceStep> Steps(const DecisionParams& decision) const;
+  std::vector<SequenceStep> Steps(const DecisionParams& decision);
   int32_t num_pages() const { return options_.kv_len / kPageTokens; }
 
   TracePool* const pool_;
   const ProgressiveCaseOptions options_;
-  std::vector<PageId> tables_;  // [num_sequences, num_pages]
+  std::vector<FeedbackState> feedback_;  // by sequence; empty unless kFeedback
+  std::vector<float> thetas_;            // [num_sequences, num_kv_heads] of these
+  std::vector<PageId> tables_;           // [num_sequences, num_pages]
   BasisRun basis_run_;
   int32_t group_ = 0;  // of the plan's sealed groups
   std::unique_ptr<StepBuffers> buffers_;

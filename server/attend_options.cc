@@ -76,7 +76,8 @@ absl::StatusOr<ResolvedOptions> ResolveOptions(const AttendOptions& message,
   decision.static_value_bits = FirstOf(message.static_value_bits, session.static_value_bits, 8);
   decision.floor_key_bits = FirstOf(message.floor_key_bits, session.floor_key_bits, 4);
   decision.floor_value_bits = FirstOf(message.floor_value_bits, session.floor_value_bits, 0);
-  decision.coarse_rank = FirstOf(message.coarse_rank, session.coarse_rank, head_dim / 2);
+  decision.coarse_rank = FirstOf(message.coarse_rank, session.coarse_rank,
+                                 decision.policy == Policy::kThreshold ? head_dim / 2 : 0);
   decision.coarse_z = FirstOf(message.coarse_z, session.coarse_z, 2.0f);
   decision.bounded = deterministic;
   resolved.max_relative_error =

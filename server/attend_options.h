@@ -57,8 +57,8 @@ struct ResolvedOptions {
 };
 
 // The first of: message, session, built-in. A session's theta counts for the session's policy only.
-// Built in: kStatistical with kBudget on progressive pages, kExact on dense ones; a coarse scan of
-// half the rank with z = 2. (The server's own defaults are part of the session's.)
+// Built in: kStatistical with kBudget on progressive pages, kExact on dense ones; under kThreshold
+// a coarse scan of half the rank, z = 2. (The server's own defaults are part of the session's.)
 // kDeterministic takes a ladder policy as kStatistical does, in one stage, and bounds it.
 // Errors: kFailedPrecondition for kExact and kDeterministic on progressive pages without an exact
 // tier, naming FULL_DEPTH as the nearest, and for kLearned in a session without a model.

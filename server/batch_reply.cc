@@ -1,8 +1,11 @@
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
+#include "kernels/format/float_types.h"
 #include "server/batch_runner.h"
 #include "server/decision_summary.h"
 
@@ -57,6 +60,38 @@ void BatchRunner::MakeReplyBuffer(AttentionTask* task) {
   buffer->lse_bytes = rows * task->shape.num_q_heads * static_cast<int64_t>(sizeof(float));
   buffer->bytes.reset(new std::byte[buffer->out_bytes + buffer->lse_bytes]);
   task->reply.buffer = std::move(buffer);
+}
+
+absl::Status BatchRunner::RefuseValue(const Step& step, const AttendBatch& batch,
+                                      const SequenceResult& result) const {
+  const int32_t d = shape_.head_dim;
+  const auto find = [&](const char* name, const std::byte* rows, int64_t first_row,
+                        int32_t num_rows, int32_t num_heads, float most) {
+    const int64_t row = int64_t{num_heads} * d;
+    for (int64_t i = 0; i < num_rows * row; ++i) {
+      const float value = ReadElement(rows, batch.in_type, first_row * row + i);
+      if (std::abs(value) <= most) continue;
+      return absl::StrCat(name, "[", i / row, ", ", i % row / d, ", ", i % d, "]: ", value);
+    }
+    return std::string();
+  };
+  const DType type = DenseDType(batch.format);
+  std::string found;
+  if (result.nonfinite_q) {
+    found = find("q", buffers_->q(), step.run_q_row, step.q_len(), shape_.num_q_heads, kFloatMax);
+  } else {
+    const float most = LargestStored(type);
+    found = find("k", buffers_->k(), step.run_kv_row, step.append_len, shape_.num_kv_heads, most);
+    if (found.empty()) {
+      found = find("v", buffers_->v(), step.run_kv_row, step.append_len, shape_.num_kv_heads, most);
+    }
+  }
+  return absl::InvalidArgumentError(absl::StrCat(
+      "sequences[", step.sequence_idx, "].", found, " is not allowed: only finite values",
+      !result.nonfinite_q && type == DType::kF16
+          ? " from -65504 to 65504, the range of the session's FP16 pages"
+          : "",
+      "; nothing was appended"));
 }
 
 void BatchRunner::CopyOut(const Step& step, const AttendBatch& batch) {

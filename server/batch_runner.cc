@@ -1,11 +1,11 @@
 #include "server/batch_runner.h"
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/feedback.h"
 #include "kernels/format/float_types.h"
 #include "server/payload_reader.h"
 
@@ -266,7 +266,8 @@ void BatchRunner::FillSequences() {
   for (const Step* step : run_) {
     entries += step->state().pages.size() + step->reservation.lease.pages().size();
   }
-  tables_.reserve(entries);  // The spans below point into it.
+  tables_.reserve(entries);  // The spans below point into it, as into the next.
+  thetas_.resize(run_.size() * shape_.num_kv_heads);
   for (const Step* step : run_) {
     const SessionConfig& config = step->session()->config();
     const LayerState& state = step->state();
@@ -298,39 +299,11 @@ void BatchRunner::FillSequences() {
     sequence.key_scales = config.layer_key_scales(step->layer);
     sequence.value_scales = config.layer_value_scales(step->layer);
     sequence.decision = step->options.decision;
-  }
-}
-
-absl::Status BatchRunner::RefuseValue(const Step& step, const AttendBatch& batch,
-                                      const SequenceResult& result) const {
-  const int32_t d = shape_.head_dim;
-  const auto find = [&](const char* name, const std::byte* rows, int64_t first_row,
-                        int32_t num_rows, int32_t num_heads, float most) {
-    const int64_t row = int64_t{num_heads} * d;
-    for (int64_t i = 0; i < num_rows * row; ++i) {
-      const float value = ReadElement(rows, batch.in_type, first_row * row + i);
-      if (std::abs(value) <= most) continue;
-      return absl::StrCat(name, "[", i / row, ", ", i % row / d, ", ", i % d, "]: ", value);
-    }
-    return std::string();
-  };
-  const DType type = DenseDType(batch.format);
-  std::string found;
-  if (result.nonfinite_q) {
-    found = find("q", buffers_->q(), step.run_q_row, step.q_len(), shape_.num_q_heads, kFloatMax);
-  } else {
-    const float most = LargestStored(type);
-    found = find("k", buffers_->k(), step.run_kv_row, step.append_len, shape_.num_kv_heads, most);
-    if (found.empty()) {
-      found = find("v", buffers_->v(), step.run_kv_row, step.append_len, shape_.num_kv_heads, most);
+    if (sequence.decision.policy == Policy::kFeedback) {
+      UseFeedback(state.feedback, thetas_.data() + (sequences_.size() - 1) * shape_.num_kv_heads,
+                  &sequence);
     }
   }
-  return absl::InvalidArgumentError(absl::StrCat(
-      "sequences[", step.sequence_idx, "].", found, " is not allowed: only finite values",
-      !result.nonfinite_q && type == DType::kF16
-          ? " from -65504 to 65504, the range of the session's FP16 pages"
-          : "",
-      "; nothing was appended"));
 }
 
 void BatchRunner::TakeResults(const AttendBatch& batch) {
@@ -346,6 +319,11 @@ void BatchRunner::TakeResults(const AttendBatch& batch) {
     HeadDecision* const heads = HeadsOf(step);
     std::copy_n(buffers_->decisions() + i * shape_.num_kv_heads, shape_.num_kv_heads, heads);
     CopyOut(step, batch);
+    const DecisionParams& decision = step.options.decision;
+    if (decision.policy == Policy::kFeedback) {
+      FollowFeedback({heads, static_cast<size_t>(shape_.num_kv_heads)},
+                     decision.target_relative_error, &step.state().feedback);
+    }
     const bool audited = step.options.mode == AttendMode::kStatistical ||
                          step.options.mode == AttendMode::kDeterministic;
     if (audited && IsProgressive(batch.format) && step.state().num_sealed > 0 &&
@@ -383,7 +361,7 @@ void BatchRunner::KeepForAudit(const Step& step, const AttendBatch& batch) {
   audit.window = step.window;
   audit.softcap = step.softcap;
   audit.deterministic = step.options.mode == AttendMode::kDeterministic;
-  audit.budget = !audit.deterministic && step.options.decision.policy == Policy::kBudget;
+  audit.budget = !audit.deterministic && FollowsBudget(step.options.decision.policy);
   audit.q = {buffers_->q() + begin * DTypeBytes(batch.in_type),
              static_cast<size_t>(elements * DTypeBytes(batch.in_type))};
   audit.out = {buffers_->out() + begin * DTypeBytes(batch.out_type),

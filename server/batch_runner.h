@@ -84,6 +84,7 @@ class BatchRunner {
   std::vector<Step*> run_;
   std::vector<SequenceStep> sequences_;
   std::vector<PageId> tables_;
+  std::vector<float> thetas_;  // [sequences, num_kv_heads]
   std::vector<absl::Duration> queue_times_;
   std::vector<StepReport> reports_;
 };

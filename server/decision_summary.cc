@@ -50,7 +50,7 @@ Fallback FallbackOf(const DecisionSummary& summary, PageFormat format,
     return Fallback::kNone;
   }
   if (summary.pages_sealed == 0) return Fallback::kNoBasis;
-  if (options.decision.policy == Policy::kBudget && any_zero_theta) return Fallback::kBudget;
+  if (FollowsBudget(options.decision.policy) && any_zero_theta) return Fallback::kBudget;
   return raised ? Fallback::kPressure : Fallback::kNone;
 }
 

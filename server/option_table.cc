@@ -73,17 +73,19 @@ void AddDevice(ServerOptions* o, std::vector<Setting>* table) {
 
 void AddPolicy(ServerOptions* o, std::vector<Setting>* table) {
   DefaultPolicy& policy = o->default_policy;
-  table->push_back({"default-policy",
-                    &policy.name,
-                    "How progressive sessions are attended that name neither mode nor policy.",
-                    0,
-                    0,
-                    {"full_depth", "static", "threshold", "budget", "entropy", "learned"}});
+  table->push_back(
+      {"default-policy",
+       &policy.name,
+       "How progressive sessions are attended that name neither mode nor policy.",
+       0,
+       0,
+       {"full_depth", "static", "threshold", "budget", "entropy", "learned", "feedback"}});
   table->push_back({"default-theta", &policy.theta,
                     "theta of the default policy (threshold, entropy); 0 = the policy's own.", 0,
                     1});
   table->push_back({"default-target-relative-error", &policy.target_relative_error,
-                    "What budget and learned policies aim at unless the caller says.", 1e-6, 1});
+                    "What budget, feedback and learned policies aim at unless the caller says.",
+                    1e-6, 1});
   table->push_back({"default-max-relative-error", &policy.max_relative_error,
                     "How far pressure may raise that target; 0 = never.", 0, 1});
   table->push_back({"default-static-key-bits", &policy.static_key_bits,

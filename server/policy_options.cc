@@ -59,6 +59,7 @@ absl::Status CheckPolicy(const v1::AttendOptions& options, absl::string_view fie
                      {"max_relative_error", options.max_relative_error() != 0}},
                     v1::Policy_Name(options.policy()));
     case v1::POLICY_BUDGET:
+    case v1::POLICY_FEEDBACK:
     case v1::POLICY_LEARNED:
       return Refuse(field, {{"theta", options.theta() != 0}}, v1::Policy_Name(options.policy()));
     default:
@@ -117,6 +118,8 @@ Policy PolicyOf(v1::Policy policy) {
       return Policy::kEntropy;
     case v1::POLICY_LEARNED:
       return Policy::kLearned;
+    case v1::POLICY_FEEDBACK:
+      return Policy::kFeedback;
     default:
       return Policy::kBudget;
   }
@@ -132,6 +135,8 @@ v1::Policy ToProto(Policy policy) {
       return v1::POLICY_ENTROPY;
     case Policy::kLearned:
       return v1::POLICY_LEARNED;
+    case Policy::kFeedback:
+      return v1::POLICY_FEEDBACK;
     default:
       return v1::POLICY_UNSPECIFIED;
   }

@@ -12,6 +12,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "kernels/attention.h"
+#include "kernels/feedback.h"
 #include "server/attend_options.h"
 #include "server/model_profile.h"
 #include "server/page_allocator.h"
@@ -95,11 +96,12 @@ struct LayerState {
                                     // them; one reference each
   std::vector<BasisRun> bases;      // the last one may have no page yet; one reference each
   bool refit_wanted = false;        // keys drifted: the next pages wait for a new basis
-  QuerySample queries;              // empty once a basis stands
-  float drift_ratio = 0;            // running mean of SealResult::drift_ratio; 0 = nothing sealed
-  int32_t seal_backlog = 0;         // the sealer's: pages it has queued
-  bool seal_asked = false;          // likewise: sealed at any length
-  uint64_t batch_serial = 0;        // the runner's: the last batch that this layer was part of
+  FeedbackState feedback;
+  QuerySample queries;        // empty once a basis stands
+  float drift_ratio = 0;      // running mean of SealResult::drift_ratio; 0 = nothing sealed
+  int32_t seal_backlog = 0;   // the sealer's: pages it has queued
+  bool seal_asked = false;    // likewise: sealed at any length
+  uint64_t batch_serial = 0;  // the runner's: the last batch that this layer was part of
 };
 
 // One growing KV history over all layers of a model. Made by SessionTable.

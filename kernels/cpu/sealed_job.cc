@@ -101,7 +101,8 @@ void FinishMasses(SealedJob* job) {
 }
 
 void OpenPages(SealedJob* job, Arena* arena) {
-  const DecisionParams& params = job->head->sequence->decision;
+  const SequenceStep& sequence = *job->head->sequence;
+  const DecisionParams& params = sequence.decision;
   arena->Reset();
   float* margins = arena->Get<float>(job->stride);
   std::fill_n(margins, job->stride, kNegativeInfinity);
@@ -111,7 +112,8 @@ void OpenPages(SealedJob* job, Arena* arena) {
     RaiseMargins(job->scans.lse + at, job->scans.variance + at, params.coarse_z, job->row_lse[row],
                  job->stride, margins);
   }
-  const float log_theta = std::log(params.theta);  // as ladder.h's OpensPage
+  const float log_theta =
+      std::log(GivenTheta(sequence, job->head->kv_head));  // as ladder.h's OpensPage
   for (int32_t page = 0; page < job->num_pages; ++page) {
     PageFacts& facts = job->facts[page];
     facts.opened = facts.sink || facts.cut || margins[page] > log_theta;

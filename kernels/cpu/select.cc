@@ -260,9 +260,10 @@ bool Selection::MeasureAttended() {
 }
 
 float Selection::ChooseTheta() {
-  const DecisionParams& params = job_.head->sequence->decision;
+  const SequenceStep& sequence = *job_.head->sequence;
+  const DecisionParams& params = sequence.decision;
   if (params.policy == Policy::kBudget) return ChooseBudget();
-  if (params.policy == Policy::kThreshold) return params.theta;
+  if (params.policy == Policy::kThreshold) return GivenTheta(sequence, job_.head->kv_head);
   MassSums sums;
   for (int32_t row = 0; row < rows_; ++row) {
     if (job_.row_lse[row] == kNegativeInfinity) continue;

@@ -16,11 +16,11 @@ inline constexpr int32_t kConcludePages = 128;  // of a CTA, at most
 
 // Pages of a CTA, at most, of a head with `ctas`. A head of which most pages are attended keeps the
 // others waiting, the more so the fewer of all CTAs it has: what the other launches share out
-// evenly. Under a threshold for all heads such a head is rare; a policy that chooses theta by head
-// makes them. Measured (docs/kernels.md).
+// evenly. Under a threshold for all heads such a head is rare; thetas by head make them. Measured
+// (docs/kernels.md).
 constexpr int32_t MaxConcludePages(const ProgressiveParams& p, int32_t ctas) {
-  const int32_t pages = p.conclude_pages * ctas / (p.theta ? 2 : 1);
-  const int32_t most = p.theta ? kConcludePages / 2 : kConcludePages;
+  const int32_t pages = p.conclude_pages * ctas / (p.head_thetas ? 2 : 1);
+  const int32_t most = p.head_thetas ? kConcludePages / 2 : kConcludePages;
   return pages < most ? pages : most;
 }
 

@@ -88,6 +88,7 @@ absl::StatusOr<PlanKey> MakePlanKey(const AttendBatch& batch) {
     group.max_sealed = std::max(group.max_sealed, RoundUpPages(sequence.num_sealed_pages));
     group.two_stage |= CoarseChunks(sequence.decision, batch.shape.head_dim) > 0;
     group.theta |= ChoosesTheta(sequence.decision.policy);
+    group.head_thetas |= ChoosesTheta(sequence.decision.policy) || !sequence.thetas.empty();
     group.budget |= sequence.decision.policy == Policy::kBudget;
     group.softcap |= sequence.softcap != 0;
   }
@@ -121,6 +122,7 @@ CudaPlan::CudaPlan(const PlanKey& key, int32_t num_sms, const CudaTuning& tuning
   layout_.steps = add(n * int64_t{sizeof(StepSequence)});
   layout_.sequences = add(n * int64_t{sizeof(DeviceSequence)});
   layout_.progressive = add(FirstSealed(kNumSealedGroups) * int64_t{sizeof(ProgressiveSequence)});
+  layout_.thetas = add(int64_t{FirstSealed(kNumSealedGroups)} * key.shape.num_kv_heads * 4);
   layout_.scan_runs = add(FirstScanRun(kNumSealedGroups) * int64_t{sizeof(ScanRun)});
   layout_.bounded = add(key.bounded.num_sequences * int64_t{sizeof(BoundedSequence)});
   const bool scaled = key.format == PageFormat::kF8E4m3;
@@ -181,6 +183,7 @@ ProgressiveParams CudaPlan::GroupParams(int32_t group) const {
   params.max_sealed = key_.sealed[group].max_sealed;
   params.two_stage = key_.sealed[group].two_stage;
   params.theta = key_.sealed[group].theta;
+  params.head_thetas = key_.sealed[group].head_thetas;
   params.budget = key_.sealed[group].budget;
   params.softcap = key_.sealed[group].softcap;
   params.in_type = key_.in_type;

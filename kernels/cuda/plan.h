@@ -34,13 +34,14 @@ struct SealedGroup {
   int32_t max_sealed = 0;  // rounded up, so that a plan lasts while lengths grow
   bool two_stage = false;
   bool theta = false;
+  bool head_thetas = false;
   bool budget = false;
   bool softcap = false;
 
   friend bool operator==(const SealedGroup& a, const SealedGroup& b) {
     return a.num_sequences == b.num_sequences && a.max_q_len == b.max_q_len &&
            a.max_sealed == b.max_sealed && a.two_stage == b.two_stage && a.theta == b.theta &&
-           a.budget == b.budget && a.softcap == b.softcap;
+           a.head_thetas == b.head_thetas && a.budget == b.budget && a.softcap == b.softcap;
   }
 };
 inline constexpr int32_t kNumSealedGroups = 3;  // 4, 6, 8 bits
@@ -98,6 +99,7 @@ struct BlockLayout {
   int64_t steps = 0;        // StepSequence [max_sequences]
   int64_t sequences = 0;    // DeviceSequence [max_sequences]
   int64_t progressive = 0;  // ProgressiveSequence, group after group
+  int64_t thetas = 0;       // float [num_kv_heads] of each of these, likewise
   int64_t scan_runs = 0;    // ScanRun, likewise
   int64_t bounded = 0;      // BoundedSequence
   int64_t scales = 0;       // float [max_sequences, 2, num_kv_heads], FP8 only

@@ -54,6 +54,7 @@ struct ProgressiveParams {
   bool two_stage = false;      // some sequence scans in two stages
   bool softcap = false;        // some sequence has a soft cap
   bool theta = false;          // some sequence's policy chooses theta
+  bool head_thetas = false;    // theta is each kv head's own: chosen, or the step's
   bool budget = false;         // and is kBudget
   int32_t conclude_pages = 0;  // CudaTuning
   int32_t num_sms = 0;
@@ -65,6 +66,8 @@ struct ProgressiveParams {
   // Device memory.
   std::byte* pool = nullptr;
   const ProgressiveSequence* sequences = nullptr;
+  // [num_sequences, num_kv_heads]: the step's; where a policy chooses, what the theta launch chose.
+  float* thetas = nullptr;
   const uint32_t* table = nullptr;
   const ScanRun* scan_runs = nullptr;  // [NumScanRuns(params)]
   const void* q = nullptr;             // [rows, num_q_heads, head_dim] in_type

@@ -461,8 +461,7 @@ __device__ __forceinline__ void StoreTheta(const BudgetPages<Traits>& own, const
   const uint32_t fit =
       __ballot_sync(0xffffffffu, own.lane < kNumBudgetThetas && FitsBudget(total, own.target));
   if (own.lane != 0) return;
-  reinterpret_cast<float*>(own.p.workspace + own.p.work.theta)[own.head_index] =
-      fit == 0 ? 0.0f : BudgetTheta(31 - __clz(fit));
+  own.p.thetas[own.head_index] = fit == 0 ? 0.0f : BudgetTheta(31 - __clz(fit));
 }
 
 // By all threads of a cluster, after BudgetPages::Prepare.

@@ -198,6 +198,14 @@ __device__ __forceinline__ Visibility PageVisibility(const SequenceView& s, int 
   if (last <= first_row && (s.window == 0 || first > last_row - s.window)) return Visibility::kAll;
   return Visibility::kPart;
 }
+
+// The head's theta: one for all heads unless some step has them by head. Where a policy chooses it,
+// once the theta launch has ended.
+__device__ __forceinline__ float ThetaOf(const ProgressiveArgs& p, const ProgressiveSequence& s,
+                                         int64_t head_index) {
+  return p.head_thetas ? p.thetas[head_index] : s.decision.theta;
+}
+
 // The sealed pages of which some row sees a token.
 struct PageRange {
   int begin, end;

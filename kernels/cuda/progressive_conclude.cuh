@@ -148,9 +148,7 @@ struct HeadConcluder {
   __device__ __forceinline__ void Decide(ChunkSelector<Traits>& selector, bool first,
                                          float (&lse)[Decider::kEach], float* theta) {
     if (first) {
-      *theta = ChoosesTheta(from.decision.policy)
-                   ? reinterpret_cast<const float*>(p.workspace + p.work.theta)[head_index()]
-                   : from.decision.theta;
+      if (ChoosesTheta(from.decision.policy)) *theta = p.thetas[head_index()];
       JoinLse<Traits>(shared.select, 0, lse);
       if (threadIdx.x < 4) {
 #pragma unroll
@@ -165,7 +163,7 @@ struct HeadConcluder {
   // the same barriers: racecheck takes one of some of them for none.
   __device__ __forceinline__ void Select(Attender& attender) {
     const SequenceView s(from);
-    float theta = 0, lse[Decider::kEach];
+    float theta = ThetaOf(p, from, head_index()), lse[Decider::kEach];
     for (int begin = 0;; begin += kChunkPages) {
       // Threads that do not select have no page in it.
       ChunkSelector<Traits> selector(p, from, s, sequence(), head(), 0, Chunk(begin),

@@ -281,12 +281,6 @@ __device__ __forceinline__ bool HasTheta(const ProgressiveSequence& s) {
   const PageRange visible = VisiblePages(s);
   return UsesLadder(s.decision.policy) && visible.begin < visible.end;
 }
-__device__ __forceinline__ float ThetaOf(const ProgressiveArgs& p, const ProgressiveSequence& s,
-                                         int64_t head_index) {
-  return ChoosesTheta(s.decision.policy)
-             ? reinterpret_cast<const float*>(p.workspace + p.work.theta)[head_index]
-             : s.decision.theta;
-}
 
 // The head's decision from the figures of all of its columns, in their order: figures(i) of one.
 template <typename Figures>

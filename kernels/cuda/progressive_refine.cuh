@@ -126,7 +126,7 @@ struct PageRefiner {
       for (int i = 0; i < 2; ++i) {
         masses[i] = EstimatedLog2Mass(PageStats{x[i].x, x[i].y, x[i].z, x[i].w});
         opens |= n + i < columns && OpensPage(x[i].y * kLn2, x[i].z, from.decision.coarse_z,
-                                              lse[n + i] * kLn2, from.decision.theta);
+                                              lse[n + i] * kLn2, ThetaOf(p, from, head_index));
       }
       opens = chunk_begin > 0 && (opens || AlwaysOpens(page));
     }

@@ -267,7 +267,7 @@ struct PageScanner {
     softcap = from.softcap;
     column = at.tile * kTileColumns + lane % 4 * kN;
     sinks = MakePageSinks<Traits>(p, p.group.size * from.q_len, head_index, at.tile, lane);
-    filter = ScoreFilter<kN>(from.decision);
+    filter = ScoreFilter<kN>(from.decision, ThetaOf(p, from, head_index));
     mass = RunningMass<kN>();
     basis_end = 0;
   }

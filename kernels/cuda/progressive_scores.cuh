@@ -391,10 +391,9 @@ struct ScoreFilter {
   float bound[kN] = {};         // L of the lane's columns is at least that; inf: no column
 
   ScoreFilter() = default;
-  __device__ __forceinline__ explicit ScoreFilter(const DecisionParams& decision) {
-    if (decision.policy == Policy::kThreshold && decision.floor_value_bits == 0 &&
-        decision.theta > 0) {
-      threshold = Log2(decision.theta) - 0.02f;
+  __device__ __forceinline__ ScoreFilter(const DecisionParams& decision, float theta) {
+    if (decision.policy == Policy::kThreshold && decision.floor_value_bits == 0 && theta > 0) {
+      threshold = Log2(theta) - 0.02f;
     }
   }
   // Begins with the dense tail's part of L, if the tails are attended. `column`: the lane's first.

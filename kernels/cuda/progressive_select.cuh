@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   WorkOut(masses.runs);
   WorkOut(masses.dense);
   const bool chosen = ChoosesTheta(from.decision.policy);
-  float theta = from.decision.theta;
+  float theta = ThetaOf(p, from, head_index);
   const auto wait = [&p] {
     WaitForDependencies();
     NoteTime(p.stamps, kSelectStamp);
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   FindLse<Traits>(decider, sequence, head, masses, shared, lse);
   if (chosen) {
     wait();
-    theta = reinterpret_cast<const float*>(p.workspace + w.theta)[head_index];
+    theta = p.thetas[head_index];
   }
   if (decider.page == 0) decider.StoreHead(lse);
   selector.Decide(lse, theta);

@@ -122,8 +122,7 @@ __device__ __forceinline__ void ThetaFromPageMasses(const ProgressiveArgs& p,
   if (cluster.rank != 0 || threadIdx.x != 0) return;
   MassSums sums;
   for (int i = 0; i < cluster.ctas; ++i) AddMasses(shared.cta_sums[i], &sums);
-  reinterpret_cast<float*>(p.workspace + p.work.theta)[head_index] =
-      ThetaFromMasses(from.decision, sums, columns, visible.end - visible.begin);
+  p.thetas[head_index] = ThetaFromMasses(from.decision, sums, columns, visible.end - visible.begin);
 }
 
 template <class Traits>

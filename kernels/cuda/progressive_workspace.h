@@ -125,7 +125,6 @@ struct ProgressiveWorkspace {
   int64_t dense_lse = 0;    // float [S, H, C]
   int64_t dense_out = 0;    // float [S, H, C, D]
   int64_t dense_score = 0;  // float [S, H, C]: mean score of the dense tokens, log2 units
-  int64_t theta = 0;        // float [S, H]
   int64_t global_lse = 0;   // float [S, H, C]: what all sums are relative to
   int64_t vectors = 0;      // float [S, H, chunks, C, kNumChunkVectors, D]
   int64_t state = 0;        // ChunkState [S, H, chunks, C]
@@ -174,7 +173,6 @@ ADAATTN_HD ProgressiveWorkspace MakeProgressiveWorkspace(const ProgressiveParams
   w.dense_lse = add(heads * w.columns * 4);
   w.dense_out = add(heads * w.columns * d * 4);
   w.dense_score = add(heads * w.columns * 4);
-  w.theta = add(heads * 4);
   w.global_lse = add(heads * w.columns * 4);
   const int64_t chunks = heads * w.chunks, slots = p.num_sms * AttendSlots(d) + heads;
   w.vectors = add(chunks * w.columns * kNumChunkVectors * d * 4);

@@ -64,6 +64,7 @@ class Packer {
         steps_(reinterpret_cast<StepSequence*>(block + plan.layout().steps)),
         sequences_(reinterpret_cast<DeviceSequence*>(block + plan.layout().sequences)),
         progressive_(reinterpret_cast<ProgressiveSequence*>(block + plan.layout().progressive)),
+        thetas_(reinterpret_cast<float*>(block + plan.layout().thetas)),
         bounded_(reinterpret_cast<BoundedSequence*>(block + plan.layout().bounded)),
         scales_(reinterpret_cast<float*>(block + plan.layout().scales)),
         table_(reinterpret_cast<uint32_t*>(block + plan.layout().tail)),
@@ -89,6 +90,7 @@ class Packer {
  private:
   void AddSequence(const SequenceStep& sequence);
   void AddBounded(const SequenceStep& sequence, const DeviceSequence& device, BoundedSequence* out);
+  void AddThetas(const SequenceStep& sequence, float* out) const;
   void AddPages(absl::Span<const PageId> pages);
   int32_t AddScales(absl::Span<const float> scales);
   void ReserveRuns();
@@ -108,6 +110,7 @@ class Packer {
   StepSequence* const steps_;
   DeviceSequence* const sequences_;
   ProgressiveSequence* const progressive_;
+  float* const thetas_;
   BoundedSequence* const bounded_;
   float* const scales_;
   uint32_t* const table_;
@@ -147,6 +150,7 @@ void Packer::AddSequence(const SequenceStep& sequence) {
     const int32_t at = next_sealed_[SealedGroupOf(sequence.stored_bits)]++;
     step.decision = plan_.key().max_sequences + at;
     FillPaged(sequence, device, new (progressive_ + at) ProgressiveSequence);
+    AddThetas(sequence, thetas_ + int64_t{at} * batch_.shape.num_kv_heads);
   }
   AddPages(sequence.pages);
   if (bounded) {
@@ -168,6 +172,14 @@ void Packer::AddBounded(const SequenceStep& sequence, const DeviceSequence& devi
   out->stored_bits = sequence.stored_bits;
   out->key_scales = device.key_scales;
   out->value_scales = device.value_scales;
+}
+
+void Packer::AddThetas(const SequenceStep& sequence, float* out) const {
+  if (sequence.thetas.empty()) {
+    std::fill_n(out, batch_.shape.num_kv_heads, sequence.decision.theta);
+  } else {
+    std::copy(sequence.thetas.begin(), sequence.thetas.end(), out);
+  }
 }
 
 void Packer::AddPages(absl::Span<const PageId> pages) {
@@ -315,12 +327,14 @@ int64_t PackStep(const CudaPlan& plan, const AttendBatch& batch, std::byte* bloc
 ProgressiveParams SealedParams(const CudaPlan& plan, const Scratch& scratch, std::byte* pool,
                                int32_t group) {
   const PlanKey& key = plan.key();
-  const std::byte* block = scratch.block();
+  std::byte* block = scratch.block();
   const int32_t first = plan.FirstSealed(group);
   ProgressiveParams params = plan.GroupParams(group);
   params.pool = pool;
   params.sequences =
       reinterpret_cast<const ProgressiveSequence*>(block + plan.layout().progressive) + first;
+  params.thetas = reinterpret_cast<float*>(block + plan.layout().thetas) +
+                  int64_t{first} * key.shape.num_kv_heads;
   params.table = reinterpret_cast<const uint32_t*>(block + plan.layout().tail);
   params.scan_runs =
       reinterpret_cast<const ScanRun*>(block + plan.layout().scan_runs) + plan.FirstScanRun(group);

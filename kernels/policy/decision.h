@@ -15,6 +15,10 @@ namespace adaattn {
 //   kBudget      the ladder with theta chosen per kv head from the predicted error (budget.h)
 //   kEntropy     the ladder with theta relative to the entropy of the page shares (theta.h)
 //   kLearned     the ladder with theta from a fitted model of how the mass lies (theta.h)
+//   kFeedback    the ladder with theta per kv head from what the last step's error was predicted to
+//                be (feedback.h); for whoever runs a layer's steps one after another, since a
+//                backend sees them as kBudget first and then as kThreshold with
+//                SequenceStep::thetas
 // The session's exact data (mode EXACT) are not a policy: the server then passes dense pages only.
 enum class Policy : uint8_t {
   kFullDepth = 0,
@@ -22,20 +26,28 @@ enum class Policy : uint8_t {
   kThreshold = 2,
   kBudget = 3,
   kEntropy = 4,
-  kLearned = 5
+  kLearned = 5,
+  kFeedback = 6
 };
 
-inline constexpr int kNumPolicies = 6;
+inline constexpr int kNumPolicies = 7;
 
 // Whether pages are read by the ladder, whatever chooses theta: the policies that scan first.
 ADAATTN_HD constexpr bool UsesLadder(Policy policy) { return policy >= Policy::kThreshold; }
 
-// Whether theta is the caller's no more: chosen per kv head from what the scan found.
-ADAATTN_HD constexpr bool ChoosesTheta(Policy policy) { return policy > Policy::kThreshold; }
+// Whether a step chooses theta per kv head from what its own scan found.
+ADAATTN_HD constexpr bool ChoosesTheta(Policy policy) {
+  return policy == Policy::kBudget || policy == Policy::kEntropy || policy == Policy::kLearned;
+}
+
+// Whether theta comes from predicted errors.
+ADAATTN_HD constexpr bool FollowsBudget(Policy policy) {
+  return policy == Policy::kBudget || policy == Policy::kFeedback;
+}
 
 // Whether the policy follows target_relative_error.
 ADAATTN_HD constexpr bool AimsAtError(Policy policy) {
-  return policy == Policy::kBudget || policy == Policy::kLearned;
+  return FollowsBudget(policy) || policy == Policy::kLearned;
 }
 
 // The learned policy's model: log2(theta) = sum of weights[i] * ThetaFeatures[i] (theta.h).
@@ -48,7 +60,8 @@ struct ThetaModel {
 struct DecisionParams {
   Policy policy = Policy::kThreshold;
   float theta = 0.004f;                 // kThreshold: (0, 1]; kEntropy: in units of exp(-entropy)
-  float target_relative_error = 0.05f;  // kBudget, kLearned: (0, 1]; what the error aims at
+  float target_relative_error = 0.05f;  // kBudget, kFeedback, kLearned: (0, 1]; what the error
+                                        // aims at
   int32_t static_key_bits = 8;          // kStatic: 4, 6, 8
   int32_t static_rank = 0;              // kStatic: leading channels of K, rounded up to chunks;
                                         // 0 = all

@@ -5,7 +5,8 @@
 namespace adaattn {
 namespace {
 constexpr Policy kPolicies[] = {Policy::kFullDepth, Policy::kStatic,  Policy::kThreshold,
-                                Policy::kBudget,    Policy::kEntropy, Policy::kLearned};
+                                Policy::kBudget,    Policy::kEntropy, Policy::kLearned,
+                                Policy::kFeedback};
 }  // namespace
 
 const char* PolicyName(Policy policy) {
@@ -22,6 +23,8 @@ const char* PolicyName(Policy policy) {
       return "entropy";
     case Policy::kLearned:
       return "learned";
+    case Policy::kFeedback:
+      return "feedback";
   }
   return "unknown";
 }
@@ -46,7 +49,7 @@ std::string DebugString(const DecisionParams& params) {
     }
   }
   if (params.policy == Policy::kEntropy) absl::StrAppend(&text, " theta=", params.theta);
-  if (params.policy == Policy::kBudget || params.policy == Policy::kLearned) {
+  if (AimsAtError(params.policy)) {
     absl::StrAppend(&text, " target_relative_error=", params.target_relative_error);
   }
   if (params.bounded) absl::StrAppend(&text, " bounded");

@@ -9,8 +9,8 @@
 
 namespace adaattn {
 
-// "full_depth", "static", "threshold", "budget", "entropy", "learned": the spelling in flags, JSON
-// and metrics.
+// "full_depth", "static", "threshold", "budget", "entropy", "learned", "feedback": the spelling in
+// flags, JSON and metrics.
 const char* PolicyName(Policy policy);
 
 // The policy of that name; nothing for any other text.

@@ -11,7 +11,7 @@ from quality.dense import CODES
 
 AUDITED_PROFILE = "audited"
 TARGETED = {"budget": adaattn.Policy.BUDGET, "audited": adaattn.Policy.BUDGET,
-            "learned": adaattn.Policy.LEARNED}  # policies that aim at an error
+            "feedback": adaattn.Policy.FEEDBACK, "learned": adaattn.Policy.LEARNED}  # policies that aim at an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +39,12 @@ def threshold(theta: float, coarse_rank: int, coarse_z: float = 2.0) -> adaattn.
 
 
 def parse(text: str, head_dim: int) -> Arm:
-    """bf16 | fp8 | served-fp8 | int8 | int4 | theta=T | two-stage=T[/Z[/R]] | unrotated=T[/Z[/R]] | budget=E | audited=E | learned=E | entropy=T | static=K/R/V | full
+    """bf16 | fp8 | served-fp8 | int8 | int4 | theta=T | two-stage=T[/Z[/R]] | unrotated=T[/Z[/R]] | budget=E | audited=E | feedback=E[/Z[/R]] | learned=E | entropy=T | static=K/R/V | full
 
     theta: the ladder after a one-stage scan; two-stage: R channels first (half of them), margin Z (2); unrotated:
-    that without a rotation of keys, channels ordered by what queries look at; budget, audited and learned: the target relative
-    error, audited with error factors that audits gave; entropy: theta in units of an equal page's share; static: key bits, rank, value bits. Errors: ValueError.
+    that without a rotation of keys, channels ordered by what queries look at; budget, audited, feedback and learned:
+    the target relative error, audited with error factors that audits gave, feedback with Z in two stages; entropy:
+    theta in units of an equal page's share; static: key bits, rank, value bits. Errors: ValueError.
     """
     name, _, value = text.partition("=")
     progressive = adaattn.PageFormat.PROGRESSIVE
@@ -61,6 +62,11 @@ def parse(text: str, head_dim: int) -> Arm:
         theta, z, rank, *_ = [*value.split("/"), "", ""]
         return Arm(text, progressive, threshold(float(theta), int(rank or head_dim // 2), float(z or 2)),
                    basis="none" if name == "unrotated" else "")
+    if name == "feedback" and "/" in value:
+        target, z, rank, *_ = [*value.split("/"), ""]
+        return Arm(text, progressive, adaattn.AttendOptions(
+            policy=adaattn.Policy.FEEDBACK, target_relative_error=float(target), coarse_rank=int(rank or head_dim // 2),
+            coarse_z=float(z)))
     if name in TARGETED:
         return Arm(text, progressive, adaattn.AttendOptions(policy=TARGETED[name], target_relative_error=float(value)),
                    profile=AUDITED_PROFILE if name == "audited" else "")
@@ -71,4 +77,4 @@ def parse(text: str, head_dim: int) -> Arm:
         return Arm(text, progressive, adaattn.AttendOptions(
             mode=adaattn.Mode.STATIC, static_key_bits=key_bits, static_rank=rank, static_value_bits=value_bits))
     raise ValueError(f"arm {text!r}: must be bf16, fp8, served-fp8, int8, int4, theta=T, two-stage=T[/Z[/R]], "
-                     "unrotated=T[/Z[/R]], budget=E, audited=E, learned=E, entropy=T, static=KEY_BITS/RANK/VALUE_BITS or full")
+                     "unrotated=T[/Z[/R]], budget=E, audited=E, feedback=E[/Z[/R]], learned=E, entropy=T, static=KEY_BITS/RANK/VALUE_BITS or full")

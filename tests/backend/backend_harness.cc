@@ -199,6 +199,7 @@ SequenceStep BackendHarness::MakeStep(const StepCase& step) const {
   out.key_scales = sequence.key_scales;
   out.value_scales = sequence.value_scales;
   out.decision = step.decision;
+  out.thetas = step.thetas;
   return out;
 }
 

@@ -49,6 +49,7 @@ struct StepCase {
   float softcap = 0;
   float softmax_scale = 0;  // 0: 1 / sqrt(head_dim)
   DecisionParams decision;
+  std::vector<float> thetas;   // as in SequenceStep
   std::vector<float> q, k, v;  // empty: random
 };
 

@@ -233,6 +233,7 @@ ProgressiveResultF64 ProgressiveHarness::Reference(const StepCase& step, const S
   reference.softcap = step.softcap;
   reference.window = step.window;
   reference.decision = step.decision;
+  if (!step.thetas.empty()) reference.decision.theta = step.thetas[kv_head];
   return head.Run(reference);
 }
 
@@ -242,6 +243,7 @@ ProgressiveResultF64 ProgressiveHarness::ReferenceNear(const StepCase& step,
   const HeadDecision& actual = output.decisions[kv_head];
   StepCase near = step;
   near.decision.policy = Policy::kThreshold;
+  near.thetas.clear();
   ProgressiveResultF64 result;
   for (int i = 0; i <= 2 * kThetas; ++i) {
     const int steps = i % 2 == 0 ? i / 2 : -(i + 1) / 2;

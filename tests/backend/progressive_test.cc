@@ -80,6 +80,23 @@ TEST_P(ProgressiveShapeTest, MatchesTheReferenceUnderEveryPolicy) {
   }
 }
 
+TEST_P(ProgressiveShapeTest, MatchesTheReferenceWithAThetaOfEachHead) {
+  ProgressiveOptions options;
+  options.shape = {4 * std::get<1>(GetParam()), 4, std::get<0>(GetParam())};
+  ProgressiveHarness progressive(options);
+  ASSERT_TRUE(progressive.harness().ok());
+  for (const int32_t coarse_rank : {0, options.shape.head_dim / 2}) {
+    SCOPED_TRACE(coarse_rank);
+    StepCase step = progressive.NewStep(1);
+    step.decision = Threshold(0.25f, coarse_rank);
+    step.thetas = {0.02f, 0.0005f, 0.004f, 0.1f};
+    const StepOutput output = progressive.RunAndCompare(step);
+    for (size_t head = 0; head < step.thetas.size(); ++head) {
+      EXPECT_EQ(output.decisions[head].theta, step.thetas[head]);
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(AllShapes, ProgressiveShapeTest,
                          ::testing::Combine(::testing::Values(64, 80, 96, 128, 256),
                                             ::testing::Values(1, 3, 6, 8)),

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/policy/names.h"
 #include "loadtest/head_steps.h"
 #include "loadtest/trace_cache.h"
 #include "tests/backend/backend_harness.h"
@@ -159,9 +160,13 @@ std::unique_ptr<Backend> TestBackendOf(int64_t pool_bytes) { return MakeTestBack
 
 // The budget against what a BF16 cache answers, as an audit with an exact tier does: the mean error
 // of the head-steps lies between a quarter and nine tenths of the target, and few exceed it.
-class BudgetTraceTest : public ::testing::TestWithParam<const char*> {};
+class BudgetTraceTest : public ::testing::TestWithParam<const char*> {
+ protected:
+  // Mean errors of at least `least` of their target.
+  void MeetTargets(Policy policy, double least);
+};
 
-TEST_P(BudgetTraceTest, MeetsItsTarget) {
+void BudgetTraceTest::MeetTargets(Policy policy, double least) {
   const absl::StatusOr<Trace> trace = LoadTrace(GetParam());
   ASSERT_TRUE(trace.ok()) << trace.status();
   auto steps = HeadStepTrace::Make(&*trace, TestBackendOf);
@@ -169,25 +174,31 @@ TEST_P(BudgetTraceTest, MeetsItsTarget) {
   double last_bytes = 1;
   for (const float target : {0.02f, 0.05f, 0.1f}) {
     DecisionParams params;
-    params.policy = Policy::kBudget;
+    params.policy = policy;
     params.target_relative_error = target;
     const auto run = steps->Run(params);
     ASSERT_TRUE(run.ok()) << run.status();
     const HeadStepSummary summary = steps->Summarise(*run, target);
     std::printf(
-        "target %.2f: kv heads mean %.4f above %.3f; q heads mean %.4f above %.3f; bytes %.4f\n",
-        target, summary.mean_error, summary.above, summary.mean_q_error, summary.q_above,
-        summary.bytes);
-    EXPECT_GE(summary.mean_error, 0.25 * target);
+        "%s %.2f: kv heads mean %.4f above %.3f; q heads mean %.4f above %.3f; bytes %.4f\n",
+        PolicyName(policy), target, summary.mean_error, summary.above, summary.mean_q_error,
+        summary.q_above, summary.bytes);
+    EXPECT_GE(summary.mean_error, least * target);
     EXPECT_LE(summary.mean_error, 0.9 * target);
     EXPECT_LE(summary.above, 0.03);
-    EXPECT_GE(summary.mean_q_error, 0.25 * target);
+    EXPECT_GE(summary.mean_q_error, least * target);
     EXPECT_LE(summary.mean_q_error, 0.9 * target);
     EXPECT_LE(summary.q_above, 0.08);
     EXPECT_LT(summary.bytes, last_bytes);
     last_bytes = summary.bytes;
   }
 }
+
+TEST_P(BudgetTraceTest, MeetsItsTarget) { MeetTargets(Policy::kBudget, 0.25); }
+
+// The captured rows lie a hundred tokens apart: harder to follow than one after the other, so that
+// it stays further below.
+TEST_P(BudgetTraceTest, MeetsItsTargetByFeedback) { MeetTargets(Policy::kFeedback, 0.2); }
 
 TEST_P(BudgetTraceTest, FallsBackBelowWhatSealedDataCanGive) {
   const absl::StatusOr<Trace> trace = LoadTrace(GetParam());

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "integration/server_fixture.h"
+#include "kernels/policy/feedback.h"
 #include "kernels/policy/theta.h"
 #include "kernels/reference/attention_f64.h"
 
@@ -117,6 +118,51 @@ TEST_F(PolicyServerTest, EveryPolicyAnswersAndIsCounted) {
   }
 }
 
+// The first step chooses as a budget does; each one after it by what was predicted for the one
+// before. A fork goes on where its session stood.
+TEST_F(PolicyServerTest, FeedbackFollowsThePredictedErrors) {
+  constexpr float kTarget = 0.5f;
+  v1::SessionRef session;
+  ASSERT_NO_FATAL_FAILURE(OpenSealed(OpenRequest(v1::PAGE_FORMAT_PROGRESSIVE), &session));
+  const auto decide = [&](const v1::SessionRef& of, v1::Policy policy, v1::Decision* decision) {
+    v1::AttendRequest request = Query(of, policy);
+    request.mutable_options()->set_target_relative_error(kTarget);
+    ASSERT_NO_FATAL_FAILURE(Decide(request, decision));
+    ASSERT_EQ(decision->heads_size(), kKvHeads);
+    EXPECT_EQ(decision->effective_target(), kTarget);
+  };
+  v1::Decision before, now;
+  ASSERT_NO_FATAL_FAILURE(decide(session, v1::POLICY_BUDGET, &before));
+  ASSERT_NO_FATAL_FAILURE(decide(session, v1::POLICY_FEEDBACK, &now));
+  for (int head = 0; head < kKvHeads; ++head) {
+    EXPECT_GT(now.heads(head).theta(), 0);
+    EXPECT_EQ(now.heads(head).theta(), before.heads(head).theta());
+  }
+  for (int step = 0; step < 3; ++step) {
+    before = now;
+    ASSERT_NO_FATAL_FAILURE(decide(session, v1::POLICY_FEEDBACK, &now));
+    for (int head = 0; head < kKvHeads; ++head) {
+      const float next =
+          NextTheta(before.heads(head).theta(), before.heads(head).predicted_error(), kTarget);
+      EXPECT_NEAR(now.heads(head).theta(), next, 1e-5 * next) << "step " << step;
+      EXPECT_NE(now.heads(head).theta(), before.heads(head).theta());
+    }
+  }
+  v1::ForkSessionRequest fork;
+  *fork.mutable_session() = session;
+  v1::ForkSessionResponse forked;
+  grpc::ClientContext context;
+  const grpc::Status status = stub_->ForkSession(&context, fork, &forked);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  v1::Decision here, there;
+  ASSERT_NO_FATAL_FAILURE(decide(session, v1::POLICY_FEEDBACK, &here));
+  ASSERT_NO_FATAL_FAILURE(decide(forked.sessions(0), v1::POLICY_FEEDBACK, &there));
+  EXPECT_EQ(there.theta(), here.theta());
+
+  server_->engine()->Quiesce();
+  EXPECT_GE(Samples().at("adaattn_head_policies_total{policy=\"feedback\"}"), 6 * kKvHeads);
+}
+
 TEST_F(PolicyServerTest, APolicyThatIsNotOfferedIsRefusedByName) {
   v1::SessionRef session;
   ASSERT_NO_FATAL_FAILURE(OpenSealed(OpenRequest(v1::PAGE_FORMAT_PROGRESSIVE), &session));
@@ -211,7 +257,8 @@ class DegenerateCacheTest : public PolicyServerTest {
     const auto expected = AttentionF64(params, q.data(), keys_.data(), values_.data()).out;
     double worst = 0;
     for (const v1::Policy policy :
-         {v1::POLICY_THRESHOLD, v1::POLICY_BUDGET, v1::POLICY_ENTROPY, v1::POLICY_LEARNED}) {
+         {v1::POLICY_THRESHOLD, v1::POLICY_BUDGET, v1::POLICY_ENTROPY, v1::POLICY_LEARNED,
+          v1::POLICY_FEEDBACK, v1::POLICY_FEEDBACK}) {  // by a budget, and by what that left
       if (!Offers(policy)) continue;
       v1::AttendRequest request = Query(session_, policy);
       *request.mutable_q() = F32Tensor(q, {1, kQHeads, kDim});

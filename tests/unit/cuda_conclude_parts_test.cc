@@ -11,12 +11,12 @@ constexpr int32_t kNumSms = 132;
 // What an H200 holds of clusters of 2 to 8 CTAs, one a multiprocessor.
 constexpr ConcludeClusters kClusters = {0, 0, 66, 39, 30, 22, 17, 15, 15};
 
-ProgressiveParams Step(int32_t num_sequences, int32_t pages, bool theta = false) {
+ProgressiveParams Step(int32_t num_sequences, int32_t pages, bool head_thetas = false) {
   ProgressiveParams params;
   params.shape = {32, 8, 128};
   params.num_sequences = num_sequences;
   params.max_sealed = pages;
-  params.theta = theta;
+  params.head_thetas = head_thetas;
   params.num_sms = kNumSms;
   params.conclude_pages = 32;
   return params;

@@ -69,6 +69,20 @@ TEST(PackStepTest, LeavesTheSchedulesThatANewBlockWouldHave) {
   EXPECT_LT(changes, 150);
 }
 
+TEST(PackStepTest, GivesEveryHeadItsTheta) {
+  Batch batch({640, 1000, 6400}, PageFormat::kProgressive);
+  batch.Seal(0, 9);
+  batch.Seal(2, 98);
+  batch.steps[0].decision.theta = 0.02f;
+  const std::vector<float> own = {1, 2, 3, 4, 5, 6, 7, 8};
+  batch.steps[2].thetas = own;
+  const Packed packed(&batch);
+  for (int32_t head = 0; head < 8; ++head) {
+    EXPECT_EQ(packed.At<float>(packed.plan.layout().thetas, head), 0.02f);
+    EXPECT_EQ(packed.At<float>(packed.plan.layout().thetas, 8 + head), own[head]);
+  }
+}
+
 TEST(PackStepTest, MakesAScheduleOnlyWhenItsPagesChange) {
   for (const bool sealed : {false, true}) {
     Batch batch({640, 1000}, PageFormat::kProgressive);

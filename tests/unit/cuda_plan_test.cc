@@ -56,9 +56,24 @@ TEST(PlanKeyTest, RunsTheThetaKernelWhereAPolicyChoosesTheta) {
     const absl::StatusOr<PlanKey> key = MakePlanKey(batch.get());
     ASSERT_TRUE(key.ok()) << key.status();
     const ProgressiveParams params = CudaPlan(*key, kNumSms).GroupParams(SealedGroupOf(8));
-    EXPECT_EQ(params.theta, policy >= Policy::kBudget);
+    EXPECT_EQ(params.theta, ChoosesTheta(policy));
+    EXPECT_EQ(params.head_thetas, ChoosesTheta(policy));
     EXPECT_EQ(params.budget, policy == Policy::kBudget) << "only a budget needs page budgets";
   }
+}
+
+TEST(PlanKeyTest, KnowsWhereEachHeadHasItsTheta) {
+  Batch batch({640, 640}, PageFormat::kProgressive);
+  batch.Seal(0, 9);
+  batch.Seal(1, 9);
+  const PlanKey plain = *MakePlanKey(batch.get());
+  const std::vector<float> own(8, 0.01f);
+  batch.steps[1].thetas = own;
+  const PlanKey key = *MakePlanKey(batch.get());
+  EXPECT_FALSE(key == plain);
+  const ProgressiveParams params = CudaPlan(key, kNumSms).GroupParams(SealedGroupOf(8));
+  EXPECT_TRUE(params.head_thetas);
+  EXPECT_FALSE(params.theta) << "nothing is chosen";
 }
 
 TEST(PackStepTest, FitsTheBoundsOfItsPlan) {

@@ -100,6 +100,30 @@ TEST_F(PolicyOptionsTest, AThetaCountsForItsPolicyOnly) {
   EXPECT_EQ(Resolve(session, message)->decision.theta, 0.5f);
 }
 
+TEST_F(PolicyOptionsTest, FeedbackAimsAtAnErrorAndScansOnce) {
+  AttendOptions session;
+  session.policy = Policy::kThreshold;
+  session.theta = 0.001f;
+  EXPECT_EQ(Resolve(session)->decision.coarse_rank, 32);
+  AttendOptions message;
+  message.policy = Policy::kFeedback;
+  message.target_relative_error = 0.1f;
+  const auto resolved = Resolve(session, message);
+  ASSERT_TRUE(resolved.ok());
+  EXPECT_EQ(resolved->decision.policy, Policy::kFeedback);
+  EXPECT_EQ(resolved->decision.target_relative_error, 0.1f);
+  EXPECT_EQ(resolved->decision.coarse_rank, 0);
+  message.coarse_rank = 16;
+  EXPECT_EQ(Resolve(session, message)->decision.coarse_rank, 16);
+  v1::AttendOptions options;
+  options.set_policy(v1::POLICY_FEEDBACK);
+  options.set_target_relative_error(0.1f);
+  EXPECT_TRUE(CheckPolicyFields(options, "options", backend_).ok());
+  options.set_theta(0.01f);
+  EXPECT_EQ(CheckPolicyFields(options, "options", backend_).code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
 TEST_F(PolicyOptionsTest, LearnedNeedsAModelAndTheProfilesGoesFirst) {
   AttendOptions session;
   session.policy = Policy::kLearned;

@@ -47,6 +47,7 @@ class Policy(enum.IntEnum):
     BUDGET = 2
     ENTROPY = 3
     LEARNED = 4
+    FEEDBACK = 5
 
 
 class Detail(enum.IntEnum):
