@@ -239,7 +239,7 @@ struct BudgetPages {
     }
     __syncthreads();
     Fetch(Block(0));
-    if (HasSink()) first.Load(p, p.table[from.table_begin], head);
+    if (HasSink()) first.Load(p, p.table[from.table_begin], head, threadIdx.x);
     if (threadIdx.x < 3 * kNumRungs) {
       const int kind = threadIdx.x / kNumRungs, rung = threadIdx.x % kNumRungs;
       shared.factors[kind][rung] = RungFactors(

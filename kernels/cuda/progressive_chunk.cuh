@@ -36,7 +36,8 @@ struct SelectShared {
   float lse[kMaxColumns];  // L, where there is more than one tile
   DepthEntry depths[kNumPageDepths];
   int depth_pages[kNumPageDepths];
-  int warp_list[kSelectWarps];  // of each warp's pages: cost * 65536 + how many are attended
+  float mean_squares[kChunkPages];  // |mean|^2
+  int warp_list[kSelectWarps];      // of each warp's pages: cost * 65536 + how many are attended
 };
 
 // The pages of a chunk: every step-th one from the first on.
@@ -46,11 +47,11 @@ struct ChunkPages {
   __device__ __forceinline__ bool HasSink() const { return first == 0 && count > 0; }
 };
 
-// Works out all depths, by the last warp.
+// Works out all depths, by the last of kSelectThreads threads' warps; `thread` is one of them.
 template <class Traits>
 __device__ __forceinline__ void ListDepths(const ProgressiveArgs& p, const DecisionParams& decision,
-                                           SelectShared<Traits>& shared) {
-  const int index = threadIdx.x - (kSelectThreads - 32);
+                                           int thread, SelectShared<Traits>& shared) {
+  const int index = thread - (kSelectThreads - 32);
   if (index < 0 || index >= kNumPageDepths) return;
   shared.depths[index] = EntryOf(DepthAt<Traits>(p, decision, index));
   shared.depth_pages[index] = 0;
@@ -59,8 +60,8 @@ __device__ __forceinline__ void ListDepths(const ProgressiveArgs& p, const Decis
 // Starts the copy of a page's value summary, a quad its own. It depends on no earlier kernel.
 template <class Traits>
 __device__ __forceinline__ void FetchSummary(const ProgressiveArgs& p, uint32_t id, int head,
-                                             int pages, SelectShared<Traits>& shared) {
-  const int local = threadIdx.x / 4, quarter = threadIdx.x % 4;
+                                             int pages, int thread, SelectShared<Traits>& shared) {
+  const int local = thread / 4, quarter = thread % 4;
   if (local < pages) {
     const PageLayout::Section& section = p.layout.value_summary;
     const std::byte* page = p.pool + static_cast<int64_t>(id) * kPageAlignment;
@@ -129,14 +130,16 @@ struct PageDecider {
     }
   }
 
-  // Takes the page's summary, which the quad has copied.
+  // Measures the page's mean, whose summary the quad has copied, for whoever takes both.
+  __device__ __forceinline__ void Measure(SelectShared<Traits>& shared) const {
+    const float square = MeanSquare<Traits>(shared.means.summaries[local], quarter);
+    if (quarter == 0) shared.mean_squares[local] = square;
+  }
   __device__ __forceinline__ void Summarise(const SelectShared<Traits>& shared) {
-    const std::byte* bytes = shared.means.summaries[local];
-    const float square = MeanSquare<Traits>(bytes, quarter);
     summary = ValueSummary{};
     if (!visible()) return;
     summary = shared.means.Summary(local);
-    mean2 = square;
+    mean2 = shared.mean_squares[local];
   }
 
   // What the head has once: L, and no span yet. By the first quad of its first chunk.
@@ -321,7 +324,7 @@ __device__ __forceinline__ void FindLse(const PageDecider<Traits>& decider, int 
   for (int i = 0; i < tiles; ++i) {
     if (i == tile) continue;
     MassPart<kSelectWarps, kColumns> other(decider.p, decider.from, sequence, head,
-                                           i * kTileColumns);
+                                           i * kTileColumns, threadIdx.x);
     other.Load();
     other.Store(shared.lse_parts[i][warp]);
   }
@@ -335,11 +338,13 @@ __device__ __forceinline__ void FindLse(const PageDecider<Traits>& decider, int 
   __syncthreads();
 }
 
-// Decides a chunk of a head's pages for one tile of columns, by kSelectThreads threads.
+// Decides a chunk of a head's pages for one tile of columns, by kSelectThreads threads; `thread` is
+// one of them. As many others may fetch for them (Fetch, TakeCopies).
 template <class Traits>
 struct ChunkSelector {
   SelectShared<Traits>& shared;
   const ChunkPages pages;
+  const int thread;
   PageDecider<Traits> decider;
   FirstToken<Traits> first;
   uint32_t sink = 0;  // the sink page, where the chunk has it
@@ -347,17 +352,19 @@ struct ChunkSelector {
   __device__ __forceinline__ ChunkSelector(const ProgressiveArgs& p,
                                            const ProgressiveSequence& from, const SequenceView& s,
                                            int sequence, int head, int column_begin,
-                                           const ChunkPages& of, SelectShared<Traits>& room)
+                                           const ChunkPages& of, int of_threads,
+                                           SelectShared<Traits>& room)
       : shared(room),
         pages(of),
+        thread(of_threads),
         decider{p,
                 from,
                 sequence * p.shape.num_kv_heads + head,
                 column_begin,
                 p.group.size * s.q_len,
-                of.At(static_cast<int>(threadIdx.x) / 4),
-                static_cast<int>(threadIdx.x) / 4,
-                static_cast<int>(threadIdx.x) % 4,
+                of.At(of_threads / 4),
+                of_threads / 4,
+                of_threads % 4,
                 0,
                 Visibility::kNone} {
     const uint32_t* ids = p.table + from.table_begin;
@@ -370,17 +377,18 @@ struct ChunkSelector {
 
   // Starts to bring what depends on no earlier kernel.
   __device__ __forceinline__ void Fetch(int head) {
-    FetchSummary<Traits>(decider.p, decider.id, head, pages.count, shared);
-    if (pages.HasSink()) first.Load(decider.p, sink, head);
+    FetchSummary<Traits>(decider.p, decider.id, head, pages.count, thread, shared);
+    if (pages.HasSink()) first.Load(decider.p, sink, head, thread);
   }
 
-  // Takes what Fetch started, all of whose threads have to meet before Weigh.
-  __device__ __forceinline__ void Summarise() {
+  // Takes what Fetch started. All threads have to meet before Weigh.
+  __device__ __forceinline__ void TakeCopies() {
     WaitCopies<0>();
     __syncwarp();
-    decider.Summarise(shared);
-    if (pages.HasSink()) first.Store(decider.p, decider.from.decision, shared.means);
+    decider.Measure(shared);
+    if (pages.HasSink()) first.Store(decider.p, decider.from.decision, thread, shared.means);
   }
+  __device__ __forceinline__ void Summarise() { decider.Summarise(shared); }
 
   // Leaves what is read of the pages in shared memory, where depths are. `lse`: of the thread's
   // columns; of all columns, where there are many, in shared.lse.

@@ -71,6 +71,7 @@ struct HeadConcluder {
   using Part = ConcludePart<Traits::kHeadDim>;
   static constexpr int kD = Traits::kHeadDim, kColumns = Traits::kColumns;
   static constexpr int kThreads = Shared::kThreads, kPartFloats = sizeof(Part) / sizeof(float);
+  static_assert(kThreads == 2 * kSelectThreads, "as many others as select");
   const ProgressiveArgs& p;
   Shared& shared;
   const ProgressiveSequence& from;
@@ -124,23 +125,27 @@ struct HeadConcluder {
     ClearProgress(p);
   }
 
-  // Brings what a chunk's pages are decided by, and the first time the warp's part of L. By the
-  // threads that select, who do it before they wait where theta is chosen: the launch before is the
-  // one that chooses it (progressive_select.cuh).
+  // Brings what a chunk's pages are decided by, by the threads that select. Where theta is chosen
+  // they do so before they wait: the launch before is the one that chooses it
+  // (progressive_select.cuh).
   __device__ __forceinline__ void Load(ChunkSelector<Traits>& selector, bool first) {
-    MassPart<kSelectWarps, kColumns> masses(p, from, sequence(), head(), 0);
     const bool chosen = ChoosesTheta(from.decision.policy);
-    if (first) {
-      if (!chosen) Wait();
-      masses.Load();
-    }
+    if (first && !chosen) Wait();
     selector.decider.Load();
+    if (first && chosen) Wait();
+  }
+
+  // Meanwhile, by the others: what depends on no earlier launch, and the first time L.
+  __device__ __forceinline__ void Prepare(ChunkSelector<Traits>& selector, bool first) {
     selector.Fetch(head());
-    __syncwarp();  // loads first
-    ListDepths<Traits>(p, from.decision, shared.select);
+    ListDepths<Traits>(p, from.decision, selector.thread, shared.select);
     if (!first) return;
-    masses.Store(shared.select.lse_parts[0][threadIdx.x / 32]);
-    if (chosen) Wait();
+    MassPart<kSelectWarps, kColumns> masses(p, from, sequence(), head(), 0, selector.thread);
+    const bool chosen = ChoosesTheta(from.decision.policy);
+    if (!chosen) WaitForDependencies();
+    masses.Load();
+    masses.Store(shared.select.lse_parts[0][selector.thread / 32]);
+    if (chosen) WaitForDependencies();
   }
 
   // Decides a chunk's pages, by the threads that select. `lse`, `theta`: known after the first
@@ -165,30 +170,32 @@ struct HeadConcluder {
     const SequenceView s(from);
     float theta = ThetaOf(p, from, head_index()), lse[Decider::kEach];
     for (int begin = 0;; begin += kChunkPages) {
-      // Threads that do not select have no page in it.
+      // What depends on no earlier launch is for the threads that do not select.
       ChunkSelector<Traits> selector(p, from, s, sequence(), head(), 0, Chunk(begin),
-                                     shared.select);
+                                     threadIdx.x % kSelectThreads, shared.select);
       if (Selects()) {
         Load(selector, begin == 0);
-      } else if (begin == 0) {
-        WaitForDependencies();
+      } else {
+        Prepare(selector, begin == 0);
       }
       __syncthreads();
       if (Selects()) Decide(selector, begin == 0, lse, &theta);
       __syncthreads();
       if (Selects()) {
         selector.decider.List(s, shared.select, reinterpret_cast<uint4*>(shared.page + listed));
+      } else {
+        selector.TakeCopies();
       }
       listed += ListLength<Traits>(shared.select).pages;
       __syncthreads();
       const bool last = begin + kChunkPages >= pages();
       if (last) Fetch(attender);
       if (Selects()) {
-        if (threadIdx.x < 32) CountPages<Traits>(p.decisions + head_index(), shared.select);
         selector.Summarise();
+        selector.decider.Weigh(shared.select);
+      } else if (selector.thread < 32) {
+        CountPages<Traits>(p.decisions + head_index(), shared.select);
       }
-      __syncthreads();
-      if (Selects()) selector.decider.Weigh(shared.select);
       __syncthreads();
       SumChunk(begin);
       if (last) return;

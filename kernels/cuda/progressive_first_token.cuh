@@ -37,7 +37,7 @@ struct FirstCode {
   }
 };
 
-// The sequence's first token, which may stand for its page: a channel a thread, of which a CTA has
+// The sequence's first token, which may stand for its page: a channel a thread, of which there are
 // at least head_dim.
 template <class Traits>
 struct FirstToken {
@@ -47,17 +47,18 @@ struct FirstToken {
   uint32_t scales = 0;  // a byte a group
 
   // Depends on no earlier kernel.
-  __device__ __forceinline__ void Load(const ProgressiveArgs& p, uint32_t id, int head) {
+  __device__ __forceinline__ void Load(const ProgressiveArgs& p, uint32_t id, int head,
+                                       int thread) {
     const std::byte* page = p.pool + static_cast<int64_t>(id) * kPageAlignment;
     scales = *reinterpret_cast<const uint32_t*>(page + p.layout.value_scales.offset +
                                                 head * int64_t{Traits::kValueScaleBytes});
-    if (threadIdx.x < kD) code.Load(p.layout, page, head, threadIdx.x);
+    if (thread < kD) code.Load(p.layout, page, head, thread);
   }
 
   // As the summary of a page, to the row of its own, of no weight yet. At the depth that a static
   // policy reads, else at the stored one.
   __device__ __forceinline__ void Store(const ProgressiveArgs& p, const DecisionParams& decision,
-                                        ChunkMeans<Traits>& means) const {
+                                        int thread, ChunkMeans<Traits>& means) const {
     const int bits = decision.policy == Policy::kStatic
                          ? StaticDepth(decision, kD, p.stored_bits).value_bits
                          : p.stored_bits;
@@ -67,19 +68,19 @@ struct FirstToken {
       const float range = RangeOf(scales >> 8 * g & 0xffu);
       top = fmaxf(top, range);
       squares = fmaf(range, range, squares);
-      if (threadIdx.x / (kD / kGroups) == g) own = range;
+      if (thread / (kD / kGroups) == g) own = range;
     }
     std::byte* row = means.summaries[kFirstToken];
-    if (threadIdx.x < kD) {
-      const float x = code.Value(bits, threadIdx.x) * __fdividef(own * 127.0f, top);
-      reinterpret_cast<int8_t*>(row + sizeof(ValueSummary))[threadIdx.x] =
+    if (thread < kD) {
+      const float x = code.Value(bits, thread) * __fdividef(own * 127.0f, top);
+      reinterpret_cast<int8_t*>(row + sizeof(ValueSummary))[thread] =
           static_cast<int8_t>(__float2int_rn(x));
     }
-    if (threadIdx.x == 0) {
+    if (thread == 0) {
       *reinterpret_cast<ValueSummary*>(row) =
           ValueSummary{top * (1.0f / 127), 0, 0, Sqrt(squares / kGroups)};
     }
-    means.ClearFirstToken();
+    means.ClearFirstToken(thread);
   }
 };
 

@@ -16,11 +16,12 @@ __device__ __forceinline__ void WorkOut(T*& pointer) {
 }
 
 // What one of kWarps warps adds to L of a tile's columns: a part of the masses of the sequence's
-// runs and, in the first warp, that of its dense tail. A lane takes column lane % kColumns. Loads
-// start with Load(), from L2 as LoadStats; Store() waits for them.
+// runs and, in the first warp, that of its dense tail. `thread` is one of theirs; a lane takes
+// column lane % kColumns. Loads start with Load(), from L2 as LoadStats; Store() waits for them.
 template <int kWarps, int kColumns>
 struct MassPart {
   static constexpr int kAtOnce = 4, kStep = 32 * kWarps / kColumns;
+  const int thread;
   const std::byte* runs;  // of the lane's column
   const float* dense;     // likewise
   uint32_t stride;        // bytes
@@ -29,10 +30,10 @@ struct MassPart {
   float x[kAtOnce];
 
   __device__ __forceinline__ MassPart(const ProgressiveArgs& p, const ProgressiveSequence& from,
-                                      int sequence, int head, int column_begin)
-      : stride(static_cast<uint32_t>(MassStride(p)) * 4) {
+                                      int sequence, int head, int column_begin, int of_threads)
+      : thread(of_threads), stride(static_cast<uint32_t>(MassStride(p)) * 4) {
     const ProgressiveWorkspace& w = p.work;
-    const int heads = p.shape.num_kv_heads, column = column_begin + threadIdx.x % kColumns;
+    const int heads = p.shape.num_kv_heads, column = column_begin + thread % kColumns;
     // Of many columns the kernels have no register to spare for it.
     const int places = kColumns == kFewColumns ? p.scan_places : ScanPlaces(heads);
     const uint32_t first = from.scan_begin * places * heads + head;
@@ -44,13 +45,13 @@ struct MassPart {
   }
 
   __device__ __forceinline__ void Load() {
-    if (threadIdx.x < kColumns) dense_mass = __ldcg(dense);
+    if (thread < kColumns) dense_mass = __ldcg(dense);
     LoadRuns(0);
   }
   __device__ __forceinline__ void LoadRuns(int begin) {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int entry = begin + static_cast<int>(threadIdx.x / kColumns) + i * kStep;
+      const int entry = begin + thread / kColumns + i * kStep;
       x[i] = -INFINITY;
       if (entry < entries) x[i] = __ldcg(reinterpret_cast<const float*>(runs + entry * stride));
     }
@@ -123,7 +124,7 @@ __device__ __forceinline__ void GlobalLse(const ProgressiveArgs& p, const Progre
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tiles = p.work.columns / kTileColumns;
   for (int tile = 0; tile < tiles; ++tile) {
-    MassPart<kWarps, kTileColumns> part(p, from, sequence, head, tile * kTileColumns);
+    MassPart<kWarps, kTileColumns> part(p, from, sequence, head, tile * kTileColumns, threadIdx.x);
     part.Load();
     part.Store(parts[0] + tile * kTileParts + warp * kTileColumns);
   }

@@ -57,8 +57,8 @@ struct ChunkMeans {
   }
 
   // No weight for the first token and the rows that fill its step. By 64 kBlocks threads.
-  __device__ __forceinline__ void ClearFirstToken() {
-    const int block = threadIdx.x / 64, i = threadIdx.x % 64;
+  __device__ __forceinline__ void ClearFirstToken(int thread) {
+    const int block = thread / 64, i = thread % 64;
     if (block < kBlocks) weights[block][kFirstToken / kMeanStep][i / 8][i % 8] = float2{};
   }
 };

@@ -28,10 +28,12 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   const int chunk_index = head_index * w.chunks + chunk;
   const int begin = chunk * kChunkPages;
   const ChunkPages pages{begin, 1, min(kChunkPages, from.num_sealed - begin)};
-  ChunkSelector<Traits> selector(p, from, s, sequence, head, tile * kTileColumns, pages, shared);
+  ChunkSelector<Traits> selector(p, from, s, sequence, head, tile * kTileColumns, pages,
+                                 threadIdx.x, shared);
   PageDecider<Traits>& decider = selector.decider;
   selector.Fetch(head);
-  MassPart<kSelectWarps, Traits::kColumns> masses(p, from, sequence, head, decider.column_begin);
+  MassPart<kSelectWarps, Traits::kColumns> masses(p, from, sequence, head, decider.column_begin,
+                                                  threadIdx.x);
   WorkOut(masses.runs);
   WorkOut(masses.dense);
   const bool chosen = ChoosesTheta(from.decision.policy);
@@ -53,7 +55,9 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   masses.Load();
   decider.Load();
   __syncwarp();  // loads first
-  ListDepths<Traits>(p, from.decision, shared);
+  ListDepths<Traits>(p, from.decision, threadIdx.x, shared);
+  selector.TakeCopies();
+  __syncwarp();
   selector.Summarise();
   float lse[PageDecider<Traits>::kEach];
   FindLse<Traits>(decider, sequence, head, masses, shared, lse);
