@@ -74,7 +74,8 @@ class FeedbackTest : public ::testing::Test {
     step.decision.target_relative_error = target;
     return step;
   }
-  static std::vector<HeadDecision> Decided(std::vector<float> thetas, float predicted_error) {
+  static std::vector<HeadDecision> Decided(const std::vector<float>& thetas,
+                                           float predicted_error) {
     std::vector<HeadDecision> heads;
     for (const float theta : thetas) {
       HeadDecision head = {};
