@@ -320,7 +320,7 @@ void BatchRunner::TakeResults(const AttendBatch& batch) {
     std::copy_n(buffers_->decisions() + i * shape_.num_kv_heads, shape_.num_kv_heads, heads);
     CopyOut(step, batch);
     const DecisionParams& decision = step.options.decision;
-    if (decision.policy == Policy::kFeedback) {
+    if (decision.policy == Policy::kFeedback && !decision.bounded) {
       FollowFeedback({heads, static_cast<size_t>(shape_.num_kv_heads)},
                      decision.target_relative_error, &step.state().feedback);
     }

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "absl/strings/match.h"
+#include "kernels/policy/feedback.h"
 #include "tests/unit/engine_fixture.h"
 
 namespace adaattn {
@@ -65,6 +66,31 @@ TEST_F(EngineTierTest, DeterministicStepsBringTheOriginals) {
   EXPECT_TRUE(backend_->decisions().back().bounded);
   EXPECT_EQ(backend_->decisions().back().policy, Policy::kBudget);
   EXPECT_EQ(backend_->exact_pages(), 4);
+}
+
+// What a bounded step decides says nothing of theta.
+TEST_F(EngineTierTest, FeedbackPassesOverDeterministicSteps) {
+  SessionConfig config = TestConfig(PageFormat::kProgressive);
+  config.exact_tier = ExactTier::kHost;
+  config.default_options.policy = Policy::kFeedback;
+  const auto session = Open(config);
+  Fill(session, 320);
+  for (const AttendMode mode :
+       {AttendMode::kStatistical, AttendMode::kStatistical, AttendMode::kDeterministic,
+        AttendMode::kDeterministic, AttendMode::kStatistical}) {
+    Attend(session, 320, mode);
+  }
+  const auto before = static_cast<size_t>(backend_->decisions().size()) - 5;
+  const auto policy = [&](size_t i) { return backend_->decisions()[before + i].policy; };
+  const auto thetas = [&](size_t i) { return backend_->thetas()[before + i]; };
+  EXPECT_EQ(policy(1), Policy::kThreshold);
+  EXPECT_EQ(policy(2), Policy::kBudget);
+  EXPECT_TRUE(thetas(2).empty());
+  EXPECT_EQ(policy(4), Policy::kThreshold);
+  // The backend's theta is .25 whatever it is told, .125 in bounded steps.
+  const std::vector<float> next = {NextTheta(0.25f, 0.5f, 0.05f)};
+  EXPECT_EQ(thetas(1), next);
+  EXPECT_EQ(thetas(4), next) << "as the second step left it";
 }
 
 TEST_F(EngineTierTest, DeterministicNeedsATierBesideSealedPages) {

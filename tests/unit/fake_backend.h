@@ -56,6 +56,8 @@ class FakeBackend final : public Backend {
     info_.seal_crossovers = std::move(crossovers);
   }
   const std::vector<DecisionParams>& decisions() const { return decisions_; }
+  // That each of them came with.
+  const std::vector<std::vector<float>>& thetas() const { return thetas_; }
   int64_t fit_rows() const { return fit_rows_; }
   // Originals that the last sequence came with.
   int64_t exact_pages() const { return exact_pages_; }
@@ -81,6 +83,7 @@ class FakeBackend final : public Backend {
     for (size_t i = 0; i < batch.sequences.size(); ++i) {
       const SequenceStep& sequence = batch.sequences[i];
       decisions_.push_back(sequence.decision);
+      thetas_.emplace_back(sequence.thetas.begin(), sequence.thetas.end());
       exact_pages_ = static_cast<int64_t>(sequence.exact_pages.size());
       batch.buffers->results()[i] = {};
       Append(batch, sequence, kv_row, &batch.buffers->results()[i]);
@@ -231,7 +234,11 @@ class FakeBackend final : public Backend {
           static_cast<int32_t>(end - int64_t{sequence.num_sealed_pages} * kPageTokens);
       decision.theta = 0.25f;
       decision.predicted_error = 0.5f;
-      if (sequence.decision.bounded) decision.error_bound = 0.25f;
+      if (sequence.decision.bounded) {
+        decision.theta = 0.125f;
+        decision.predicted_error = 0;
+        decision.error_bound = 0.25f;
+      }
     }
     std::fill_n(batch.buffers->decisions() + index * batch.shape.num_kv_heads,
                 batch.shape.num_kv_heads, decision);
@@ -243,6 +250,7 @@ class FakeBackend final : public Backend {
   mutable Mutex mutex_;
   std::vector<std::string> calls_ ABSL_GUARDED_BY(mutex_);
   std::vector<DecisionParams> decisions_;
+  std::vector<std::vector<float>> thetas_;
   std::function<void()> on_run_;
   absl::Status run_status_;
   float drift_ratio_ = 1;
