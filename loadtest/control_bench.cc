@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "absl/time/clock.h"
-#include "kernels/feedback.h"
+#include "kernels/feedback_state.h"
 #include "kernels/policy/names.h"
 #include "loadtest/estimator_report.h"
 #include "loadtest/estimator_runner.h"

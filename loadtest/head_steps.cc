@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "absl/status/status.h"
-#include "kernels/feedback.h"
+#include "kernels/feedback_state.h"
 
 namespace adaattn {
 namespace {

@@ -14,7 +14,7 @@
 #include "kernels/cuda/scratch.h"
 #include "kernels/cuda/stream.h"
 #include "kernels/cuda/tuning.h"
-#include "kernels/feedback.h"
+#include "kernels/feedback_state.h"
 #include "kernels/policy/decision.h"
 #include "loadtest/l2_flush.h"
 #include "loadtest/row_judge.h"

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/feedback.h"
+#include "kernels/feedback_state.h"
 #include "kernels/format/float_types.h"
 #include "server/payload_reader.h"
 

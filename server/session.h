@@ -12,7 +12,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "kernels/attention.h"
-#include "kernels/feedback.h"
+#include "kernels/feedback_state.h"
 #include "server/attend_options.h"
 #include "server/model_profile.h"
 #include "server/page_allocator.h"

@@ -5,7 +5,7 @@
 #include <random>
 #include <vector>
 
-#include "kernels/feedback.h"
+#include "kernels/feedback_state.h"
 #include "kernels/policy/feedback.h"
 
 namespace adaattn {

@@ -1,4 +1,4 @@
-#include "kernels/feedback.h"
+#include "kernels/feedback_state.h"
 
 #include <algorithm>
 

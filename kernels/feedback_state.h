@@ -1,5 +1,5 @@
-#ifndef ADAATTN_KERNELS_FEEDBACK_H_
-#define ADAATTN_KERNELS_FEEDBACK_H_
+#ifndef ADAATTN_KERNELS_FEEDBACK_STATE_H_
+#define ADAATTN_KERNELS_FEEDBACK_STATE_H_
 
 // The feedback policy (policy/feedback.h) over the steps of one layer, as a backend sees them.
 
@@ -27,4 +27,4 @@ void FollowFeedback(absl::Span<const HeadDecision> heads, float target, Feedback
 
 }  // namespace adaattn
 
-#endif  // ADAATTN_KERNELS_FEEDBACK_H_
+#endif  // ADAATTN_KERNELS_FEEDBACK_STATE_H_
