@@ -44,7 +44,7 @@ class ProgressiveCase {
   static absl::StatusOr<std::unique_ptr<ProgressiveCase>> Create(
       TracePool* pool, const ProgressiveCaseOptions& options);
 
-  // For the runs that follow. Requires: the policy and coarse_rank given to Create, not kFeedback.
+  // For the runs that follow. Requires: the policy and coarse_rank given to Create.
   absl::Status SetDecision(const DecisionParams& decision);
 
   // Under kFeedback: so many steps of the same queries, each with thetas by what the one before was

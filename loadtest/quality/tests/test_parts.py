@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import adaattn
 from quality import arms, audit, calibrate, dense, ladder, statistics, tasks, text
 from quality.model import Prefill, attend_rows
 from quality.served import Lane, segments
@@ -64,6 +65,14 @@ def test_error_factors_come_back_from_their_file(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match="version 1"):
             calibrate.load(path)
+
+
+def test_feedback_scans_in_two_stages_where_a_margin_is_given():
+    one, two, quarter = (arms.parse(f"feedback=.05{rest}", 64).options for rest in ("", "/2", "/1/16"))
+    assert {o.policy for o in (one, two, quarter)} == {adaattn.Policy.FEEDBACK}
+    assert {o.target_relative_error for o in (one, two, quarter)} == {0.05}
+    assert (one.coarse_rank, two.coarse_rank, quarter.coarse_rank) == (None, 32, 16)
+    assert (two.coarse_z, quarter.coarse_z) == (2, 1)
 
 
 @pytest.mark.parametrize("name", ["nonsense", "theta=x", "static=8", "int5"])
